@@ -1,0 +1,37 @@
+"""Run fairseq's command lines, those of the environment this Python belongs to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import UserError
+
+USER_DIR = Path(__file__).parent
+
+
+def resolve(argv: "list[str]") -> "list[str]":
+    """`argv` with its program as the file beside this Python. Raises UserError if fairseq is not installed there."""
+    program = Path(sys.executable).parent / argv[0]
+    if not program.exists():
+        raise UserError(f"{argv[0]} is not installed beside {sys.executable}; bash scripts/quickstart.sh installs it")
+    return [str(program), *argv[1:]]
+
+
+def run_quietly(argv: "list[str]", log: Path) -> None:
+    """Run to the end with all output in `log`. Raises UserError with the log's last line if it fails."""
+    with open(log, "w", encoding="utf-8") as out:
+        code = subprocess.run(resolve(argv), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    if code:
+        raise UserError(failure(argv[0], code, log))
+
+
+def failure(program: str, code: int, log: Path) -> str:
+    """One line: which program failed, its last words, and where the rest is."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"{program} failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
+
+
+def threads_per_job(jobs: int) -> "dict[str, str]":
+    """Environment that shares the cores among `jobs` processes running side by side."""
+    return {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}

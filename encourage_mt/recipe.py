@@ -1,0 +1,83 @@
+"""A recipe: the data, the subword model, the options of fairseq-train, and the arms that differ by criterion alone."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from .errors import UserError
+
+CRITERION_OPTIONS = {
+    "label-smoothing",
+    "bonus",
+    "log-end",
+    "bonus-exponent",
+    "bonus-weight",
+    "smoothing-convention",
+}
+
+
+@dataclass
+class Recipe:
+    """The content of an examples/*/recipe.yaml, checked.
+
+    data is either {"generate": {"seed": int, split: pairs, ...}}, the bundled corpus, or {split: [source file,
+    target file], ...} with, if the files can be downloaded, "url" (their folder) and "sha256" {file: digest}. Every
+    split but train and valid is a test set. train holds options of fairseq-train without their dashes. arms maps a
+    name to {"criterion": ..., its options}.
+    """
+
+    name: str
+    source: str
+    target: str
+    data: dict
+    subword: dict
+    train: dict
+    average: int
+    beam: int
+    arms: dict
+    lenpen: float = 1.0
+    tests: list = field(init=False)
+
+    def __post_init__(self):
+        splits = self.data.get("generate", self.data)
+        self.tests = [name for name in splits if name not in ("train", "valid", "url", "sha256", "seed")]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises UserError naming the file and what is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of options")
+    allowed = {f.name for f in fields(Recipe) if f.init}
+    required = allowed - {"lenpen"}
+    for what, names in (("unknown", set(content) - allowed), ("missing", required - set(content))):
+        if names:
+            raise UserError(f"{path}: {what} {', '.join(sorted(names))}")
+    recipe = Recipe(**content)
+    splits = recipe.data.get("generate", recipe.data)
+    for split in ("train", "valid"):
+        if split not in splits:
+            raise UserError(f"{path}: data has no {split}")
+    if not recipe.tests:
+        raise UserError(f"{path}: data has no test set")
+    for arm, options in recipe.arms.items():
+        foreign = set(options) - CRITERION_OPTIONS - {"criterion"}
+        if "criterion" not in options or foreign:
+            what = f"sets {', '.join(sorted(foreign))}" if foreign else "names no criterion"
+            raise UserError(f"{path}: arm {arm} {what}; arms differ by criterion and its options alone")
+    return recipe
+
+
+def as_flags(options: dict) -> "list[str]":
+    """{"max-epoch": 3, "share-all-embeddings": True, "adam-betas": "(0.9, 0.98)"} as command-line words."""
+    words = []
+    for name, value in options.items():
+        if value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Average the last N checkpoints of a run, or the files named, into one that fairseq loads."""
+
+import argparse
+from pathlib import Path
+
+from encourage_mt.averaging import average, last_checkpoints
+from encourage_mt.errors import UserError, exit_on_user_error
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, help="checkpoint files, or one run directory")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="the last N checkpoint<epoch>.pt")
+    group.add_argument("--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_<epoch>_<update>.pt")
+    args = parser.parse_args()
+    count = args.num_epoch_checkpoints or args.num_update_checkpoints
+    with exit_on_user_error(parser.prog):
+        if count is None:
+            paths = args.inputs
+        elif len(args.inputs) > 1:
+            raise UserError("--num-epoch-checkpoints and --num-update-checkpoints take one run directory as --inputs")
+        elif count < 1:
+            raise UserError(f"the number of checkpoints must be at least 1, got {count}")
+        else:
+            kind = "epoch" if args.num_epoch_checkpoints else "update"
+            paths = last_checkpoints(args.inputs[0], count, kind)
+        average(paths, args.output)
+        print(f"wrote {args.output}, the average of {' '.join(path.name for path in paths)}")
+
+
+if __name__ == "__main__":
+    main()
