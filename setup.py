@@ -3,7 +3,9 @@ from pathlib import Path
 from setuptools import setup
 
 init = Path(__file__).with_name("encourage_mt") / "__init__.py"
-version = next(line.split('"')[1] for line in init.read_text(encoding="utf-8").splitlines() if line.startswith("__version__"))
+version = next(
+    line.split('"')[1] for line in init.read_text(encoding="utf-8").splitlines() if line.startswith("__version__")
+)
 
 setup(
     name="encourage-mt",

@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--work-dir", type=Path, help="where everything goes; without it, runs/<recipe name>")
     run.add_argument("--seed", type=int, default=1, help="of initialization, order and dropout; the same for all arms")
     run.add_argument("--arms", nargs="+", help="arms of the recipe to run; all if not given")
-    run.add_argument("--jobs", type=int, help="trainings side by side; without it, 1 on a GPU, else all arms, one core each at least")
+    run.add_argument(
+        "--jobs", type=int, help="trainings side by side; without it, 1 on a GPU, else all arms, one core each at least"
+    )
     return main
 
 
@@ -60,4 +62,6 @@ def run_recipe(arguments) -> None:
     results = [evaluate(run, recipe, data) for run in runs]
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\n{table(results)}\n\nOne seed is a smoke test, not evidence.")
-    print(f"Everything lies in {work_dir}: data, logs, checkpoints, translations, scores.json. {minutes}:{seconds:02d} min.")
+    print(
+        f"Everything lies in {work_dir}: data, logs, checkpoints, translations, scores.json. {minutes}:{seconds:02d} min."
+    )

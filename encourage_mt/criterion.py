@@ -13,7 +13,8 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.models import FairseqDecoder
 
-from .loss import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range, loss_terms
+from .loss import BACKENDS, loss_terms
+from .reference import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range
 
 
 def option(default, help):
@@ -31,8 +32,10 @@ class LabelSmoothedEncouragingLossConfig(LabelSmoothedCrossEntropyCriterionConfi
     bonus_exponent: float = option(LossOptions.bonus_exponent, "exponent of the power bonus, 1 to 10")
     bonus_weight: float = option(LossOptions.bonus_weight, "factor of the bonus, 0 to 2")
     smoothing_convention: ChoiceEnum(SMOOTHING_CONVENTIONS) = option(
-        LossOptions.smoothing_convention, "smoothing gives each other type eps/(V-1) (fairseq) or each type eps/V (paper)"
+        LossOptions.smoothing_convention,
+        "smoothing gives each other type eps/(V-1) (fairseq) or each type eps/V (paper)",
     )
+    loss_backend: ChoiceEnum(BACKENDS) = option("auto", "code that computes the loss; all give the same figures")
 
 
 def ranged(name):
@@ -68,11 +71,13 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         bonus_exponent=LossOptions.bonus_exponent,
         bonus_weight=LossOptions.bonus_weight,
         smoothing_convention=LossOptions.smoothing_convention,
+        loss_backend="auto",
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         self.options = LossOptions(
             str(bonus), log_end, bonus_exponent, bonus_weight, label_smoothing, str(smoothing_convention)
         )
+        self.loss_backend = str(loss_backend)
 
     @classmethod
     def add_args(cls, parser):
@@ -89,7 +94,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         """
         net_output = model(**sample["net_input"])
         logits, target = self.get_lprobs_and_target(model, net_output, sample)
-        terms = loss_terms(logits, target, self.options, self.padding_idx, reduce)
+        terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
@@ -109,8 +114,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         """Logits [tokens, V], which the loss normalizes itself, and target [tokens]."""
         decoder = getattr(model, "decoder", None)
         normalizes_itself = (
-            not isinstance(decoder, FairseqDecoder)
-            or getattr(decoder, "adaptive_softmax", None) is not None
+            not isinstance(decoder, FairseqDecoder) or getattr(decoder, "adaptive_softmax", None) is not None
         )
         if normalizes_itself:  # its net_output need not be logits; log-probabilities are logits too
             logits = model.get_normalized_probs(net_output, log_probs=True)

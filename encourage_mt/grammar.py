@@ -181,9 +181,7 @@ class Grammar:
         return self.rng.random() < probability
 
     def draw(self) -> "tuple[str, str, set]":
-        kind = self.rng.choices(
-            ["main", "question", "subordinate", "fronted subordinate"], weights=[60, 12, 16, 12]
-        )[0]
+        kind = self.rng.choices(["main", "question", "subordinate", "fronted subordinate"], weights=[60, 12, 16, 12])[0]
         first = self.clause()
         if kind == "main":
             de, en = self.german_main(first), self.english(first)
@@ -241,9 +239,11 @@ class Grammar:
         singular, plural, gender, en = _zipf(self.rng, self.animates if animate else self.things)
         en_singular, _, en_plural = en.partition("/")
         en_plural = en_plural or en_singular + "s"
-        determiner = "kein" if negative else self.rng.choices(
-            ["der", "ein", "poss", "dieser", "number"], weights=[36, 24, 16, 8, 16]
-        )[0]
+        determiner = (
+            "kein"
+            if negative
+            else self.rng.choices(["der", "ein", "poss", "dieser", "number"], weights=[36, 24, 16, 8, 16])[0]
+        )
         is_plural = determiner == "number" or (determiner not in ("ein", "kein") and self.maybe(0.25))
         slot = "pl" if is_plural else gender
         pairs = []
@@ -262,7 +262,9 @@ class Grammar:
             if determiner == "der":
                 article, ending = DEFINITE[case][slot], weak
             elif determiner == "dieser":
-                article = "dies" + {"der": "er", "die": "e", "das": "es", "den": "en", "dem": "em"}[DEFINITE[case][slot]]
+                article = (
+                    "dies" + {"der": "er", "die": "e", "das": "es", "den": "en", "dem": "em"}[DEFINITE[case][slot]]
+                )
                 ending = weak
             elif determiner == "number":
                 article, ending = number_de, "en" if case == "dat" else "e"
@@ -347,9 +349,7 @@ class Grammar:
         """Give the subject a relative clause of which it is the subject: der Mann, der ..., / the man who ..."""
         inner = self.clause(relative_allowed=False)
         subject = clause.subject
-        inner.subject = NounPhrase(
-            {"nom": DEFINITE["nom"][subject.gender]}, "who", "", subject.person, subject.gender
-        )
+        inner.subject = NounPhrase({"nom": DEFINITE["nom"][subject.gender]}, "who", "", subject.person, subject.gender)
         relative_de = self.german_final(inner)
         subject.de = {"nom": f"{subject.de['nom']}, {relative_de},"}
         subject.en = f"{subject.en} {self.english(inner)}"
@@ -375,7 +375,9 @@ class Grammar:
     def german_middle(self, clause, without=None):
         """Pronouns, time, the other objects, place: the usual order between the verb's two places."""
         objects = [(phrase, words) for phrase, words, _ in clause.objects if words != without]
-        pronouns = [words for phrase, words in objects if not phrase.noun and words == words.lower() and " " not in words]
+        pronouns = [
+            words for phrase, words in objects if not phrase.noun and words == words.lower() and " " not in words
+        ]
         others = [words for _, words in objects if words not in pronouns]
         time = [clause.time[0]] if clause.time and clause.time[0] != without else []
         place = [clause.place[0]] if clause.place else []

@@ -60,7 +60,9 @@ def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Pa
         "sources": sources,
         "pairs": counts,
         "train pairs dropped for an empty side": dropped,
-        "checksums": {p.name: pooch.file_hash(str(p)) for p in sorted((partial / "data-bin").iterdir()) if p.suffix != ".log"},
+        "checksums": {
+            p.name: pooch.file_hash(str(p)) for p in sorted((partial / "data-bin").iterdir()) if p.suffix != ".log"
+        },
     }
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     partial.rename(final)

@@ -86,8 +86,11 @@ def train(runs: "list[Run]", jobs: int, max_epoch: int) -> None:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
                 with open(run.log, "a", encoding="utf-8") as log:
-                    active[run.folder] = run, subprocess.Popen(
-                        resolve(run.command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                    active[run.folder] = (
+                        run,
+                        subprocess.Popen(
+                            resolve(run.command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                        ),
                     )
             time.sleep(1)
             for folder, (run, process) in list(active.items()):

@@ -14,7 +14,9 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="the last N checkpoint<epoch>.pt")
-    group.add_argument("--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_<epoch>_<update>.pt")
+    group.add_argument(
+        "--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_<epoch>_<update>.pt"
+    )
     args = parser.parse_args()
     count = args.num_epoch_checkpoints or args.num_update_checkpoints
     with exit_on_user_error(parser.prog):

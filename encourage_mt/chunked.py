@@ -1,0 +1,183 @@
+"""The loss in blocks of rows that fit the cache, with its closed gradient made in the forward pass.
+
+Derivation. With q_k = s + h [k = target] (h, s = LossOptions.weights) and a(p) = 1 - w p b'(p), w the bonus weight,
+
+    L = sum_k q_k (-log p_k + w b(p_k)),    dL/dz_i = -q_i a(p_i) + p_i * sum_k q_k a(p_k)
+
+Near p = 0, a(p) = 1 + w c p + O(p^2) and b(p) = -c p + O(p^2), with c = 1 (log, power 1) or 0. So for the many types
+of small p the gradient is p_i (G - s w c) - s, one multiply-add of exp(z_i), and the sums over them are known from
+sum p = 1. Only groups of types that hold a p above `_threshold` are gathered and treated exactly; below it what is
+left out is smaller than the rounding of the result. The top type, the only one that may be near p = 1, is kept out of
+every sum: 1 - p of it is the sum of the others' exponentials, and no difference of large terms is formed.
+
+Memory: the gradient [tokens, V], in float32 for half types, so that nothing is lost before the loss scale is known,
+and temporaries of one block.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import LossOptions, LossTerms, bonus_of, negative_slope
+
+GROUP = 64  # types that are gathered together
+BLOCK_ELEMENTS = 1 << 18  # of one block of rows, on CPU: 1 MiB in float32
+
+
+def supports(options: LossOptions) -> bool:
+    """Whether b(p) is linear in p near 0 up to p^2, as the derivation needs."""
+    return not (options.bonus == "power" and 1 < options.bonus_exponent < 2)
+
+
+def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
+    """As `encourage_mt.reference.loss_terms`, for logits [tokens, V], target [tokens] (any valid type where ignored)."""
+    return LossTerms(*_Chunked.apply(logits, target, options, ignored, reduce))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, options, ignored, reduce):
+        tokens, vocabulary = logits.shape
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        needs_gradient = ctx.needs_input_grad[0]
+        rows = max(1, BLOCK_ELEMENTS // vocabulary) if logits.device.type == "cpu" else max(1, (1 << 26) // vocabulary)
+        gradient = logits.new_empty(logits.shape if needs_gradient else (min(rows, tokens), vocabulary), dtype=dtype)
+        terms = logits.new_empty((3, tokens), dtype=dtype)
+        for start in range(0, tokens, rows):
+            block = slice(start, min(start + rows, tokens))
+            out = gradient[block] if needs_gradient else gradient[: block.stop - start]
+            terms[:, block] = torch.stack(_block(logits[block].to(dtype), target[block], options, out, needs_gradient))
+        terms.masked_fill_(ignored, 0.0)
+        if needs_gradient:
+            gradient[ignored] = 0.0
+            ctx.gradient = gradient
+        ctx.dtype = logits.dtype
+        loss, nll_loss, bonus = (terms.sum(dim=1) if reduce else terms).unbind(0)
+        ctx.mark_non_differentiable(nll_loss, bonus)
+        return loss, nll_loss, bonus
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        # not in place: with retain_graph=True the gradient is asked for again
+        if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1:
+            gradient = ctx.gradient
+        else:
+            gradient = ctx.gradient * (upstream if upstream.dim() == 0 else upstream.unsqueeze(1))
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _threshold(dtype: torch.dtype, share: float) -> float:
+    """p below which share * p / 2, what the linear form of b leaves out of the loss, is half a rounding step of 1."""
+    return torch.finfo(dtype).eps / share
+
+
+def _block(logits, target, options, out, needs_gradient):
+    """(loss, nll_loss, bonus), each [rows], of a block of rows; writes the gradient to `out` [rows, V]."""
+    rows, vocabulary = logits.shape
+    of_target, share = options.weights(vocabulary)
+    weight = 0.0 if options.bonus == "none" else options.bonus_weight
+    linear = 1.0 if options.bonus == "log" or (options.bonus == "power" and options.bonus_exponent == 1) else 0.0
+    target = target.unsqueeze(1)
+
+    group_tops = _group_tops(logits)
+    highest, top_group = group_tops.max(dim=1, keepdim=True)
+    top = _top(logits, top_group)
+    torch.sub(logits, highest, out=out)
+    shifted_target = out.gather(1, target)
+    smooth_sum = out.sum(dim=1, keepdim=True) if share else 0.0
+    out.exp_()
+    out.scatter_(1, top, 0.0)
+    rest = out.sum(dim=1, keepdim=True)
+    total = 1.0 + rest
+    log_total = rest.log1p()
+    nll_loss = log_total - shifted_target
+
+    one_minus_top = rest / total
+    p_top = total.reciprocal()
+    is_top = target == top
+    p_target = torch.where(is_top, p_top, out.gather(1, target) / total)
+    one_minus_target = torch.where(is_top, one_minus_top, 1.0 - p_target)
+    a_top = 1.0 + weight * negative_slope(p_top, one_minus_top, options)
+    a_target = torch.where(is_top, a_top, 1.0 + weight * negative_slope(p_target, one_minus_target, options))
+
+    loss = of_target * nll_loss
+    bonus = of_target * bonus_of(p_target, one_minus_target, options)
+    a_extra = 0.0  # of the types but the top: what a(p) has beyond its linear form
+    exact = None
+    if share:
+        loss = loss + share * (vocabulary * log_total - smooth_sum)
+        bonus_sum = bonus_of(p_top, one_minus_top, options) - linear * one_minus_top
+        if weight:
+            level = math.log(_threshold(logits.dtype, share)) + log_total
+            exact = _Exact(out, group_tops - highest > level, total)
+            a_extras = weight * (negative_slope(exact.p, 1.0 - exact.p, options) - linear * exact.p)
+            bonus_extras = bonus_of(exact.p, 1.0 - exact.p, options) + linear * exact.p
+            a_extra = exact.sum_rows(a_extras)
+            bonus_sum = bonus_sum + exact.sum_rows(bonus_extras)
+        bonus = bonus + share * bonus_sum
+    bonus = weight * bonus
+    loss = loss + bonus
+
+    if needs_gradient:
+        others = share * (vocabulary - 1 + weight * linear * one_minus_top + a_extra)
+        others = others + torch.where(is_top, 0.0, of_target * a_target)
+        of_top = share + of_target * is_top
+        grand = others + of_top * a_top
+        factor = (grand - share * weight * linear) / total
+        if share:
+            torch.addcmul(out.new_tensor(-share), out, factor, out=out)
+        else:
+            out.mul_(factor)
+        if exact is not None:
+            exact.subtract(out, share * a_extras)
+        out.scatter_add_(1, target, -of_target * a_target)
+        out.scatter_(1, top, p_top * others - of_top * a_top * one_minus_top)
+    return loss.squeeze(1), nll_loss.squeeze(1), bonus.squeeze(1)
+
+
+def _group_tops(logits):
+    """The highest logit of each GROUP of types [rows, groups]; the last group may be short."""
+    rows, vocabulary = logits.shape
+    whole = vocabulary // GROUP * GROUP
+    tops = []
+    if whole:
+        tops.append(logits[:, :whole].unflatten(1, (-1, GROUP)).amax(dim=2))
+    if whole < vocabulary:
+        tops.append(logits[:, whole:].amax(dim=1, keepdim=True))
+    return tops[0] if len(tops) == 1 else torch.cat(tops, dim=1)
+
+
+def _columns(group, vocabulary):
+    """Types of `group` [...] as [..., GROUP], and which of them exist (the last group may be short)."""
+    columns = group.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=group.device)
+    return columns.clamp(max=vocabulary - 1), columns < vocabulary
+
+
+def _top(logits, top_group):
+    """The type of the highest logit of each row [rows, 1], found in its group [rows, 1]."""
+    columns, exists = _columns(top_group.squeeze(1), logits.size(1))
+    candidates = logits.gather(1, columns).masked_fill(~exists, -math.inf)
+    return columns.gather(1, candidates.argmax(dim=1, keepdim=True))
+
+
+class _Exact:
+    """The types of the groups chosen in `chosen` [rows, groups], gathered from exponentials `out` [rows, V]."""
+
+    def __init__(self, out, chosen, total):
+        self.row, group = chosen.nonzero(as_tuple=True)
+        columns, exists = _columns(group, out.size(1))
+        self.index = self.row.unsqueeze(1) * out.size(1) + columns
+        self.exists = exists
+        self.rows = out.size(0)
+        self.p = out.view(-1)[self.index].masked_fill_(~exists, 0.0) / total[self.row]
+
+    def sum_rows(self, values):
+        """Sum of `values` [groups chosen, GROUP] over the types of each row [rows, 1]."""
+        sums = values.new_zeros(self.rows, 1)
+        return sums.index_add_(0, self.row, values.sum(dim=1, keepdim=True))
+
+    def subtract(self, out, values):
+        values = values.masked_fill(~self.exists, 0.0)
+        out.view(-1).index_add_(0, self.index.view(-1), -values.view(-1))
