@@ -1,14 +1,14 @@
 """encourage_mt: training translation models with the encouraging loss.
 
-`--user-dir encourage_mt` imports this package into a fairseq command. Without fairseq installed, `encourage_mt.loss`
-still serves any PyTorch program.
+`--user-dir encourage_mt` imports this package into a fairseq command, where it registers the criterion and makes
+checkpoints load safely. Elsewhere nothing of fairseq is imported: `encourage_mt.loss` serves any PyTorch program.
 """
 
-from importlib.util import find_spec
+import sys
 
 __version__ = "0.1.0"
 
-if find_spec("fairseq"):
+if "fairseq" in sys.modules:
     from . import criterion, safe_checkpoints
 
     safe_checkpoints.install()

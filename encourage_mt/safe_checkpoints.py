@@ -16,11 +16,15 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+UNSAFE = (
+    "torch %s runs whatever code a checkpoint carries: load %s only if you trust its source, or use torch 2.6 or newer"
+)
+
 
 def install() -> None:
-    """Allow-list the types of fairseq checkpoints, or, on torch before 2.6, warn at the first load."""
+    """In a fairseq process: allow-list what its checkpoints need, or, on torch before 2.6, warn at the first load."""
     if torch_version() >= (2, 6):
-        torch.serialization.add_safe_globals(needed_types())
+        torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
     else:
         warn_at_first_load()
 
@@ -30,18 +34,13 @@ def torch_version() -> "tuple[int, int]":
     return int(major), int(minor)
 
 
-def needed_types() -> list:
-    """Types, or (type, name it is pickled under), that a checkpoint of fairseq-train needs.
+def types_in_files() -> list:
+    """Types, or (type, name it is pickled under), that a checkpoint file of fairseq-train needs.
 
-    argparse.Namespace holds the options. --eval-bleu adds its counts as numpy int64 arrays, pickled under the module
-    name of numpy 1 or 2. Resuming on several processes broadcasts the state, which adds omegaconf's containers.
+    argparse.Namespace holds the options; --eval-bleu adds its counts as numpy int64 arrays, pickled under the module
+    name of numpy 1 or 2.
     """
     reconstruct = numpy.array(0).__reduce__()[0]
-    from fairseq.distributed.utils import _TensorPlaceholder
-    from omegaconf import DictConfig, ListConfig
-    from omegaconf.base import ContainerMetadata, Metadata
-    from omegaconf.nodes import AnyNode
-
     return [
         argparse.Namespace,
         numpy.ndarray,
@@ -49,6 +48,17 @@ def needed_types() -> list:
         type(numpy.dtype(numpy.int64)),
         (reconstruct, "numpy.core.multiarray._reconstruct"),
         (reconstruct, "numpy._core.multiarray._reconstruct"),
+    ]
+
+
+def types_in_broadcasts() -> list:
+    """What resuming on several processes needs besides: rank 0 sends the others the state with omegaconf's options."""
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.base import ContainerMetadata, Metadata
+    from omegaconf.nodes import AnyNode
+
+    return [
         DictConfig,
         ListConfig,
         AnyNode,
@@ -66,27 +76,24 @@ def needed_types() -> list:
 def warn_at_first_load() -> None:
     from fairseq import checkpoint_utils
 
-    load = checkpoint_utils.load_checkpoint_to_cpu
+    load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
 
-    @functools.wraps(load)
+    @functools.wraps(load_to_cpu)
     def warn_and_load(path, *args, **kwargs):
-        checkpoint_utils.load_checkpoint_to_cpu = load
-        logger.warning(
-            f"torch {torch.__version__} runs whatever code a checkpoint carries; "
-            f"load {path} only if you trust its source, or use torch 2.6 or newer"
-        )
-        return load(path, *args, **kwargs)
+        checkpoint_utils.load_checkpoint_to_cpu = load_to_cpu
+        logger.warning(UNSAFE, torch.__version__, path)
+        return load_to_cpu(path, *args, **kwargs)
 
     checkpoint_utils.load_checkpoint_to_cpu = warn_and_load
 
 
 def load(path) -> dict:
-    """The state in checkpoint file `path`, on the CPU; only weights and the types above.
+    """The state in checkpoint file `path`, on the CPU.
 
-    Raises whatever torch.load raises for a damaged file and pickle.UnpicklingError for a type that is not listed.
+    Raises what torch.load raises for a damaged file and pickle.UnpicklingError for a type that is not listed.
     """
     if torch_version() < (2, 6):
-        from fairseq import checkpoint_utils
-
-        return checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    return torch.load(path, map_location="cpu", weights_only=True)
+        logger.warning(UNSAFE, torch.__version__, path)
+        return torch.load(path, map_location="cpu")
+    with torch.serialization.safe_globals(types_in_files()):
+        return torch.load(path, map_location="cpu", weights_only=True)

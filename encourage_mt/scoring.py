@@ -65,6 +65,8 @@ def translate(checkpoint: Path, data: Path, subset: str, recipe: Recipe, output:
     command += ["--source-lang", recipe.source, "--target-lang", recipe.target, "--gen-subset", subset]
     command += ["--beam", str(recipe.beam), "--lenpen", str(recipe.lenpen), "--max-tokens", "8000"]
     command += ["--remove-bpe", "sentencepiece", "--num-workers", "0", "--no-progress-bar"]
+    # with its default of 8, fairseq drops the last batch whenever its size is no multiple of it
+    command += ["--required-batch-size-multiple", "1"]
     log = output.with_name(f"{output.name}.generate.log")
     hypotheses = {}
     bar = tqdm(total=expected, desc=f"{output.parent.name} {output.stem}", unit="sentence", mininterval=1)

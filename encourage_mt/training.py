@@ -48,7 +48,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, fp
     command += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
     command += ["--keep-last-epochs", str(recipe.average), "--save-dir", str(folder / "checkpoints")]
     command += ["--log-format", "json", "--log-interval", "20", "--num-workers", "0"]
-    command += ["--fp16"] if fp16 else []
+    command += ["--required-batch-size-multiple", "1", *(["--fp16"] if fp16 else [])]
     command += as_flags(recipe.arms[arm])
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "command.txt"
