@@ -36,6 +36,7 @@ def average(paths: "list[Path]", output: Path) -> None:
     """
     total = {}
     for path in paths:
+        state = model = value = None  # let go of the last checkpoint before the next is read
         state = _load(path)
         model = state["model"]
         if total and _shapes(total) != _shapes(model):
@@ -56,9 +57,9 @@ def average(paths: "list[Path]", output: Path) -> None:
     try:
         torch.save(state, partial)
         os.replace(partial, output)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports a missing folder as RuntimeError
         partial.unlink(missing_ok=True)
-        raise UserError(f"{output}: {error.strerror}") from None
+        raise UserError(f"{output}: {' '.join(str(error).split())}") from None
 
 
 def _shapes(model):

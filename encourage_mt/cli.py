@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from .commands import cores
 from .errors import UserError, exit_on_user_error
 from .prepare import prepare
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .scoring import evaluate, table
 from .training import make_run, train
 
@@ -16,20 +17,28 @@ from .training import make_run, train
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="encourage-mt", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        help="prepare, train all arms, average, translate, score",
-        description="Prepare data, train all arms of a recipe, average, translate and score. Done steps are kept, "
-        "an interrupted training resumes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    for name, action, help in (
+        ("prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize"),
+        ("run", run_recipe, "prepare, train all arms, average, translate, score"),
+    ):
+        command = commands.add_parser(
+            name, help=help, description=f"{help}. What is done is kept, an interrupted training resumes."
+        )
+        command.set_defaults(action=action)
+        command.add_argument("recipe", type=Path, help="a recipe.yaml")
+        command.add_argument("--raw-dir", type=Path, help="folder of the recipe's files (default: download them)")
+        command.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of initialization, data order and dropout in all arms (default: %(default)s)",
     )
-    run.add_argument("recipe", type=Path, help="a recipe.yaml")
-    run.add_argument("--raw-dir", type=Path, help="folder that has the recipe's files; else they are downloaded")
-    run.add_argument("--work-dir", type=Path, help="where everything goes; without it, runs/<recipe name>")
-    run.add_argument("--seed", type=int, default=1, help="of initialization, order and dropout; the same for all arms")
-    run.add_argument("--arms", nargs="+", help="arms of the recipe to run; all if not given")
-    run.add_argument(
-        "--jobs", type=int, help="trainings side by side; without it, 1 on a GPU, else all arms, one core each at least"
+    command.add_argument("--arms", nargs="+", help="arms of the recipe to run (default: all)")
+    command.add_argument(
+        "--jobs",
+        type=int,
+        help="trainings side by side (default: 1 on a GPU, else as many as there are arms and cores)",
     )
     return main
 
@@ -37,23 +46,32 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> None:
     arguments = parser().parse_args(argv)
     with exit_on_user_error("encourage-mt"):
-        run_recipe(arguments)
+        arguments.action(arguments)
+
+
+def open_recipe(arguments) -> "tuple[Recipe, Path]":
+    """The recipe, checked, and its work directory, not made yet."""
+    recipe = load_recipe(arguments.recipe)
+    return recipe, (arguments.work_dir or Path("runs") / recipe.name).resolve()
+
+
+def prepare_recipe(arguments) -> None:
+    """`encourage-mt prepare`. Raises UserError on what the user can mend."""
+    prepare(*open_recipe(arguments), arguments.raw_dir)
 
 
 def run_recipe(arguments) -> None:
-    """The steps of `encourage-mt run`. Raises UserError on what the user can mend."""
+    """`encourage-mt run`. Raises UserError on what the user can mend."""
     started = time.monotonic()
-    recipe = load_recipe(arguments.recipe)
+    recipe, work_dir = open_recipe(arguments)
     unknown = set(arguments.arms or []) - set(recipe.arms)
     if unknown:
         raise UserError(f"--arms: the recipe has {', '.join(recipe.arms)}, not {', '.join(sorted(unknown))}")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
     arms = arguments.arms or list(recipe.arms)
-    work_dir = (arguments.work_dir or Path("runs") / recipe.name).resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
-    jobs = arguments.jobs or (1 if gpu else min(len(arms), torch.get_num_threads()))
+    jobs = arguments.jobs or (1 if gpu else min(len(arms), cores()))
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else f'CPU, {jobs} trainings side by side'}")
 
     data = prepare(recipe, work_dir, arguments.raw_dir)

@@ -32,6 +32,11 @@ def failure(program: str, code: int, log: Path) -> str:
     return f"{program} failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
 
 
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_per_job(jobs: int) -> "dict[str, str]":
     """Environment that shares the cores among `jobs` processes running side by side."""
-    return {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}

@@ -11,7 +11,7 @@ import sentencepiece
 
 from . import grammar
 from .bitext import fetch, read_bitext
-from .commands import run_quietly
+from .commands import cores, run_quietly
 from .errors import UserError
 from .recipe import Recipe
 
@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Pa
         ["fairseq-preprocess", "--source-lang", recipe.source, "--target-lang", recipe.target]
         + ["--trainpref", prefix["train"], "--validpref", prefix["valid"]]
         + ["--testpref", ",".join(prefix[test] for test in recipe.tests)]
-        + ["--destdir", str(partial / "data-bin"), "--joined-dictionary", "--workers", str(os.cpu_count() or 1)],
+        + ["--destdir", str(partial / "data-bin"), "--joined-dictionary", "--workers", str(cores())],
         work_dir / "preprocess.log",
     )
     counts = {split: len(pairs) for split, pairs in splits.items()}

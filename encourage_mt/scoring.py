@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .averaging import average, last_checkpoints
 from .bitext import read_lines
-from .commands import USER_DIR, failure, resolve
+from .commands import USER_DIR, cores, failure, resolve
 from .errors import UserError
 from .prepare import data_checksum
 from .recipe import Recipe
@@ -110,7 +110,7 @@ def machine() -> str:
     if cpuinfo.exists():
         match = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
         model = match.group(1) if match else model
-    return f"CPU, {os.cpu_count()} cores ({model})"
+    return f"CPU, {cores()} cores ({model})"
 
 
 def table(results: "list[dict]") -> str:

@@ -18,16 +18,21 @@ def main():
         "--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_<epoch>_<update>.pt"
     )
     args = parser.parse_args()
-    count = args.num_epoch_checkpoints or args.num_update_checkpoints
+    kind = "epoch" if args.num_epoch_checkpoints is not None else "update"
+    count = args.num_epoch_checkpoints if kind == "epoch" else args.num_update_checkpoints
     with exit_on_user_error(parser.prog):
         if count is None:
             paths = args.inputs
+            for path in paths:
+                if path.is_dir():
+                    raise UserError(
+                        f"{path} is a directory; say how many of its checkpoints, --num-epoch-checkpoints N"
+                    )
         elif len(args.inputs) > 1:
             raise UserError("--num-epoch-checkpoints and --num-update-checkpoints take one run directory as --inputs")
         elif count < 1:
             raise UserError(f"the number of checkpoints must be at least 1, got {count}")
         else:
-            kind = "epoch" if args.num_epoch_checkpoints else "update"
             paths = last_checkpoints(args.inputs[0], count, kind)
         average(paths, args.output)
         print(f"wrote {args.output}, the average of {' '.join(path.name for path in paths)}")

@@ -1,0 +1,50 @@
+# Sourced by the other scripts: creates or reuses a virtual environment with all that this project needs.
+# VENV (default: .venv beside this folder) is where it lies, PYTHON (default: python3) is what makes it.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$root/.venv}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+check_python() { # of "$1", before anything is made
+    command -v "$1" >/dev/null || fail "$1 not found; install Python 3.10 to 3.13 (Debian: apt-get install python3 python3-venv)"
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    case $version in
+        3.10 | 3.11 | 3.12 | 3.13) ;;
+        *) fail "Python $version is not supported; name one from 3.10 to 3.13: PYTHON=python3.11 bash $0" ;;
+    esac
+    "$1" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "Python's venv module is missing; install it (Debian: apt-get install python3-venv)"
+    [ "$version" = 3.12 ] && return # fairseq has a wheel there; elsewhere it is built
+    command -v g++ >/dev/null || fail "no C++ compiler to build fairseq with; install one (Debian: apt-get install g++)"
+    "$1" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(os.path.join(s.get_paths()["include"], "Python.h")))' ||
+        fail "Python's headers to build fairseq with are missing; install them (Debian: apt-get install python3-dev)"
+}
+
+ensure_environment() {
+    local wanted pip
+    wanted="$root $(cat "$root/setup.py" "$root/scripts/constraints.txt" | sha256sum)"
+    [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
+    if [ ! -x "$VENV/bin/python" ]; then
+        check_python "${PYTHON:-python3}"
+        "${PYTHON:-python3}" -m venv "$VENV"
+    else
+        check_python "$VENV/bin/python"
+    fi
+    pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
+    echo "Installing into $VENV, once. Where fairseq is built from source this takes about 5 minutes."
+    if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
+        # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
+        "${pip[@]}" 'pip<24.1'
+        "${pip[@]}" -e "$root[test]"
+    else
+        # an isolated build of fairseq would fetch a second torch
+        "${pip[@]}" torch numpy cython setuptools wheel ninja
+        "${pip[@]}" --no-build-isolation -e "$root[test]"
+    fi
+    echo "$wanted" >"$VENV/installed"
+}

@@ -1,0 +1,106 @@
+"""Averaging checkpoints, on hand-made ones."""
+
+import argparse
+import sys
+import weakref
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+from encourage_mt import averaging
+from encourage_mt.averaging import average, last_checkpoints
+from encourage_mt.errors import UserError
+
+
+def checkpoint(path, value, dtype=torch.float32, count=0, **parameters):
+    state = {
+        "args": argparse.Namespace(arch="x"),
+        "model": {"w": torch.full((2, 3), value, dtype=dtype), "steps": torch.tensor(count), **parameters},
+        "last_optimizer_state": {"m": torch.zeros(2, 3)},
+        "extra_state": {"epoch": count},
+    }
+    torch.save(state, path)
+    return path
+
+
+def test_the_mean_of_three_by_hand(tmp_path):
+    paths = [checkpoint(tmp_path / f"{i}.pt", value, count=i) for i, value in enumerate((1.0, 2.0, 6.0))]
+    average(paths, tmp_path / "out.pt")
+    state = averaging.safe_checkpoints.load(tmp_path / "out.pt")
+    assert torch.equal(state["model"]["w"], torch.full((2, 3), 3.0))
+    assert state["model"]["steps"] == 2 and state["extra_state"]["epoch"] == 2, "the rest is of the last one"
+    assert "last_optimizer_state" not in state and state["args"].arch == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.pt", "1.pt", "2.pt", "out.pt"]
+
+
+def test_half_types_are_summed_in_float32(tmp_path):
+    """In float16 the sum of 3 x 30,000 would be infinite, and 2,049 is no float16 number."""
+    paths = [checkpoint(tmp_path / f"{i}.pt", v, torch.float16) for i, v in enumerate((30000.0, 30000.0, 30000.0))]
+    average(paths, tmp_path / "out.pt")
+    w = averaging.safe_checkpoints.load(tmp_path / "out.pt")["model"]["w"]
+    assert w.dtype == torch.float16 and (w == 30000).all()
+    paths = [checkpoint(tmp_path / f"{i}.pt", v, torch.float64) for i, v in enumerate((1.0, 1.0 + 2e-16, 1.0))]
+    average(paths, tmp_path / "out.pt")
+    assert averaging.safe_checkpoints.load(tmp_path / "out.pt")["model"]["w"].dtype == torch.float64
+
+
+def test_the_last_are_chosen_by_number_not_by_name(tmp_path):
+    for name in ("checkpoint8.pt", "checkpoint9.pt", "checkpoint10.pt", "checkpoint_1_20.pt", "checkpoint_2_100.pt"):
+        checkpoint(tmp_path / name, 0.0)
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt", "checkpoint11.pt.tmp"):
+        checkpoint(tmp_path / name, 0.0)
+    assert [p.name for p in last_checkpoints(tmp_path, 2)] == ["checkpoint9.pt", "checkpoint10.pt"]
+    assert [p.name for p in last_checkpoints(tmp_path, 2, "update")] == ["checkpoint_1_20.pt", "checkpoint_2_100.pt"]
+    with pytest.raises(UserError, match="3 epoch checkpoints found, 4 asked for"):
+        last_checkpoints(tmp_path, 4)
+    with pytest.raises(UserError, match="no such directory"):
+        last_checkpoints(tmp_path / "none", 1)
+
+
+def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypatch):
+    """Beside the sum, only the checkpoint just read is alive."""
+    paths = [checkpoint(tmp_path / f"{i}.pt", 1.0) for i in range(6)]
+    read, alive = [], []
+    load = averaging._load
+
+    def watched(path):
+        state = load(path)
+        alive.append(sum(reference() is not None for reference in read))
+        read.append(weakref.ref(state["model"]["w"]))
+        return state
+
+    monkeypatch.setattr(averaging, "_load", watched)
+    average(paths, tmp_path / "out.pt")
+    assert alive == [0] * 6
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["{a}", "{missing}"], "missing.pt: no such checkpoint"),
+        (["{a}", "{garbage}"], "garbage.pt: not a checkpoint that can be loaded safely"),
+        (["{a}", "{cut}"], "cut.pt: not a checkpoint that can be loaded safely"),
+        (["{a}", "{other}"], "other.pt: its parameters differ in name or shape"),
+        (["{dir}", "--num-epoch-checkpoints", "0"], "the number of checkpoints must be at least 1, got 0"),
+        (["{dir}", "--num-epoch-checkpoints", "3"], "0 epoch checkpoints found, 3 asked for"),
+        (["{dir}", "{dir}", "--num-update-checkpoints", "3"], "take one run directory"),
+        (["{dir}"], "is a directory; say how many"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_path):
+    checkpoint(tmp_path / "a.pt", 1.0)
+    checkpoint(tmp_path / "other.pt", 1.0, extra=torch.zeros(1))
+    (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:200])
+    names = {name: tmp_path / f"{name}.pt" for name in ("a", "missing", "garbage", "cut", "other")}
+    arguments = [argument.format(dir=tmp_path, **names) for argument in arguments]
+    script = ROOT / "scripts/average_checkpoints.py"
+    error = run(sys.executable, script, "--output", tmp_path / "out.pt", "--inputs", *arguments, code=2).stderr
+    assert expected in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match="out.pt"):
+        average([checkpoint(tmp_path / "a.pt", 1.0)], tmp_path / "none" / "out.pt")

@@ -1,0 +1,190 @@
+"""fairseq's own command lines with the plugin: train, resume, fine-tune, generate, validate, interact, average."""
+
+import argparse
+import json
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+from conftest import CE, EL, EVAL_BLEU, ROOT, run
+
+from encourage_mt import safe_checkpoints
+from encourage_mt.commands import USER_DIR
+from encourage_mt.training import read_log
+
+
+def log_of(text, tmp_path):
+    path = tmp_path / "log"
+    path.write_text(text, encoding="utf-8")
+    return read_log(path)
+
+
+def generate(checkpoint, data, *options, code=0):
+    argv = ["fairseq-generate", data / "data-bin", "--path", checkpoint, "--cpu", "--beam", "2"]
+    return run(*argv, "--remove-bpe", "sentencepiece", "--required-batch-size-multiple", "1", *options, code=code)
+
+
+def hypotheses(output):
+    lines = [line[2:].split("\t") for line in output.splitlines() if line.startswith("D-")]
+    return {int(index): text for index, _, text in lines}
+
+
+def test_training_logs_likelihood_and_bonus(el_run):
+    epochs = [record for record in read_log(el_run / "log") if "train_loss" in record]
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    for record in epochs:
+        assert float(record["train_bonus"]) < 0
+        assert float(record["train_loss"]) < float(record["train_nll_loss"])
+        assert math.isclose(float(record["train_ppl"]), 2 ** float(record["train_nll_loss"]), rel_tol=0.01)
+        assert 0 <= float(record["train_accuracy"]) <= 100
+
+
+def test_resume_goes_on_where_it_stopped(el_run, train, tmp_path):
+    for file in el_run.glob("checkpoint_last.pt"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    log = train(tmp_path, *EL, *EVAL_BLEU, "--report-accuracy", "--max-epoch", "3").stderr
+    assert "Loaded checkpoint" in log and "(epoch 3 @" in log
+    assert [record["epoch"] for record in log_of(log, tmp_path) if "train_loss" in record] == [3]
+
+
+def test_generate_interactive_and_from_pretrained_translate_alike(el_run, tiny, tmp_path):
+    recipe, data = tiny
+    checkpoint = el_run / "checkpoint_last.pt"
+    generated = hypotheses(generate(checkpoint, data, "--user-dir", USER_DIR).stdout)
+    source = (data / "text" / "test.de").read_text(encoding="utf-8")
+    assert sorted(generated) == list(range(21)), "every sentence is translated, whatever the size of the last batch"
+
+    argv = ["fairseq-interactive", data / "data-bin", "--path", checkpoint, "--user-dir", USER_DIR, "--cpu"]
+    argv += ["-s", "de", "-t", "en", "--bpe", "sentencepiece", "--sentencepiece-model", data / "subword.model"]
+    interactive = run(*argv, "--beam", "2", "--buffer-size", "50", "--max-tokens", "4000", stdin=source).stdout
+    assert hypotheses(interactive) == generated
+
+    script = f"""
+from fairseq.models.transformer import TransformerModel
+model = TransformerModel.from_pretrained(
+    {str(el_run)!r}, "checkpoint_last.pt", {str(data / "data-bin")!r}, user_dir={str(USER_DIR)!r},
+    bpe="sentencepiece", sentencepiece_model={str(data / "subword.model")!r})
+print("\\n".join("HYP " + line for line in model.translate({source.split(chr(10))[:5]!r}, beam=2)))
+"""
+    output = run(sys.executable, "-c", script).stdout
+    assert [line[4:] for line in output.splitlines() if line.startswith("HYP ")] == [generated[i] for i in range(5)]
+
+
+def test_validate_gives_the_figures_of_training(el_run, tiny, tmp_path):
+    _, data = tiny
+    argv = ["fairseq-validate", data / "data-bin", "--task", "translation", "--path", el_run / "checkpoint_last.pt"]
+    argv += ["--user-dir", USER_DIR, "--cpu", "--max-tokens", "1000", "--log-format", "json"]
+    log = run(*argv, "--required-batch-size-multiple", "1").stderr
+    validated = [json.loads(line[line.index("{") :]) for line in log.splitlines() if '"valid_loss"' in line][-1]
+    trained = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
+    for name in ("valid_loss", "valid_nll_loss", "valid_bonus"):
+        assert float(validated[name]) == pytest.approx(float(trained[name]), abs=0.002)
+
+
+class RunsCode:
+    """What a hostile checkpoint may hold: unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.skipif(safe_checkpoints.torch_version() < (2, 6), reason="torch before 2.6 cannot load safely")
+def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
+    _, data = tiny
+    proof, hostile = tmp_path / "proof", tmp_path / "hostile.pt"
+    state = torch.load(el_run / "checkpoint_last.pt", weights_only=False)
+    state["extra_state"]["payload"] = RunsCode(proof)
+    torch.save(state, hostile)
+    output = generate(hostile, data, "--user-dir", USER_DIR, code=1)
+    assert "weights_only" in output.stderr.lower() or "Unsupported" in output.stderr
+    averaged = tmp_path / "average.pt"
+    argv = [sys.executable, ROOT / "scripts/average_checkpoints.py", "--inputs", hostile, "--output", averaged]
+    error = run(*argv, code=2).stderr
+    assert error.count("\n") == 1 and "hostile.pt" in error
+    assert not proof.exists() and not averaged.exists()
+    torch.load(hostile, weights_only=False)
+    assert proof.exists(), "the checkpoint is indeed hostile"
+
+
+def test_the_allow_list_holds_what_checkpoints_need_and_nothing_that_acts():
+    allowed = [entry[0] if isinstance(entry, tuple) else entry for entry in safe_checkpoints.types_in_files()]
+    assert allowed[0] is argparse.Namespace and len(allowed) == 6
+    with pytest.raises(pickle.UnpicklingError):
+        path = ROOT / "does-not-matter"
+        buffer = pickle.dumps({"x": RunsCode(path)})
+        import io
+
+        torch.load(io.BytesIO(buffer), weights_only=True)
+
+
+@pytest.mark.parametrize("first, second", [(CE, EL), (EL, CE)], ids=["ce to el", "el to ce"])
+def test_fine_tuning_across_criteria(first, second, train, tmp_path):
+    train(tmp_path / "first", *first, "--max-epoch", "1")
+    start = ("--finetune-from-model", tmp_path / "first" / "checkpoint_last.pt", "--max-epoch", "1")
+    log = train(tmp_path / "second", *second, *start).stderr
+    assert "loading pretrained model from" in log
+    assert (tmp_path / "second" / "checkpoint1.pt").exists()
+
+
+def test_a_changed_criterion_is_refused_without_a_word_on_the_state(el_run, train, tmp_path):
+    (tmp_path / "checkpoint_last.pt").write_bytes((el_run / "checkpoint_last.pt").read_bytes())
+    assert "Criterion does not match" in train(tmp_path, *CE, "--max-epoch", "3", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("--log-end", "1.5", "log_end must be between 0 and 1, got 1.5"),
+        ("--bonus-exponent", "0.5", "bonus_exponent must be between 1 and 10, got 0.5"),
+        ("--bonus-weight", "-1", "bonus_weight must be between 0 and 2, got -1.0"),
+        ("--label-smoothing", "2", "label_smoothing must be between 0 and 1, got 2.0"),
+        ("--log-end", "much", "invalid number value: 'much'"),
+        ("--bonus", "tanh", "invalid choice: 'tanh'"),
+        ("--smoothing-convention", "torch", "invalid choice: 'torch'"),
+    ],
+)
+def test_options_out_of_range_end_in_one_line(option, value, expected, train, tmp_path):
+    criterion = ("--criterion", "label_smoothed_encouraging_loss", option, value)
+    last = train(tmp_path / "run", *criterion, code=2).stderr.strip().splitlines()[-1]
+    assert f"error: argument {option}" in last and expected in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_the_defaults():
+    shown = run("fairseq-train", "--user-dir", USER_DIR, *EL[:2], "--help").stdout
+    for text in ("--log-end LOG_END", "(default: 0.5)", "--bonus {none,log,power,cosine}", "(default: fairseq)"):
+        assert text in " ".join(shown.split())
+
+
+def test_hydra_trains_with_the_same_options(tiny, tmp_path):
+    recipe, data = tiny
+    model = {
+        name.replace("-", "_"): value
+        for name, value in recipe.train.items()
+        if name.split("-")[0] in ("encoder", "decoder")
+    }
+    argv = ["fairseq-hydra-train", f"task.data={data / 'data-bin'}", "task._name=translation", "+task.source_lang=de"]
+    argv += ["+task.target_lang=en", f"common.user_dir={USER_DIR}", "common.cpu=true", "common.log_format=json"]
+    argv += ["criterion._name=label_smoothed_encouraging_loss", "+criterion.label_smoothing=0.1"]
+    argv += ["+criterion.log_end=0.75", "+criterion.bonus=log", "model._name=transformer"]
+    argv += [f"+model.{name}={value}" for name, value in model.items()] + ["+model.share_all_embeddings=true"]
+    argv += ["optimizer._name=adam", "optimization.lr=[0.003]", "optimization.max_epoch=1", "dataset.max_tokens=1000"]
+    argv += [f"checkpoint.save_dir={tmp_path}", "lr_scheduler._name=fixed", f"hydra.run.dir={tmp_path / 'hydra'}"]
+    run(*argv, cwd=tmp_path)
+    state = safe_checkpoints.load(tmp_path / "checkpoint_last.pt")
+    assert state["cfg"]["criterion"]["log_end"] == 0.75
+    generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout
+    assert len(hypotheses(generated)) == 21
+
+
+def test_average_of_epochs_translates(el_run, tiny, tmp_path):
+    _, data = tiny
+    averaged = tmp_path / "average.pt"
+    argv = [sys.executable, ROOT / "scripts/average_checkpoints.py", "--inputs", el_run, "--output", averaged]
+    assert "checkpoint1.pt checkpoint2.pt" in run(*argv, "--num-epoch-checkpoints", "2").stdout
+    assert len(hypotheses(generate(averaged, data, "--user-dir", USER_DIR).stdout)) == 21

@@ -1,0 +1,190 @@
+"""`encourage-mt run` and the scripts around it, as a user drives them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, run, write_recipe
+
+from encourage_mt.recipe import load_recipe
+
+
+def differing_options(commands):
+    """Words of two commands that are not in both, with paths and seeds of their own left out."""
+    first, second = (command.split() for command in commands)
+    return {word for word in set(first) ^ set(second) if not word.startswith("/")}
+
+
+def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
+    recipe = write_recipe(tmp_path)
+    first = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work")
+    table = [line for line in first.stdout.splitlines() if line.startswith(("| ce ", "| el "))]
+    assert len(table) == 2 and all(line.count("|") == 7 for line in table)
+    assert "BLEU signature: `nrefs:1|case:mixed|" in first.stdout and str(tmp_path / "work") in first.stdout
+
+    second = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work")
+    for words in ("is prepared already", "ce.seed1: trained already", "el.seed1: scored already"):
+        assert words in second.stdout
+    assert [line for line in second.stdout.splitlines() if line.startswith(("| ce ", "| el "))] == table
+
+    results = [json.loads((tmp_path / "work" / f"{arm}.seed1" / "scores.json").read_text()) for arm in ("ce", "el")]
+    assert differing_options([result["command"] for result in results]) == {
+        "label_smoothed_cross_entropy",
+        "label_smoothed_encouraging_loss",
+        "--log-end",
+        "0.5",
+    }
+    assert results[0]["data_sha256"] == results[1]["data_sha256"]
+
+    hypothesis, reference = tmp_path / "work/el.seed1/test.en", tmp_path / "work/data/text/test.en"
+    for metric, name in (("bleu", "BLEU"), ("chrf", "CHRF")):
+        told = json.loads(run("sacrebleu", reference, "-i", hypothesis, "-m", metric, "-w", "10").stdout)
+        ours = results[1]["scores"]["test"][name]
+        assert told["score"] == pytest.approx(ours["score"], abs=1e-9)
+        assert told["signature"] == ours["signature"]
+
+    other = write_recipe(tmp_path, subword={"vocab_size": 250, "model_type": "bpe"})
+    error = run("encourage-mt", "run", other, "--work-dir", tmp_path / "work", code=2).stderr
+    assert "prepared with other options" in error
+    other = write_recipe(tmp_path, train={**TINY["train"], "lr": 0.001})
+    error = run("encourage-mt", "run", other, "--work-dir", tmp_path / "work", code=2).stderr
+    assert "holds a training with another command" in error
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"arms": {"el": {"criterion": "x", "lr": 1}}}, "arm el sets lr; arms differ by criterion"),
+        ({"arms": {"el": {"log-end": 1}}}, "arm el names no criterion"),
+        ({"colour": "red"}, "unknown colour"),
+        ({"data": {"train": ["a", "b"], "valid": ["c", "d"]}}, "data has no test set"),
+        ({"data": {"generate": {"seed": 1, "train": 10, "test": 5}}}, "data has no valid"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_refused_in_one_line(changes, expected, tmp_path):
+    error = run(
+        "encourage-mt", "run", write_recipe(tmp_path, **changes), "--work-dir", tmp_path / "work", code=2
+    ).stderr
+    assert expected in error and error.count("\n") == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_command_line_mistakes_are_refused_in_one_line(tmp_path):
+    recipe = write_recipe(tmp_path)
+    for options, expected in (
+        (["--arms", "ce", "fl"], "the recipe has ce, el, not fl"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+    ):
+        error = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work", *options, code=2).stderr
+        assert expected in error and error.count("\n") == 1
+    assert "No such file" in run("encourage-mt", "run", tmp_path / "none.yaml", code=2).stderr
+
+
+def test_without_fairseq_one_line_tells(tmp_path):
+    """A Python beside which fairseq's commands are missing: the same interpreter, linked into an empty folder."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    code = (
+        f"import sys; sys.executable = {str(tmp_path / 'bin' / 'python')!r}; from encourage_mt.cli import main; main()"
+    )
+    argv = [sys.executable, "-c", code, "run", write_recipe(tmp_path), "--work-dir", tmp_path / "work"]
+    error = run(*argv, code=2).stderr
+    assert "fairseq-preprocess is not installed" in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "work" / "data").exists()
+
+
+def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
+    for path in sorted((ROOT / "examples").glob("*/recipe.yaml")):
+        recipe = load_recipe(path)
+        assert set(recipe.arms) >= {"ce", "el"}
+        assert (path.parent / "run.sh").exists()
+        assert not {"criterion", "label-smoothing"} & set(recipe.train)
+
+
+# --- the scripts
+
+
+def with_tools(folder, *left_out):
+    """A folder for PATH with what the scripts need, without `left_out`."""
+    folder.mkdir()
+    for tool in ("bash", "dirname", "cat", "sha256sum", "python3", "g++", "gcc"):
+        found = shutil.which(tool)
+        if tool not in left_out and found:
+            (folder / tool).symlink_to(os.path.realpath(found))
+    return folder
+
+
+def quickstart(tmp_path, path, python):
+    environment = {"PATH": str(path), "VENV": str(tmp_path / "venv"), "PYTHON": str(python)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/quickstart.sh")], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert not (tmp_path / "venv").exists()
+    return done
+
+
+def stub(tmp_path, body):
+    path = tmp_path / "stub-python"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    "body, left_out, expected",
+    [
+        ('echo "3.9"', (), "Python 3.9 is not supported"),
+        (f'case "$2" in *venv*) exit 1;; esac; exec {sys.executable} "$@"', (), "apt-get install python3-venv"),
+        ('case "$2" in *version*) echo 3.11;; esac', ("g++",), "apt-get install g++"),
+        ('case "$2" in *version*) echo 3.11;; *Python.h*) exit 1;; esac', (), "apt-get install python3-dev"),
+    ],
+    ids=["unsupported Python", "no venv", "no compiler", "no headers"],
+)
+def test_what_the_machine_lacks_is_told_in_one_line(body, left_out, expected, tmp_path):
+    done = quickstart(tmp_path, with_tools(tmp_path / "bin", *left_out), stub(tmp_path, body))
+    assert done.returncode == 2
+    assert expected in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_no_python_at_all_is_told(tmp_path):
+    done = quickstart(tmp_path, with_tools(tmp_path / "bin"), "python-that-is-not-there")
+    assert done.returncode == 2 and "not found; install Python" in done.stderr
+
+
+def test_constraints_pin_exactly_what_setup_asks_for():
+    pins = dict(
+        re.match(r"([\w-]+)==([^;\s]+)", line).groups()
+        for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()
+        if not line.startswith("#") and "< " not in line
+    )
+    asked = re.findall(
+        r'"([\w-]+)(?:[>=]=[\d.]+)?(?:; [^"]*)?",?', (ROOT / "setup.py").read_text().split("install_requires")[1]
+    )
+    for name in asked:
+        if not name.startswith(("fairseq", "python_", "encourage")) and name in ("torch", "sacrebleu", "sentencepiece"):
+            assert name in pins
+    assert pins["torch"] == "2.13.0"
+
+
+MULTI30K = ROOT.parent / "shared" / "data" / "multi30k"
+
+
+@pytest.mark.skipif(
+    not MULTI30K.is_dir(), reason=f"no Multi30k files in {MULTI30K}; give them to recipes with --raw-dir"
+)
+def test_multi30k_prepares_from_files_at_hand(tmp_path):
+    from encourage_mt.prepare import prepare
+
+    recipe = load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml")
+    data = prepare(recipe, tmp_path, MULTI30K)
+    counts = json.loads((data / "manifest.json").read_text())["pairs"]
+    assert counts == {"train": 29000, "valid": 1014, "test_2016_flickr": 1000, "test_2017_flickr": 1000}
+    assert {p.name for p in (data / "data-bin").glob("test1.*.bin")} == {"test1.de-en.de.bin", "test1.de-en.en.bin"}
+    assert yaml.safe_load((ROOT / "examples/multi30k_de_en/recipe.yaml").read_text())["beam"] == recipe.beam
+    assert Path(data / "subword.model").stat().st_size > 0
