@@ -14,7 +14,7 @@ PATTERNS = {"epoch": r"checkpoint(\d+)\.pt", "update": r"checkpoint_\d+_(\d+)\.p
 
 
 def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> "list[Path]":
-    """The `count` newest epoch or update checkpoints in `run_dir`, oldest first. Raises UserError if there are fewer."""
+    """The `count` newest epoch or update checkpoints in `run_dir`, oldest first; UserError if there are fewer."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such directory")
     numbered = {}

@@ -39,9 +39,9 @@ def read_bitext(source: Path, target: Path) -> "list[tuple[str, str]]":
     source_lines, target_lines = read_lines(source), read_lines(target)
     if len(source_lines) != len(target_lines):
         raise UserError(
-            f"{source} has {len(source_lines)} lines, {target} has {len(target_lines)}: the sides must pair line by line"
+            f"{source} has {len(source_lines)} lines, {target} has {len(target_lines)}: they must pair line by line"
         )
-    return list(zip(source_lines, target_lines))
+    return list(zip(source_lines, target_lines, strict=True))
 
 
 def fetch(name: str, raw_dir: "Path | None", cache: Path, url: "str | None", sha256: "str | None") -> Path:

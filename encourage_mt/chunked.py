@@ -31,7 +31,7 @@ def supports(options: LossOptions) -> bool:
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
-    """As `encourage_mt.reference.loss_terms`, for logits [tokens, V], target [tokens] (any valid type where ignored)."""
+    """As `encourage_mt.reference.loss_terms`; only loss has a gradient."""
     return LossTerms(*_Chunked.apply(logits, target, options, ignored, reduce))
 
 

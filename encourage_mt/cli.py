@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=1,
-        help="of initialization, data order and dropout in all arms (default: %(default)s)",
+        help="of initialization, order and dropout in all arms (default: %(default)s)",
     )
     command.add_argument("--arms", nargs="+", help="arms of the recipe to run (default: all)")
     command.add_argument(
         "--jobs",
         type=int,
-        help="trainings side by side (default: 1 on a GPU, else as many as there are arms and cores)",
+        help="trainings side by side (default: 1 on a GPU, else one a core)",
     )
     return main
 
@@ -80,6 +80,5 @@ def run_recipe(arguments) -> None:
     results = [evaluate(run, recipe, data) for run in runs]
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\n{table(results)}\n\nOne seed is a smoke test, not evidence.")
-    print(
-        f"Everything lies in {work_dir}: data, logs, checkpoints, translations, scores.json. {minutes}:{seconds:02d} min."
-    )
+    print(f"Everything lies in {work_dir}: data, logs, checkpoints, translations, scores.json.")
+    print(f"Took {minutes}:{seconds:02d} minutes.")

@@ -17,7 +17,8 @@ Lehrer Lehrer m teacher; Mädchen Mädchen n girl; Vater Väter m father; Mutter
 Schwester Schwestern f sister; Bruder Brüder m brother; Arzt Ärzte m doctor; Tochter Töchter f daughter
 Sohn Söhne m son; Pferd Pferde n horse; Vogel Vögel m bird; König Könige m king; Königin Königinnen f queen
 Koch Köche m cook; Gast Gäste m guest; Dieb Diebe m thief/thieves; Richter Richter m judge; Maler Maler m painter
-Sängerin Sängerinnen f singer; Bäcker Bäcker m baker; Kuh Kühe f cow; Schaf Schafe n sheep/sheep; Fuchs Füchse m fox/foxes
+Sängerin Sängerinnen f singer; Bäcker Bäcker m baker; Kuh Kühe f cow; Schaf Schafe n sheep/sheep
+Fuchs Füchse m fox/foxes
 Maus Mäuse f mouse/mice; Schlange Schlangen f snake; Enkel Enkel m grandson; Tante Tanten f aunt; Onkel Onkel m uncle
 Schneider Schneider m tailor; Ärztin Ärztinnen f doctor; Ziege Ziegen f goat; Baby Babys n baby/babies
 Gärtner Gärtner m gardener; Nichte Nichten f niece; Esel Esel m donkey; Ente Enten f duck; Hexe Hexen f witch/witches
@@ -30,10 +31,12 @@ Ball Bälle m ball; Kleid Kleider n dress/dresses; Hut Hüte m hat; Schuh Schuhe
 Flasche Flaschen f bottle; Glas Gläser n glass/glasses; Teller Teller m plate; Messer Messer n knife/knives
 Gabel Gabeln f fork; Löffel Löffel m spoon; Kuchen Kuchen m cake; Ei Eier n egg; Zwiebel Zwiebeln f onion
 Birne Birnen f pear; Baum Bäume m tree; Blume Blumen f flower; Stein Steine m stone; Ring Ringe m ring
-Korb Körbe m basket; Karte Karten f map; Zeitung Zeitungen f newspaper; Kerze Kerzen f candle; Spiegel Spiegel m mirror
+Korb Körbe m basket; Karte Karten f map; Zeitung Zeitungen f newspaper; Kerze Kerzen f candle
+Spiegel Spiegel m mirror
 Decke Decken f blanket; Kissen Kissen n pillow; Hammer Hämmer m hammer; Nagel Nägel m nail; Seil Seile n rope
 Eimer Eimer m bucket; Zelt Zelte n tent; Boot Boote n boat; Geige Geigen f violin; Trommel Trommeln f drum
-Mantel Mäntel m coat; Brücke Brücken f bridge; Truhe Truhen f chest; Fass Fässer n barrel; Pinsel Pinsel m brush/brushes
+Mantel Mäntel m coat; Brücke Brücken f bridge; Truhe Truhen f chest; Fass Fässer n barrel
+Pinsel Pinsel m brush/brushes
 """
 ADJECTIVES = """
 groß big; klein small; alt old; jung young; neu new; schön beautiful; rot red; blau blue; grün green; schwarz black
@@ -41,7 +44,7 @@ weiß white; gut good; schlecht bad; schnell fast; langsam slow; schwer heavy; l
 traurig sad; reich rich; arm poor; klug clever; seltsam strange; berühmt famous; ruhig quiet; wild wild; leer empty
 """
 # infinitive (prefix|rest), he-form, participle, auxiliary, object, English base, he-form, past
-# object: thing or person (accusative), to (dative person), a preposition with its case, none, or give (dative, accusative)
+# object: thing or person (accusative), to (dative person), a preposition with its case, none, or give (both cases)
 VERBS = """
 sehen sieht gesehen h person see sees saw; kaufen kauft gekauft h thing buy buys bought
 finden findet gefunden h thing find finds found; suchen sucht gesucht h thing look_for looks_for looked_for
@@ -49,7 +52,8 @@ helfen hilft geholfen h to help helps helped; schlafen schläft geschlafen h non
 ab|holen holt abgeholt h person pick_up picks_up picked_up; besuchen besucht besucht h person visit visits visited
 ein|laden lädt eingeladen h person invite invites invited; tragen trägt getragen h thing carry carries carried
 an|rufen ruft angerufen h person call calls called; geben gibt gegeben h give give gives gave
-verkaufen verkauft verkauft h thing sell sells sold; mit|bringen bringt mitgebracht h thing bring_along brings_along brought_along
+verkaufen verkauft verkauft h thing sell sells sold
+mit|bringen bringt mitgebracht h thing bring_along brings_along brought_along
 warten wartet gewartet h auf+acc wait_for waits_for waited_for; danken dankt gedankt h to thank thanks thanked
 malen malt gemalt h thing paint paints painted; hören hört gehört h person hear hears heard
 an|kommen kommt angekommen s none arrive arrives arrived; folgen folgt gefolgt s to follow follows followed
@@ -57,26 +61,33 @@ zeigen zeigt gezeigt h give show shows showed; verlieren verliert verloren h thi
 auf|heben hebt aufgehoben h thing lift lifts lifted; sprechen spricht gesprochen h mit+dat talk_to talks_to talked_to
 lachen lacht gelacht h none laugh laughs laughed; reparieren repariert repariert h thing repair repairs repaired
 zu|hören hört zugehört h to listen_to listens_to listened_to; lieben liebt geliebt h person love loves loved
-weg|werfen wirft weggeworfen h thing throw_away throws_away threw_away; treffen trifft getroffen h person meet meets met
+weg|werfen wirft weggeworfen h thing throw_away throws_away threw_away
+treffen trifft getroffen h person meet meets met
 schicken schickt geschickt h give send sends sent; auf|stehen steht aufgestanden s none get_up gets_up got_up
-vergessen vergisst vergessen h thing forget forgets forgot; denken denkt gedacht h an+acc think_of thinks_of thought_of
+vergessen vergisst vergessen h thing forget forgets forgot
+denken denkt gedacht h an+acc think_of thinks_of thought_of
 an|schauen schaut angeschaut h thing look_at looks_at looked_at; arbeiten arbeitet gearbeitet h none work works worked
-stehlen stiehlt gestohlen h thing steal steals stole; ein|schlafen schläft eingeschlafen s none fall_asleep falls_asleep fell_asleep
+stehlen stiehlt gestohlen h thing steal steals stole
+ein|schlafen schläft eingeschlafen s none fall_asleep falls_asleep fell_asleep
 retten rettet gerettet h person rescue rescues rescued; verstecken versteckt versteckt h thing hide hides hid
-tanzen tanzt getanzt h mit+dat dance_with dances_with danced_with; vertrauen vertraut vertraut h to trust trusts trusted
+tanzen tanzt getanzt h mit+dat dance_with dances_with danced_with
+vertrauen vertraut vertraut h to trust trusts trusted
 zurück|geben gibt zurückgegeben h thing give_back gives_back gave_back; weinen weint geweint h none cry cries cried
 leihen leiht geliehen h give lend lends lent; weg|laufen läuft weggelaufen s none run_away runs_away ran_away
 bestellen bestellt bestellt h thing order orders ordered; fangen fängt gefangen h person catch catches caught
 antworten antwortet geantwortet h to answer answers answered; ein|packen packt eingepackt h thing pack packs packed
-auf|wecken weckt aufgeweckt h person wake_up wakes_up woke_up; zurück|kommen kommt zurückgekommen s none come_back comes_back came_back
+auf|wecken weckt aufgeweckt h person wake_up wakes_up woke_up
+zurück|kommen kommt zurückgekommen s none come_back comes_back came_back
 aus|leihen leiht ausgeliehen h thing borrow borrows borrowed; zeichnen zeichnet gezeichnet h thing draw draws drew
 """
 MODALS = """
-kann können can can; will wollen want_to wants_to; muss müssen must must; soll sollen should should; darf dürfen may may
+kann können can can; will wollen want_to wants_to; muss müssen must must; soll sollen should should
+darf dürfen may may
 """
 TIMES = """
 heute today any; jetzt now present; gestern yesterday past; morgen tomorrow present; am_Abend in_the_evening any
-jeden_Tag every_day any; am_Montag on_Monday any; am_Freitag on_Friday any; im_Winter in_winter any; nachts at_night any
+jeden_Tag every_day any; am_Montag on_Monday any; am_Freitag on_Friday any; im_Winter in_winter any
+nachts at_night any
 vor_N_Tagen N_days_ago past; um_N_Uhr at_N_o'clock any; in_N_Wochen in_N_weeks present; vor_N_Jahren N_years_ago past
 """
 PLACES = """
@@ -230,7 +241,7 @@ class Grammar:
                 title, en_title, forms = self.rng.choice(
                     [("Herr", "Mr", ("Herr", "Herrn", "Herrn")), ("Frau", "Ms", ("Frau",) * 3)]
                 )
-                de = {case: f"{form} {surname}" for case, form in zip(DEFINITE, forms)}
+                de = {case: f"{form} {surname}" for case, form in zip(DEFINITE, forms, strict=True)}
                 en = f"{en_title} {surname}"
                 return NounPhrase(de, en, en, "he", pairs=[(title, surname)])
         return self.full_noun_phrase(animate, negative)

@@ -163,16 +163,14 @@ def test_help_shows_the_defaults():
 
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
     recipe, data = tiny
-    model = {
-        name.replace("-", "_"): value
-        for name, value in recipe.train.items()
-        if name.split("-")[0] in ("encoder", "decoder")
-    }
+    sizes = [name for name in recipe.train if name.startswith(("encoder-", "decoder-"))]
     argv = ["fairseq-hydra-train", f"task.data={data / 'data-bin'}", "task._name=translation", "+task.source_lang=de"]
     argv += ["+task.target_lang=en", f"common.user_dir={USER_DIR}", "common.cpu=true", "common.log_format=json"]
     argv += ["criterion._name=label_smoothed_encouraging_loss", "+criterion.label_smoothing=0.1"]
     argv += ["+criterion.log_end=0.75", "+criterion.bonus=log", "model._name=transformer"]
-    argv += [f"+model.{name}={value}" for name, value in model.items()] + ["+model.share_all_embeddings=true"]
+    argv += [f"+model.{name.replace('-', '_')}={recipe.train[name]}" for name in sizes] + [
+        "+model.share_all_embeddings=true"
+    ]
     argv += ["optimizer._name=adam", "optimization.lr=[0.003]", "optimization.max_epoch=1", "dataset.max_tokens=1000"]
     argv += [f"checkpoint.save_dir={tmp_path}", "lr_scheduler._name=fixed", f"hydra.run.dir={tmp_path / 'hydra'}"]
     run(*argv, cwd=tmp_path)

@@ -69,7 +69,7 @@ def own_recipe(folder, **files):
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"train_de": "nur eine Zeile\n"}, "the sides must pair line by line"),
+        ({"train_de": "nur eine Zeile\n"}, "they must pair line by line"),
         ({"test_en": ""}, "test.en: empty file"),
         ({"valid_de": b"\xe4\n" * 10}, "valid.de: line 1, byte 1: not UTF-8"),
         ({"train_de": "\n" * 200}, "train: no pair has text on both sides"),
