@@ -60,12 +60,20 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
-        # not in place: with retain_graph=True the gradient is asked for again
-        if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1:
-            gradient = ctx.gradient
+        if upstream.dim() == 1:
+            upstream = upstream.unsqueeze(1)
+        if _graph_is_kept():
+            gradient = ctx.gradient * upstream
         else:
-            gradient = ctx.gradient * (upstream if upstream.dim() == 0 else upstream.unsqueeze(1))
+            gradient, ctx.gradient = ctx.gradient, None
+            if upstream.device.type != "cpu" or upstream.dim() or upstream.item() != 1:
+                gradient *= upstream
         return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _graph_is_kept():
+    """Whether backward runs with retain_graph=True and may be asked again; True where torch cannot tell."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
 def _threshold(dtype: torch.dtype, share: float) -> float:
@@ -123,7 +131,7 @@ def _block(logits, target, options, out, needs_gradient):
     if needs_gradient:
         others = share * (vocabulary - 1 + weight * linear * one_minus_top + a_extra)
         others = others + torch.where(is_top, 0.0, of_target * a_target)
-        of_top = share + of_target * is_top
+        of_top = share + of_target * is_top.to(total.dtype)
         grand = others + of_top * a_top
         factor = (grand - share * weight * linear) / total
         if share:
@@ -150,16 +158,15 @@ def _group_tops(logits):
 
 
 def _columns(group, vocabulary):
-    """Types of `group` [...] as [..., GROUP], and which of them exist (the last group may be short)."""
+    """Types of `group` [...] as [..., GROUP], and which of them exist: a short last group repeats its last type."""
     columns = group.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=group.device)
     return columns.clamp(max=vocabulary - 1), columns < vocabulary
 
 
 def _top(logits, top_group):
     """The type of the highest logit of each row [rows, 1], found in its group [rows, 1]."""
-    columns, exists = _columns(top_group.squeeze(1), logits.size(1))
-    candidates = logits.gather(1, columns).masked_fill(~exists, -math.inf)
-    return columns.gather(1, candidates.argmax(dim=1, keepdim=True))
+    columns, _ = _columns(top_group.squeeze(1), logits.size(1))
+    return columns.gather(1, logits.gather(1, columns).argmax(dim=1, keepdim=True))
 
 
 class _Exact:
@@ -169,7 +176,6 @@ class _Exact:
         self.row, group = chosen.nonzero(as_tuple=True)
         columns, exists = _columns(group, out.size(1))
         self.index = self.row.unsqueeze(1) * out.size(1) + columns
-        self.exists = exists
         self.rows = out.size(0)
         self.p = out.view(-1)[self.index].masked_fill_(~exists, 0.0) / total[self.row]
 
@@ -179,5 +185,4 @@ class _Exact:
         return sums.index_add_(0, self.row, values.sum(dim=1, keepdim=True))
 
     def subtract(self, out, values):
-        values = values.masked_fill(~self.exists, 0.0)
         out.view(-1).index_add_(0, self.index.view(-1), -values.view(-1))

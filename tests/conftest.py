@@ -53,12 +53,16 @@ def write_recipe(folder, **changes):
 
 
 def run(*argv, code=0, stdin=None, **options):
-    """Run a command of this environment; asserts its exit code; returns the finished process with text output."""
+    """Run a command of this environment and check its exit code.
+
+    Returns the finished process with stdout, stderr and output (both) as text.
+    """
     argv = [str(word) for word in argv]
     if (Path(sys.executable).parent / argv[0]).exists():
         argv = commands.resolve(argv)
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, encoding="utf-8", **options)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    done.output = done.stdout + done.stderr
+    assert done.returncode == code, done.output[-6000:]
     return done
 
 
@@ -98,5 +102,5 @@ EVAL_BLEU = (
 def el_run(train, tmp_path_factory):
     """Folder of checkpoints of two epochs, trained with the encouraging loss, --eval-bleu and accuracy."""
     folder = tmp_path_factory.mktemp("el")
-    (folder / "log").write_text(train(folder, *EL, *EVAL_BLEU, "--report-accuracy").stderr, encoding="utf-8")
+    (folder / "log").write_text(train(folder, *EL, *EVAL_BLEU, "--report-accuracy").output, encoding="utf-8")
     return folder

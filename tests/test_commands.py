@@ -1,6 +1,5 @@
 """fairseq's own command lines with the plugin: train, resume, fine-tune, generate, validate, interact, average."""
 
-import argparse
 import json
 import math
 import pickle
@@ -36,7 +35,6 @@ def test_training_logs_likelihood_and_bonus(el_run):
     assert [record["epoch"] for record in epochs] == [1, 2]
     for record in epochs:
         assert float(record["train_bonus"]) < 0
-        assert float(record["train_loss"]) < float(record["train_nll_loss"])
         assert math.isclose(float(record["train_ppl"]), 2 ** float(record["train_nll_loss"]), rel_tol=0.01)
         assert 0 <= float(record["train_accuracy"]) <= 100
 
@@ -44,7 +42,7 @@ def test_training_logs_likelihood_and_bonus(el_run):
 def test_resume_goes_on_where_it_stopped(el_run, train, tmp_path):
     for file in el_run.glob("checkpoint_last.pt"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    log = train(tmp_path, *EL, *EVAL_BLEU, "--report-accuracy", "--max-epoch", "3").stderr
+    log = train(tmp_path, *EL, *EVAL_BLEU, "--report-accuracy", "--max-epoch", "3").output
     assert "Loaded checkpoint" in log and "(epoch 3 @" in log
     assert [record["epoch"] for record in log_of(log, tmp_path) if "train_loss" in record] == [3]
 
@@ -76,7 +74,7 @@ def test_validate_gives_the_figures_of_training(el_run, tiny, tmp_path):
     _, data = tiny
     argv = ["fairseq-validate", data / "data-bin", "--task", "translation", "--path", el_run / "checkpoint_last.pt"]
     argv += ["--user-dir", USER_DIR, "--cpu", "--max-tokens", "1000", "--log-format", "json"]
-    log = run(*argv, "--required-batch-size-multiple", "1").stderr
+    log = run(*argv, "--required-batch-size-multiple", "1").output
     validated = [json.loads(line[line.index("{") :]) for line in log.splitlines() if '"valid_loss"' in line][-1]
     trained = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
     for name in ("valid_loss", "valid_nll_loss", "valid_bonus"):
@@ -101,7 +99,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     state["extra_state"]["payload"] = RunsCode(proof)
     torch.save(state, hostile)
     output = generate(hostile, data, "--user-dir", USER_DIR, code=1)
-    assert "weights_only" in output.stderr.lower() or "Unsupported" in output.stderr
+    assert "Weights only load failed" in output.stderr
     averaged = tmp_path / "average.pt"
     argv = [sys.executable, ROOT / "scripts/average_checkpoints.py", "--inputs", hostile, "--output", averaged]
     error = run(*argv, code=2).stderr
@@ -111,29 +109,38 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     assert proof.exists(), "the checkpoint is indeed hostile"
 
 
-def test_the_allow_list_holds_what_checkpoints_need_and_nothing_that_acts():
-    allowed = [entry[0] if isinstance(entry, tuple) else entry for entry in safe_checkpoints.types_in_files()]
-    assert allowed[0] is argparse.Namespace and len(allowed) == 6
-    with pytest.raises(pickle.UnpicklingError):
-        path = ROOT / "does-not-matter"
-        buffer = pickle.dumps({"x": RunsCode(path)})
-        import io
+@pytest.mark.skipif(safe_checkpoints.torch_version() < (2, 6), reason="torch before 2.6 has no allow-list")
+def test_the_allow_list_is_what_a_checkpoint_with_eval_bleu_needs(el_run):
+    path = el_run / "checkpoint_last.pt"
+    listed = safe_checkpoints.types_in_files()
 
-        torch.load(io.BytesIO(buffer), weights_only=True)
+    def loads(entries):
+        with torch.serialization.safe_globals(entries):
+            try:
+                return bool(torch.load(path, weights_only=True))
+            except pickle.UnpicklingError:
+                return False
+
+    assert loads(listed)
+    needless = [entry for entry in listed if loads([other for other in listed if other is not entry])]
+    assert [name for _, name in needless] in (
+        ["numpy.core.multiarray._reconstruct"],
+        ["numpy._core.multiarray._reconstruct"],
+    ), "nothing is listed that is not needed, but for the name of the other numpy"
 
 
 @pytest.mark.parametrize("first, second", [(CE, EL), (EL, CE)], ids=["ce to el", "el to ce"])
 def test_fine_tuning_across_criteria(first, second, train, tmp_path):
     train(tmp_path / "first", *first, "--max-epoch", "1")
     start = ("--finetune-from-model", tmp_path / "first" / "checkpoint_last.pt", "--max-epoch", "1")
-    log = train(tmp_path / "second", *second, *start).stderr
+    log = train(tmp_path / "second", *second, *start).output
     assert "loading pretrained model from" in log
     assert (tmp_path / "second" / "checkpoint1.pt").exists()
 
 
 def test_a_changed_criterion_is_refused_without_a_word_on_the_state(el_run, train, tmp_path):
     (tmp_path / "checkpoint_last.pt").write_bytes((el_run / "checkpoint_last.pt").read_bytes())
-    assert "Criterion does not match" in train(tmp_path, *CE, "--max-epoch", "3", code=1).stderr
+    assert "Criterion does not match" in train(tmp_path, *CE, "--max-epoch", "3", code=1).output
 
 
 @pytest.mark.parametrize(
@@ -155,29 +162,48 @@ def test_options_out_of_range_end_in_one_line(option, value, expected, train, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_the_defaults():
-    shown = run("fairseq-train", "--user-dir", USER_DIR, *EL[:2], "--help").stdout
-    for text in ("--log-end LOG_END", "(default: 0.5)", "--bonus {none,log,power,cosine}", "(default: fairseq)"):
-        assert text in " ".join(shown.split())
+def test_help_texts_show_the_defaults():
+    """fairseq-train --help stops before it adds a criterion's options, so the criterion's own parser is asked."""
+    code = (
+        "import argparse, fairseq.criterions, encourage_mt.criterion as c; parser = argparse.ArgumentParser(); "
+        "c.LabelSmoothedEncouragingLossCriterion.add_args(parser); print(parser.format_help())"
+    )
+    shown = " ".join(run(sys.executable, "-c", code).stdout.split())
+    assert shown.count("(default: ") == 6
+    for text in ("--bonus {none,log,power,cosine}", "0 to 1; 1: never (default: 0.5)", "(default: fairseq)"):
+        assert text in shown
+
+
+def hydra_train(data, save_dir, *options, code=0):
+    argv = ["fairseq-hydra-train", "task=translation", f"task.data={data / 'data-bin'}", f"common.user_dir={USER_DIR}"]
+    argv += ["task.source_lang=de", "task.target_lang=en", "common.cpu=true", "+model._name=transformer"]
+    for side in ("encoder", "decoder"):
+        argv += [
+            f"+model.{side}.{name}" for name in ("layers=1", "embed_dim=32", "ffn_embed_dim=32", "attention_heads=2")
+        ]
+    argv += [
+        "+model.share_all_embeddings=true",
+        "optimizer=adam",
+        "optimization.lr=[0.003]",
+        "optimization.max_epoch=1",
+    ]
+    argv += ["dataset.max_tokens=1000", f"checkpoint.save_dir={save_dir}", f"hydra.run.dir={save_dir}"]
+    argv += ["criterion._name=label_smoothed_encouraging_loss", *options]
+    return run(*argv, code=code, cwd=save_dir)
 
 
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
-    recipe, data = tiny
-    sizes = [name for name in recipe.train if name.startswith(("encoder-", "decoder-"))]
-    argv = ["fairseq-hydra-train", f"task.data={data / 'data-bin'}", "task._name=translation", "+task.source_lang=de"]
-    argv += ["+task.target_lang=en", f"common.user_dir={USER_DIR}", "common.cpu=true", "common.log_format=json"]
-    argv += ["criterion._name=label_smoothed_encouraging_loss", "+criterion.label_smoothing=0.1"]
-    argv += ["+criterion.log_end=0.75", "+criterion.bonus=log", "model._name=transformer"]
-    argv += [f"+model.{name.replace('-', '_')}={recipe.train[name]}" for name in sizes] + [
-        "+model.share_all_embeddings=true"
-    ]
-    argv += ["optimizer._name=adam", "optimization.lr=[0.003]", "optimization.max_epoch=1", "dataset.max_tokens=1000"]
-    argv += [f"checkpoint.save_dir={tmp_path}", "lr_scheduler._name=fixed", f"hydra.run.dir={tmp_path / 'hydra'}"]
-    run(*argv, cwd=tmp_path)
+    _, data = tiny
+    hydra_train(data, tmp_path, "+criterion.label_smoothing=0.1", "+criterion.log_end=0.75", "+criterion.bonus=log")
     state = safe_checkpoints.load(tmp_path / "checkpoint_last.pt")
     assert state["cfg"]["criterion"]["log_end"] == 0.75
     generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout
     assert len(hypotheses(generated)) == 21
+
+
+def test_hydra_refuses_a_value_out_of_range(tiny, tmp_path):
+    error = hydra_train(tiny[1], tmp_path, "+criterion.log_end=1.5", code=1).output
+    assert "log_end must be between 0 and 1, got 1.5" in error
 
 
 def test_average_of_epochs_translates(el_run, tiny, tmp_path):

@@ -37,7 +37,7 @@ def of_ours(logits, target, smoothing, reduce, backend):
 
 
 batches = pytest.mark.parametrize(
-    ("tokens", "vocabulary", "spread"), [(40, 11, 1.0), (40, 11, 5.0), (33, 1003, 1.0), (33, 1003, 5.0), (1, 2, 1.0)]
+    ("tokens", "vocabulary", "spread"), [(40, 11, 1.0), (40, 11, 5.0), (31, 1003, 1.0), (31, 1003, 5.0), (1, 2, 1.0)]
 )
 smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
 
