@@ -9,7 +9,8 @@ import sys
 __version__ = "0.1.0"
 
 if "fairseq" in sys.modules:
-    from . import criterion, safe_checkpoints
+    from . import compatibility, criterion, safe_checkpoints
 
     safe_checkpoints.install()
-    __all__ = ["criterion", "safe_checkpoints"]
+    compatibility.switch_encoder_fast_path_off()
+    __all__ = ["criterion"]
