@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
 from encourage_mt import safe_checkpoints
@@ -175,26 +176,34 @@ def test_help_texts_show_the_defaults():
 
 
 def hydra_train(data, save_dir, *options, code=0):
-    argv = ["fairseq-hydra-train", "task=translation", f"task.data={data / 'data-bin'}", f"common.user_dir={USER_DIR}"]
-    argv += ["task.source_lang=de", "task.target_lang=en", "common.cpu=true", "+model._name=transformer"]
-    for side in ("encoder", "decoder"):
-        argv += [
-            f"+model.{side}.{name}" for name in ("layers=1", "embed_dim=32", "ffn_embed_dim=32", "attention_heads=2")
-        ]
-    argv += [
-        "+model.share_all_embeddings=true",
-        "optimizer=adam",
-        "optimization.lr=[0.003]",
-        "optimization.max_epoch=1",
-    ]
-    argv += ["dataset.max_tokens=1000", f"checkpoint.save_dir={save_dir}", f"hydra.run.dir={save_dir}"]
-    argv += ["criterion._name=label_smoothed_encouraging_loss", *options]
-    return run(*argv, code=code, cwd=save_dir)
+    """fairseq-hydra-train with a YAML of the tiny model, in the form of those in fairseq's examples."""
+    side = {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 32, "attention_heads": 2}
+    config = {
+        "common": {"user_dir": str(USER_DIR), "cpu": True, "log_format": "json"},
+        "task": {"_name": "translation", "data": str(data / "data-bin"), "source_lang": "de", "target_lang": "en"},
+        "model": {
+            "_name": "transformer",
+            "encoder": side,
+            "decoder": side,
+            "share_all_embeddings": True,
+            "base_layers": 0,
+        },
+        "criterion": {"_name": "label_smoothed_encouraging_loss", "label_smoothing": 0.1, "log_end": 0.75},
+        "optimizer": {"_name": "adam"},
+        "lr_scheduler": {"_name": "fixed"},
+        "optimization": {"lr": [0.003], "max_epoch": 1},
+        "dataset": {"max_tokens": 1000},
+        "checkpoint": {"save_dir": str(save_dir)},
+    }
+    (save_dir / "tiny.yaml").write_text("# @package _group_\n" + yaml.safe_dump(config))
+    return run(
+        *("fairseq-hydra-train", "--config-dir", save_dir, "--config-name", "tiny", *options), code=code, cwd=save_dir
+    )
 
 
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
     _, data = tiny
-    hydra_train(data, tmp_path, "+criterion.label_smoothing=0.1", "+criterion.log_end=0.75", "+criterion.bonus=log")
+    hydra_train(data, tmp_path)
     state = safe_checkpoints.load(tmp_path / "checkpoint_last.pt")
     assert state["cfg"]["criterion"]["log_end"] == 0.75
     generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout
@@ -202,7 +211,7 @@ def test_hydra_trains_with_the_same_options(tiny, tmp_path):
 
 
 def test_hydra_refuses_a_value_out_of_range(tiny, tmp_path):
-    error = hydra_train(tiny[1], tmp_path, "+criterion.log_end=1.5", code=1).output
+    error = hydra_train(tiny[1], tmp_path, "criterion.log_end=1.5", code=1).output
     assert "log_end must be between 0 and 1, got 1.5" in error
 
 
