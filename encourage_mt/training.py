@@ -137,7 +137,7 @@ def summary(run: Run) -> dict:
     rates = [float(record["train_wps"]) for record in epochs]
     return {
         "target_tokens_per_second": round(sum(rates) / len(rates), 1),
-        "train_seconds": float(epochs[-1]["train_train_wall"]),
+        "train_seconds": sum(float(record["train_train_wall"]) for record in epochs),
         "epochs": int(epochs[-1]["epoch"]),
         "updates": int(epochs[-1]["train_num_updates"]),
     }
