@@ -22,7 +22,8 @@ from torch import Tensor
 from .reference import LossOptions, LossTerms, bonus_of, negative_slope
 
 GROUP = 64  # types that are gathered together
-BLOCK_ELEMENTS = 1 << 18  # of one block of rows, on CPU: 1 MiB in float32
+BLOCK_ELEMENTS = 1 << 18  # of one block of rows on CPU: 1 MiB in float32, within the cache
+GPU_BLOCK_ELEMENTS = 1 << 26  # enough to fill the card
 
 
 def supports(options: LossOptions) -> bool:
@@ -38,20 +39,11 @@ def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Te
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, options, ignored, reduce):
-        tokens, vocabulary = logits.shape
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        needs_gradient = ctx.needs_input_grad[0]
-        rows = max(1, BLOCK_ELEMENTS // vocabulary) if logits.device.type == "cpu" else max(1, (1 << 26) // vocabulary)
-        gradient = logits.new_empty(logits.shape if needs_gradient else (min(rows, tokens), vocabulary), dtype=dtype)
-        terms = logits.new_empty((3, tokens), dtype=dtype)
-        for start in range(0, tokens, rows):
-            block = slice(start, min(start + rows, tokens))
-            out = gradient[block] if needs_gradient else gradient[: block.stop - start]
-            terms[:, block] = torch.stack(_block(logits[block].to(dtype), target[block], options, out, needs_gradient))
-        terms.masked_fill_(ignored, 0.0)
-        if needs_gradient:
-            gradient[ignored] = 0.0
-            ctx.gradient = gradient
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+        terms = _in_blocks(logits, target, options, ignored, gradient)
+        ctx.gradient = gradient
         ctx.dtype = logits.dtype
         loss, nll_loss, bonus = (terms.sum(dim=1) if reduce else terms).unbind(0)
         ctx.mark_non_differentiable(nll_loss, bonus)
@@ -74,6 +66,35 @@ class _Chunked(torch.autograd.Function):
 def _graph_is_kept():
     """Whether backward runs with retain_graph=True and may be asked again; True where torch cannot tell."""
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def terms_over_logits(
+    logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
+) -> "tuple[Tensor, Tensor]":
+    """(terms [3, tokens], gradient times `scale` [tokens, V] in the type of `logits`), spending `logits` for it."""
+    gradient = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    terms = _in_blocks(gradient, target, options, ignored, gradient)
+    if scale != 1:
+        gradient *= scale
+    return terms, gradient.to(logits.dtype)
+
+
+def _in_blocks(logits, target, options, ignored, gradient):
+    """Terms [3, tokens]; writes the gradient to `gradient` [tokens, V], which may be `logits`, unless it is None."""
+    tokens, vocabulary = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    rows = max(1, elements // vocabulary)
+    out = logits.new_empty((min(rows, tokens), vocabulary), dtype=dtype) if gradient is None else gradient
+    terms = logits.new_empty((3, tokens), dtype=dtype)
+    for start in range(0, tokens, rows):
+        block = slice(start, min(start + rows, tokens))
+        of_block = out[: block.stop - start] if gradient is None else out[block]
+        figures = _block(logits[block].to(dtype), target[block], options, of_block, gradient is not None)
+        terms[:, block] = torch.stack(figures)
+    if gradient is not None:
+        gradient[ignored] = 0.0
+    return terms.masked_fill_(ignored, 0.0)
 
 
 def _threshold(dtype: torch.dtype, share: float) -> float:

@@ -1,6 +1,7 @@
 """`--criterion label_smoothed_encouraging_loss`: the loss of loss.py, as fairseq trains with it."""
 
 import argparse
+import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -12,8 +13,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.models import FairseqDecoder
+from fairseq.models.transformer import TransformerDecoderBase
+from torch import nn
 
-from .loss import BACKENDS, loss_terms
+from .loss import BACKENDS, loss_terms, projected_loss_terms
 from .reference import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range
 
 
@@ -36,6 +39,9 @@ class LabelSmoothedEncouragingLossConfig(LabelSmoothedCrossEntropyCriterionConfi
         "smoothing gives each other type eps/(V-1) (fairseq) or each type eps/V (paper)",
     )
     loss_backend: ChoiceEnum(BACKENDS) = option("auto", "code that computes the loss; all give the same figures")
+    fuse_projection: bool = option(
+        False, "in training, never hold the logits of a batch: output projection and loss in blocks of 1,024 tokens"
+    )
 
 
 def ranged(name):
@@ -49,6 +55,28 @@ def ranged(name):
 
     parse.__name__ = "number"  # what argparse calls it when the text is none
     return parse
+
+
+def output_weight(model):
+    """Weight [V, D] of the output projection of `model`; ValueError if it is not plainly that of a Transformer."""
+    bare = model
+    while hasattr(bare, "module"):  # as wrapped for data parallel training
+        bare = bare.module
+    decoder = getattr(bare, "decoder", None)
+    projection = getattr(decoder, "output_projection", None)
+    if (
+        not isinstance(decoder, TransformerDecoderBase)
+        or type(decoder).output_layer is not TransformerDecoderBase.output_layer
+        or decoder.adaptive_softmax is not None
+        or type(projection) is not nn.Linear
+        or projection.bias is not None
+        or "features_only" not in inspect.signature(bare.forward).parameters
+    ):
+        raise ValueError(
+            f"{type(bare).__name__} does not end in the plain output projection of fairseq's Transformers; "
+            "drop --fuse-projection"
+        )
+    return projection.weight
 
 
 @register_criterion("label_smoothed_encouraging_loss", dataclass=LabelSmoothedEncouragingLossConfig)
@@ -72,12 +100,14 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         bonus_weight=LossOptions.bonus_weight,
         smoothing_convention=LossOptions.smoothing_convention,
         loss_backend="auto",
+        fuse_projection=False,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         self.options = LossOptions(
             str(bonus), log_end, bonus_exponent, bonus_weight, label_smoothing, str(smoothing_convention)
         )
         self.loss_backend = str(loss_backend)
+        self.fuse_projection = fuse_projection
 
     @classmethod
     def add_args(cls, parser):
@@ -92,9 +122,13 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
 
         The loss is a sum over tokens, or with reduce=False one value per target position [batch * length].
         """
-        net_output = model(**sample["net_input"])
-        logits, target = self.get_lprobs_and_target(model, net_output, sample)
-        terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
+        correct = None
+        if self.fuse_projection and model.training and reduce:
+            terms, correct = self.fused_terms(model, sample)
+        else:
+            net_output = model(**sample["net_input"])
+            logits, target = self.get_lprobs_and_target(model, net_output, sample)
+            terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
@@ -105,26 +139,35 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             "sample_size": sample_size,
         }
         if self.report_accuracy:
-            n_correct, total = self.compute_accuracy(model, net_output, sample)
-            logging_output["n_correct"] = n_correct.item()
-            logging_output["total"] = total.item()
+            if correct is None:
+                correct = (logits.argmax(dim=1).eq(target) & target.ne(self.padding_idx)).sum()
+            logging_output["n_correct"] = correct.item()
+            logging_output["total"] = self.without_prefix(sample["target"]).ne(self.padding_idx).sum().item()
         return terms.loss, sample_size, logging_output
+
+    def fused_terms(self, model, sample):
+        """(LossTerms, number of targets predicted right) without logits of the whole batch."""
+        weight = output_weight(model)
+        net_output = model(**sample["net_input"], features_only=True)
+        features = self.without_prefix(net_output[0]).reshape(-1, weight.size(1))
+        target = self.without_prefix(model.get_targets(sample, net_output)).reshape(-1)
+        return projected_loss_terms(
+            features, weight, target, self.options, self.padding_idx, self.loss_backend, self.report_accuracy
+        )
+
+    def without_prefix(self, positions):
+        """`positions` [batch, length, ...] less the first --ignore-prefix-size of each sentence."""
+        return positions[:, self.ignore_prefix_size :]
 
     def get_lprobs_and_target(self, model, net_output, sample):
         """Logits [tokens, V], which the loss normalizes itself, and target [tokens]."""
         decoder = getattr(model, "decoder", None)
-        normalizes_itself = (
-            not isinstance(decoder, FairseqDecoder) or getattr(decoder, "adaptive_softmax", None) is not None
-        )
-        if normalizes_itself:  # its net_output need not be logits; log-probabilities are logits too
-            logits = model.get_normalized_probs(net_output, log_probs=True)
-        else:
+        if isinstance(decoder, FairseqDecoder) and getattr(decoder, "adaptive_softmax", None) is None:
             logits = net_output[0]
+        else:  # it normalizes in its own way; log-probabilities are logits too
+            logits = model.get_normalized_probs(net_output, log_probs=True)
         target = model.get_targets(sample, net_output)
-        if self.ignore_prefix_size > 0:
-            logits = logits[:, self.ignore_prefix_size :]
-            target = target[:, self.ignore_prefix_size :]
-        return logits.reshape(-1, logits.size(-1)), target.reshape(-1)
+        return self.without_prefix(logits).reshape(-1, logits.size(-1)), self.without_prefix(target).reshape(-1)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

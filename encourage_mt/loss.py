@@ -5,15 +5,18 @@ The definition is in reference.py, with which every backend agrees. Nothing here
 
 import functools
 import logging
+import os
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor, nn
 
-from . import chunked, reference
+from . import chunked, fused, reference
 from .reference import LossOptions, LossTerms
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
 def loss_terms(
@@ -28,8 +31,9 @@ def loss_terms(
 
     Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are raised to
     float32; float64 stays. Tokens whose target is `ignore_index` count nothing and get no gradient. backend
-    "reference" is the plain expression; "chunked" is fast, and only its loss term has a gradient; "auto" is chunked.
-    Raises ValueError if shapes do not fit or V < 2.
+    "reference" is the plain expression; "chunked" and "triton" (NVIDIA GPUs) are fast, and only their loss term has a
+    gradient; "auto" takes the fastest that serves. Raises ValueError if shapes do not fit, V < 2, or the backend is
+    none or cannot run here.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -38,18 +42,61 @@ def loss_terms(
     if logits.size(1) < 2:
         raise ValueError("the loss needs at least 2 types")
     ignored = target.eq(ignore_index)
-    implementation = _implementation(backend, options)
+    implementation = _implementation(backend, options, logits.device.type, logits.dtype)
     return implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)
 
 
+def projected_loss_terms(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    accuracy: bool = False,
+) -> "tuple[LossTerms, Tensor]":
+    """`loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without ever holding [tokens, V].
+
+    Also returns the number of targets predicted right, if `accuracy`. Raises ValueError as `loss_terms` does, and for
+    a backend that cannot be fused (reference).
+    """
+    ignored = target.eq(ignore_index)
+    implementation = _implementation(backend, options, features.device.type, features.dtype)
+    if implementation is reference:
+        raise ValueError("the reference backend cannot be fused with the projection; drop one of the two")
+    return fused.loss_terms(
+        features,
+        weight,
+        target.masked_fill(ignored, 0),
+        options,
+        ignored,
+        implementation.terms_over_logits,
+        accuracy,
+    )
+
+
 @functools.cache  # so that it logs once
-def _implementation(backend: str, options: LossOptions):
+def _implementation(backend: str, options: LossOptions, device: str, dtype: torch.dtype):
+    """The module that serves `backend`; what "auto" takes, and a bonus that a backend lacks, are logged."""
     if backend not in BACKENDS:
-        raise ValueError(f"loss backend must be one of {', '.join(BACKENDS)}, got {backend}")
+        raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")
     if backend == "reference":
         return reference
+    has_triton = find_spec("triton") is not None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "auto":
+        lacks = "no NVIDIA GPU" if device != "cuda" else "no Triton" if not has_triton else ""
+        lacks = lacks or ("float64" if dtype == torch.float64 else "")
+        backend = "chunked" if lacks else "triton"
+        logger.info(f"loss backend: {backend}{f' ({lacks})' if lacks else ''}")
+    if backend == "triton":
+        if not has_triton or not (device == "cuda" or interpreted):
+            raise ValueError(f"loss_backend triton needs Triton and an NVIDIA GPU, got {device}; take auto")
+        from . import triton_kernels
+
+        return triton_kernels
     if not chunked.supports(options):
-        logger.warning(f"no fast code for {options}: taking the reference backend")
+        logger.warning(f"the chunked loss backend has no {options.bonus} bonus for {options}: taking reference")
         return reference
     return chunked
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from encourage_mt import commands
@@ -14,6 +15,8 @@ from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "2"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 TINY = {
     "name": "tiny",

@@ -170,7 +170,7 @@ def test_help_texts_show_the_defaults():
         "c.LabelSmoothedEncouragingLossCriterion.add_args(parser); print(parser.format_help())"
     )
     shown = " ".join(run(sys.executable, "-c", code).stdout.split())
-    assert shown.count("(default: ") == 6
+    assert shown.count("(default: ") == 7
     for text in ("--bonus {none,log,power,cosine}", "0 to 1; 1: never (default: 0.5)", "(default: fairseq)"):
         assert text in shown
 
