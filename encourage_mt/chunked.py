@@ -15,6 +15,8 @@ and temporaries of one block.
 """
 
 import math
+import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from .reference import LossOptions, LossTerms, bonus_of, negative_slope
 
 GROUP = 64  # types that are gathered together
-BLOCK_ELEMENTS = 1 << 18  # of one block of rows on CPU: 1 MiB in float32, within the cache
+BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
 GPU_BLOCK_ELEMENTS = 1 << 26  # enough to fill the card
 
 
@@ -41,7 +43,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, logits, target, options, ignored, reduce):
         gradient = None
         if ctx.needs_input_grad[0]:
-            gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+            gradient = _new_gradient(logits)
         terms = _in_blocks(logits, target, options, ignored, gradient)
         ctx.gradient = gradient
         ctx.dtype = logits.dtype
@@ -66,6 +68,30 @@ class _Chunked(torch.autograd.Function):
 def _graph_is_kept():
     """Whether backward runs with retain_graph=True and may be asked again; True where torch cannot tell."""
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+_rooms = []  # at most one
+
+
+def _new_gradient(logits):
+    """Room for the gradient. On CPU it is kept from call to call: to have fresh pages mapped takes a third of all time.
+
+    A tensor on a mapping holds a reference to it, so one that is still in use anywhere is never handed out again.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    size = logits.numel() * dtype.itemsize
+    if logits.device.type != "cpu" or not size:
+        return logits.new_empty(logits.shape, dtype=dtype)
+    room = _rooms.pop() if _rooms else None
+    if room is None or len(room) < size or sys.getrefcount(room) > 2:  # 2: here and in the call
+        room = mmap.mmap(-1, size)
+    _rooms[:] = [room]
+    return torch.frombuffer(room, dtype=dtype, count=logits.numel()).view(logits.shape)
+
+
+def release_memory() -> None:
+    """Give back the memory kept on CPU for the next gradient."""
+    _rooms.clear()
 
 
 def terms_over_logits(
@@ -115,54 +141,52 @@ def _block(logits, target, options, out, needs_gradient):
     top = _top(logits, top_group)
     torch.sub(logits, highest, out=out)
     shifted_target = out.gather(1, target)
-    smooth_sum = out.sum(dim=1, keepdim=True) if share else 0.0
+    shifted_sum = out.sum(dim=1, keepdim=True) if share else None
     out.exp_()
     out.scatter_(1, top, 0.0)
     rest = out.sum(dim=1, keepdim=True)
     total = 1.0 + rest
     log_total = rest.log1p()
-    nll_loss = log_total - shifted_target
 
-    one_minus_top = rest / total
-    p_top = total.reciprocal()
+    # columns: the target, the top type
     is_top = target == top
-    p_target = torch.where(is_top, p_top, out.gather(1, target) / total)
-    one_minus_target = torch.where(is_top, one_minus_top, 1.0 - p_target)
-    a_top = 1.0 + weight * negative_slope(p_top, one_minus_top, options)
-    a_target = torch.where(is_top, a_top, 1.0 + weight * negative_slope(p_target, one_minus_target, options))
+    p = torch.cat([shifted_target.exp(), torch.ones_like(total)], dim=1) / total
+    one_minus_top = rest / total
+    one_minus_p = torch.cat([torch.where(is_top, one_minus_top, 1.0 - p[:, :1]), one_minus_top], dim=1)
+    b = bonus_of(p, one_minus_p, options)
+    a = 1.0 + weight * negative_slope(p, one_minus_p, options)
+    a_target, a_top = of_target * a[:, :1], a[:, 1:]
 
+    nll_loss = log_total - shifted_target
     loss = of_target * nll_loss
-    bonus = of_target * bonus_of(p_target, one_minus_target, options)
-    a_extra = 0.0  # of the types but the top: what a(p) has beyond its linear form
+    bonus = of_target * b[:, :1]
+    a_others = 0.0  # sum of s a(p) over all types but the top
     exact = None
     if share:
-        loss = loss + share * (vocabulary * log_total - smooth_sum)
-        bonus_sum = bonus_of(p_top, one_minus_top, options) - linear * one_minus_top
+        loss += share * (vocabulary * log_total - shifted_sum)
+        b_sum = b[:, 1:] - linear * one_minus_top
+        a_others = vocabulary - 1 + weight * linear * one_minus_top
         if weight:
             level = math.log(_threshold(logits.dtype, share)) + log_total
             exact = _Exact(out, group_tops - highest > level, total)
-            a_extras = weight * (negative_slope(exact.p, 1.0 - exact.p, options) - linear * exact.p)
-            bonus_extras = bonus_of(exact.p, 1.0 - exact.p, options) + linear * exact.p
-            a_extra = exact.sum_rows(a_extras)
-            bonus_sum = bonus_sum + exact.sum_rows(bonus_extras)
-        bonus = bonus + share * bonus_sum
-    bonus = weight * bonus
-    loss = loss + bonus
+            curved_b, curved_a = exact.beyond(linear, options)
+            b_sum += exact.sum_rows(curved_b)
+            a_others += weight * exact.sum_rows(curved_a)
+        bonus += share * b_sum
+        a_others *= share
+    bonus *= weight
+    loss += bonus
 
     if needs_gradient:
-        others = share * (vocabulary - 1 + weight * linear * one_minus_top + a_extra)
-        others = others + torch.where(is_top, 0.0, of_target * a_target)
-        of_top = share + of_target * is_top.to(total.dtype)
-        grand = others + of_top * a_top
-        factor = (grand - share * weight * linear) / total
+        others = a_others + torch.where(is_top, 0.0, a_target)
+        of_top = torch.where(is_top, total.new_tensor(share + of_target), total.new_tensor(share))
+        out.mul_((others + of_top * a_top - share * weight * linear) / total)
         if share:
-            torch.addcmul(out.new_tensor(-share), out, factor, out=out)
-        else:
-            out.mul_(factor)
+            out.sub_(share)
         if exact is not None:
-            exact.subtract(out, share * a_extras)
-        out.scatter_add_(1, target, -of_target * a_target)
-        out.scatter_(1, top, p_top * others - of_top * a_top * one_minus_top)
+            exact.subtract(out, share * weight * curved_a)
+        out.scatter_add_(1, target, -a_target)
+        out.scatter_(1, top, p[:, 1:] * others - of_top * a_top * one_minus_top)
     return loss.squeeze(1), nll_loss.squeeze(1), bonus.squeeze(1)
 
 
@@ -179,14 +203,14 @@ def _group_tops(logits):
 
 
 def _columns(group, vocabulary):
-    """Types of `group` [...] as [..., GROUP], and which of them exist: a short last group repeats its last type."""
+    """Types of `group` [...] as [..., GROUP]; a short last group repeats its last type."""
     columns = group.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=group.device)
-    return columns.clamp(max=vocabulary - 1), columns < vocabulary
+    return columns.clamp_(max=vocabulary - 1) if vocabulary % GROUP else columns
 
 
 def _top(logits, top_group):
     """The type of the highest logit of each row [rows, 1], found in its group [rows, 1]."""
-    columns, _ = _columns(top_group.squeeze(1), logits.size(1))
+    columns = _columns(top_group.squeeze(1), logits.size(1))
     return columns.gather(1, logits.gather(1, columns).argmax(dim=1, keepdim=True))
 
 
@@ -194,11 +218,18 @@ class _Exact:
     """The types of the groups chosen in `chosen` [rows, groups], gathered from exponentials `out` [rows, V]."""
 
     def __init__(self, out, chosen, total):
+        self.rows, vocabulary = out.shape
         self.row, group = chosen.nonzero(as_tuple=True)
-        columns, exists = _columns(group, out.size(1))
-        self.index = self.row.unsqueeze(1) * out.size(1) + columns
-        self.rows = out.size(0)
-        self.p = out.view(-1)[self.index].masked_fill_(~exists, 0.0) / total[self.row]
+        self.index = (self.row.unsqueeze(1) * vocabulary + _columns(group, vocabulary)).view(-1)
+        self.p = out.view(-1)[self.index].view(-1, GROUP) / total[self.row]
+        tail = vocabulary % GROUP
+        if tail:  # what a short last group repeats counts once
+            self.p[(group == vocabulary // GROUP).nonzero().squeeze(1), tail:] = 0.0
+
+    def beyond(self, linear, options):
+        """b(p) and a(p) less their linear forms, of each type gathered [groups chosen, GROUP]; 0 where p is 0."""
+        one_minus_p, line = 1.0 - self.p, linear * self.p
+        return bonus_of(self.p, one_minus_p, options) + line, negative_slope(self.p, one_minus_p, options) - line
 
     def sum_rows(self, values):
         """Sum of `values` [groups chosen, GROUP] over the types of each row [rows, 1]."""
@@ -206,4 +237,4 @@ class _Exact:
         return sums.index_add_(0, self.row, values.sum(dim=1, keepdim=True))
 
     def subtract(self, out, values):
-        out.view(-1).index_add_(0, self.index.view(-1), -values.view(-1))
+        out.view(-1).index_add_(0, self.index, values.view(-1), alpha=-1)

@@ -7,6 +7,7 @@ beyond what was held before. The machine may be noisy: compare ratios within one
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from encourage_mt import chunked
 from encourage_mt.loss import loss_terms, projected_loss_terms
 from encourage_mt.reference import LossOptions
 from encourage_mt.scoring import machine
@@ -144,6 +146,7 @@ def interleaved(actions, device, repeats, prepare=lambda: None):
             if repeat == 0:  # warm-up: compiles, allocates
                 action()
                 prepare()
+                chunked.release_memory()
                 with PeakMemory(device) as peak:
                     action()
                 peaks[name] = peak.bytes
@@ -313,6 +316,7 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch finds no GPU")
+    logging.disable(logging.INFO)
     repeats = 3 if args.quick else 11
     if args.steps:
         rows = bench_steps(repeats)

@@ -393,8 +393,8 @@ def test_vocabulary(shape, vocabulary, backend):
 @pytest.mark.parametrize("shape", [{"bonus": "log"}, {"bonus": "cosine"}], ids=named)
 def test_many_rows(shape, backend):
     """More than a block of them, and a block that is not full; with and without gradient the same figures."""
-    logits, target = random_batch(300, 1000)
-    assert chunked.BLOCK_ELEMENTS // 1000 < 300
+    logits, target = random_batch(1200, 1000)
+    assert chunked.BLOCK_ELEMENTS // 1000 < 1200
     options = LossOptions(**shape, label_smoothing=0.1)
     outcome = terms_and_gradient(logits, target, options, backend, reduce=False)
     assert_agrees(outcome, in_float64(logits, target, options, reduce=False), backend)
@@ -842,3 +842,27 @@ def test_bounds_of_ranges_are_allowed(option, value, backend):
     options = LossOptions(**{"bonus": "power" if option == "bonus_exponent" else "log", option: value})
     outcome = terms_and_gradient(logits, target, options, backend, reduce=False)
     assert_agrees(outcome, in_float64(logits, target, options, reduce=False), backend)
+
+
+def test_memory_kept_for_the_gradient_is_never_shared():
+    """Gradients that are alive at once lie apart, whatever is freed in between; only then is room taken again."""
+    chunked.release_memory()
+    logits, target = random_batch(40, 300)
+
+    def gradient(of):
+        leaf = of.clone().requires_grad_()
+        loss_terms(leaf, target, LossOptions(), backend="chunked").loss.backward()
+        return leaf.grad
+
+    first = gradient(logits)
+    kept, view = first.clone(), first[3:5]
+    where = first.data_ptr()
+    second = gradient(-logits)
+    assert second.data_ptr() != where and torch.equal(first, kept)
+    del first
+    third = gradient(2 * logits)
+    assert third.data_ptr() != where and torch.equal(view, kept[3:5]), "a view keeps the memory too"
+    places = {second.data_ptr(), third.data_ptr()}
+    del second, third
+    assert gradient(logits).data_ptr() in places
+    assert torch.equal(view, kept[3:5])
