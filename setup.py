@@ -28,6 +28,9 @@ setup(
         "sentencepiece>=0.2",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={
+        "test": ["pytest", "ruff", "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "bench": ["liger-kernel"],
+    },
     entry_points={"console_scripts": ["encourage-mt = encourage_mt.cli:main"]},
 )

@@ -61,7 +61,11 @@ def fetch(name: str, raw_dir: "Path | None", cache: Path, url: "str | None", sha
     source = f"{url.rstrip('/')}/{name}"
     try:
         fetched = pooch.retrieve(
-            source, known_hash=sha256, fname=name, path=cache, downloader=pooch.HTTPDownloader(progressbar=True)
+            source,
+            known_hash=sha256,
+            fname=name,
+            path=cache,
+            downloader=pooch.HTTPDownloader(progressbar=True, timeout=60),
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -32,41 +32,49 @@ def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Pa
     partial = work_dir / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "text").mkdir(parents=True)
+    try:
+        counts = _prepare(recipe, work_dir, raw_dir, partial, options)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    print(f"data: {', '.join(f'{split} {count:,}' for split, count in counts.items())} pairs in {final}")
+    return final
 
+
+def _prepare(recipe, work_dir, raw_dir, folder, options):
+    """Fill `folder`; returns the number of pairs of each split."""
     splits, sources = _raw_pairs(recipe, work_dir, raw_dir)
     dropped = len(splits["train"])
     splits["train"] = [pair for pair in splits["train"] if pair[0].strip() and pair[1].strip()]
     dropped -= len(splits["train"])
     if not splits["train"]:
         raise UserError("train: no pair has text on both sides")
-    _write(splits, recipe, partial / "text")
-    encode = _learn_subwords(splits["train"], recipe.subword, partial / "subword")
+    _write(splits, recipe, folder / "text")
+    encode = _learn_subwords(splits["train"], recipe.subword, folder / "subword")
     encoded = {split: [(encode(a), encode(b)) for a, b in pairs] for split, pairs in splits.items()}
-    (partial / "pieces").mkdir()
-    _write(encoded, recipe, partial / "pieces")
+    (folder / "pieces").mkdir()
+    _write(encoded, recipe, folder / "pieces")
 
-    prefix = {split: str(partial / "pieces" / split) for split in splits}
+    prefix = {split: str(folder / "pieces" / split) for split in splits}
     run_quietly(
         ["fairseq-preprocess", "--source-lang", recipe.source, "--target-lang", recipe.target]
         + ["--trainpref", prefix["train"], "--validpref", prefix["valid"]]
         + ["--testpref", ",".join(prefix[test] for test in recipe.tests)]
-        + ["--destdir", str(partial / "data-bin"), "--joined-dictionary", "--workers", str(cores())],
+        + ["--destdir", str(folder / "data-bin"), "--joined-dictionary", "--workers", str(cores())],
         work_dir / "preprocess.log",
     )
     counts = {split: len(pairs) for split, pairs in splits.items()}
+    binarized = [path for path in sorted((folder / "data-bin").iterdir()) if path.suffix != ".log"]
     manifest = {
         "options": options,
         "sources": sources,
         "pairs": counts,
         "train pairs dropped for an empty side": dropped,
-        "checksums": {
-            p.name: pooch.file_hash(str(p)) for p in sorted((partial / "data-bin").iterdir()) if p.suffix != ".log"
-        },
+        "checksums": {path.name: pooch.file_hash(str(path)) for path in binarized},
     }
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.rename(final)
-    print(f"data: {', '.join(f'{split} {count:,}' for split, count in counts.items())} pairs in {final}")
-    return final
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    return counts
 
 
 def data_checksum(data: Path) -> str:

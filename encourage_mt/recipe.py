@@ -66,6 +66,8 @@ def load_recipe(path: Path) -> Recipe:
             raise UserError(f"{path}: data has no {split}")
     if not recipe.tests:
         raise UserError(f"{path}: data has no test set")
+    if "max-epoch" not in recipe.train:
+        raise UserError(f"{path}: train sets no max-epoch")
     for arm, options in recipe.arms.items():
         foreign = set(options) - CRITERION_OPTIONS - {"criterion"}
         if "criterion" not in options or foreign:

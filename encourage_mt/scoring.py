@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -48,7 +48,12 @@ def evaluate(run: Run, recipe: Recipe, data: Path) -> dict:
         "scores": scores,
         **summary(run),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "sacrebleu", "sentencepiece")},
+        "versions": {
+            package.metadata["Name"]: package.version
+            for package in distributions()
+            if package.metadata["Name"]
+            in ("encourage-mt", "fairseq", "fairseq-fixed", "torch", "sacrebleu", "sentencepiece")
+        },
     }
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -63,6 +63,7 @@ def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
         ({"arms": {"el": {"criterion": "x", "lr": 1}}}, "arm el sets lr; arms differ by criterion"),
         ({"arms": {"el": {"log-end": 1}}}, "arm el names no criterion"),
         ({"colour": "red"}, "unknown colour"),
+        ({"train": {"arch": "transformer"}}, "train sets no max-epoch"),
         ({"data": {"train": ["a", "b"], "valid": ["c", "d"]}}, "data has no test set"),
         ({"data": {"generate": {"seed": 1, "train": 10, "test": 5}}}, "data has no valid"),
     ],
