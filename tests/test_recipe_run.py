@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
 from encourage_mt.recipe import load_recipe
+from encourage_mt.scoring import table
 
 
 def differing_options(commands):
@@ -106,6 +107,12 @@ def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
         assert set(recipe.arms) >= {"ce", "el"}
         assert (path.parent / "run.sh").exists()
         assert not {"criterion", "label-smoothing"} & set(recipe.train)
+
+
+def test_the_results_page_shows_the_figures_of_its_runs():
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    runs = sorted((ROOT / "docs/results/multi30k_de_en").glob("*.json"))
+    assert runs and table([json.loads(path.read_text(encoding="utf-8")) for path in runs]) in page
 
 
 # --- the scripts
