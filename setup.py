@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "fairseq==0.12.2; python_version < '3.11'",
         "fairseq-fixed==0.12.3.1; python_version >= '3.11'",
-        "torch>=1.12",
+        "torch>=2.1",
         "numpy",
         "pooch>=1.7",
         "pyyaml>=5.1",

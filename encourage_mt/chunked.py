@@ -16,6 +16,7 @@ and temporaries of one block.
 
 import math
 import mmap
+import os
 import sys
 
 import torch
@@ -25,7 +26,7 @@ from .reference import LossOptions, LossTerms, bonus_of, negative_slope
 
 GROUP = 64  # types that are gathered together
 BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
-GPU_BLOCK_ELEMENTS = 1 << 26  # enough to fill the card
+GPU_BLOCK_ELEMENTS = 1 << 24  # elsewhere: 64 MiB
 
 
 def supports(options: LossOptions) -> bool:
@@ -47,7 +48,8 @@ class _Chunked(torch.autograd.Function):
         terms = _in_blocks(logits, target, options, ignored, gradient)
         ctx.gradient = gradient
         ctx.dtype = logits.dtype
-        loss, nll_loss, bonus = (terms.sum(dim=1) if reduce else terms).unbind(0)
+        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
+        loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
@@ -82,9 +84,13 @@ def _new_gradient(logits):
     size = logits.numel() * dtype.itemsize
     if logits.device.type != "cpu" or not size:
         return logits.new_empty(logits.shape, dtype=dtype)
-    room = _rooms.pop() if _rooms else None
+    try:
+        room = _rooms.pop()
+    except IndexError:
+        room = None
     if room is None or len(room) < size or sys.getrefcount(room) > 2:  # 2: here and in the call
-        room = mmap.mmap(-1, size)
+        # private, or processes forked from this one would share it
+        room = mmap.mmap(-1, size, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}))
     _rooms[:] = [room]
     return torch.frombuffer(room, dtype=dtype, count=logits.numel()).view(logits.shape)
 

@@ -69,7 +69,7 @@ def run_recipe(arguments) -> None:
         raise UserError(f"--arms: the recipe has {', '.join(recipe.arms)}, not {', '.join(sorted(unknown))}")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
-    arms = arguments.arms or list(recipe.arms)
+    arms = list(dict.fromkeys(arguments.arms or recipe.arms))
     gpu = torch.cuda.is_available()
     jobs = arguments.jobs or (1 if gpu else min(len(arms), cores()))
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else f'CPU, {jobs} trainings side by side'}")

@@ -162,7 +162,12 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
     def get_lprobs_and_target(self, model, net_output, sample):
         """Logits [tokens, V], which the loss normalizes itself, and target [tokens]."""
         decoder = getattr(model, "decoder", None)
-        if isinstance(decoder, FairseqDecoder) and getattr(decoder, "adaptive_softmax", None) is None:
+        if (
+            isinstance(decoder, FairseqDecoder)
+            and type(decoder).get_normalized_probs is FairseqDecoder.get_normalized_probs
+            and type(decoder).get_normalized_probs_scriptable is FairseqDecoder.get_normalized_probs_scriptable
+            and getattr(decoder, "adaptive_softmax", None) is None
+        ):
             logits = net_output[0]
         else:  # it normalizes in its own way; log-probabilities are logits too
             logits = model.get_normalized_probs(net_output, log_probs=True)

@@ -10,11 +10,14 @@ class UserError(Exception):
 
 @contextmanager
 def exit_on_user_error(program: str):
-    """Print a UserError of the block as one line and exit with code 2; Ctrl-C exits with 130."""
+    """Print a UserError or OSError of the block as one line and exit with code 2; Ctrl-C exits with 130."""
     try:
         yield
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run it again to go on", file=sys.stderr)

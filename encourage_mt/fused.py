@@ -50,7 +50,8 @@ class _Fused(torch.autograd.Function):
             of_weight.add_(_product(gradient.T, features[block], exact), alpha=1 / scale)
         ctx.gradients = of_features, of_weight
         ctx.dtypes = features.dtype, weight.dtype
-        loss, nll_loss, bonus = sums.unbind(0)
+        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
+        loss, nll_loss, bonus = (term.clone() for term in sums)
         ctx.mark_non_differentiable(nll_loss, bonus, correct)
         return loss, nll_loss, bonus, correct
 

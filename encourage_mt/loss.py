@@ -57,22 +57,26 @@ def projected_loss_terms(
 ) -> "tuple[LossTerms, Tensor]":
     """`loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without ever holding [tokens, V].
 
-    Also returns the number of targets predicted right, if `accuracy`. Raises ValueError as `loss_terms` does, and for
-    a backend that cannot be fused (reference).
+    Also returns the number of targets predicted right, if `accuracy`. Raises ValueError if shapes do not fit, and for
+    a backend or bonus that cannot be fused.
     """
+    if features.dim() != 2 or target.shape != features.shape[:1] or weight.dim() != 2 or weight.size(0) < 2:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (features, weight, target))
+        raise ValueError(f"expected features [tokens, D], weight [V >= 2, D] and target [tokens], got {shapes}")
+    device = features.device.type
+    if torch.is_autocast_enabled(device):  # as it would cast them for the product
+        dtype = torch.get_autocast_dtype(device)
+        features, weight = features.to(dtype), weight.to(dtype)
     ignored = target.eq(ignore_index)
-    implementation = _implementation(backend, options, features.device.type, features.dtype)
+    implementation = _implementation(backend, options, device, features.dtype)
     if implementation is reference:
-        raise ValueError("the reference backend cannot be fused with the projection; drop one of the two")
-    return fused.loss_terms(
-        features,
-        weight,
-        target.masked_fill(ignored, 0),
-        options,
-        ignored,
-        implementation.terms_over_logits,
-        accuracy,
-    )
+        raise ValueError(
+            "only the reference backend serves here, and it cannot be fused with the projection: drop "
+            "--fuse-projection, or take another --loss-backend or, for the power bonus, an exponent of 1 or from 2"
+        )
+    target = target.masked_fill(ignored, 0)
+    with torch.autocast(device, enabled=False):
+        return fused.loss_terms(features, weight, target, options, ignored, implementation.terms_over_logits, accuracy)
 
 
 @functools.cache  # so that it logs once

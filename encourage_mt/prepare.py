@@ -25,8 +25,13 @@ def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Pa
     final = work_dir / "data"
     options = {key: getattr(recipe, key) for key in ("source", "target", "data", "subword")}
     if final.exists():
-        if json.loads((final / "manifest.json").read_text())["options"] != options:
+        manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["options"] != options:
             raise UserError(f"{final}: prepared with other options; remove it or choose another --work-dir")
+        for name, digest in manifest["sources"].items():
+            at_hand = raw_dir / name if raw_dir and "generate" not in recipe.data else None
+            if at_hand and at_hand.is_file() and pooch.file_hash(str(at_hand)) != digest:
+                raise UserError(f"{final}: prepared from another {name}; remove it or choose another --work-dir")
         print(f"data: {final} is prepared already")
         return final
     partial = work_dir / "data.partial"
@@ -79,7 +84,7 @@ def _prepare(recipe, work_dir, raw_dir, folder, options):
 
 def data_checksum(data: Path) -> str:
     """One sha256 for the binarized data, to tell whether two runs saw the same."""
-    checksums = json.loads((data / "manifest.json").read_text())["checksums"]
+    checksums = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["checksums"]
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,11 +117,9 @@ def _learn_subwords(pairs, options, prefix):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for pair in pairs for line in pair),
             model_prefix=str(prefix),
-            character_coverage=1.0,
-            minloglevel=2,
-            **options,
+            **{"character_coverage": 1.0, "minloglevel": 2, **options},
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"subword model: {' '.join(str(error).split())}") from None
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     return lambda text: " ".join(model.encode(text, out_type=str))

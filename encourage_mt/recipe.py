@@ -14,7 +14,13 @@ CRITERION_OPTIONS = {
     "bonus-exponent",
     "bonus-weight",
     "smoothing-convention",
+    "loss-backend",
+    "fuse-projection",
+    "report-accuracy",
+    "ignore-prefix-size",
 }
+KINDS = {"name": str, "source": str, "target": str, "average": int, "beam": int, "lenpen": (int, float)}
+KINDS.update(dict.fromkeys(("data", "subword", "train", "arms"), dict))
 
 
 @dataclass
@@ -59,16 +65,30 @@ def load_recipe(path: Path) -> Recipe:
     for what, names in (("unknown", set(content) - allowed), ("missing", required - set(content))):
         if names:
             raise UserError(f"{path}: {what} {', '.join(sorted(names))}")
+    for name, value in content.items():
+        if not isinstance(value, KINDS[name]) or value == {}:
+            kind = "a mapping" if KINDS[name] is dict else "text" if KINDS[name] is str else "a number"
+            raise UserError(f"{path}: {name} must be {kind} (in quotes where YAML reads otherwise), got {value!r}")
+    splits = content["data"].get("generate", content["data"])
+    if not isinstance(splits, dict) or ("generate" in content["data"] and "seed" not in splits):
+        raise UserError(f"{path}: generate must be a mapping with a seed and the number of pairs of each split")
     recipe = Recipe(**content)
-    splits = recipe.data.get("generate", recipe.data)
     for split in ("train", "valid"):
         if split not in splits:
             raise UserError(f"{path}: data has no {split}")
+    for split in ["train", "valid", *recipe.tests]:
+        files = splits[split]
+        if splits is recipe.data and not (isinstance(files, list) and len(files) == 2):
+            raise UserError(f"{path}: {split} must be [source file, target file], got {files!r}")
     if not recipe.tests:
         raise UserError(f"{path}: data has no test set")
     if "max-epoch" not in recipe.train:
         raise UserError(f"{path}: train sets no max-epoch")
+    if not 1 <= recipe.average <= recipe.train["max-epoch"]:
+        raise UserError(f"{path}: average must be between 1 and max-epoch {recipe.train['max-epoch']}")
     for arm, options in recipe.arms.items():
+        if not isinstance(options, dict):
+            raise UserError(f"{path}: arm {arm} names no criterion")
         foreign = set(options) - CRITERION_OPTIONS - {"criterion"}
         if "criterion" not in options or foreign:
             what = f"sets {', '.join(sorted(foreign))}" if foreign else "names no criterion"

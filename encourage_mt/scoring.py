@@ -26,9 +26,17 @@ from .training import Run, summary
 def evaluate(run: Run, recipe: Recipe, data: Path) -> dict:
     """Scores of `run` on the test sets of `recipe`, as kept in its scores.json; what is there is not made again."""
     path = run.folder / "scores.json"
+    settings = {
+        "averaged_checkpoints": recipe.average,
+        "beam": recipe.beam,
+        "lenpen": recipe.lenpen,
+        "data_sha256": data_checksum(data),
+    }
     if path.exists():
-        print(f"{run.folder.name}: scored already")
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if all(result[name] == value for name, value in settings.items()) and list(result["scores"]) == recipe.tests:
+            print(f"{run.folder.name}: scored already")
+            return result
     averaged = run.folder / "average.pt"
     average(last_checkpoints(run.checkpoints, recipe.average), averaged)
     scores = {}
@@ -41,10 +49,7 @@ def evaluate(run: Run, recipe: Recipe, data: Path) -> dict:
         "arm": run.arm,
         "recipe": recipe.name,
         "command": shlex.join(run.command),
-        "averaged_checkpoints": recipe.average,
-        "beam": recipe.beam,
-        "lenpen": recipe.lenpen,
-        "data_sha256": data_checksum(data),
+        **settings,
         "scores": scores,
         **summary(run),
         "machine": machine(),
@@ -75,7 +80,7 @@ def translate(checkpoint: Path, data: Path, subset: str, recipe: Recipe, output:
     log = output.with_name(f"{output.name}.generate.log")
     hypotheses = {}
     bar = tqdm(total=expected, desc=f"{output.parent.name} {output.stem}", unit="sentence", mininterval=1)
-    with open(log, "w", encoding="utf-8") as out, bar:
+    with open(log, "w", encoding="utf-8", buffering=1) as out, bar:  # by lines, in order with the errors
         process = subprocess.Popen(
             resolve(command), stdout=subprocess.PIPE, stderr=out, stdin=subprocess.DEVNULL, encoding="utf-8"
         )
@@ -106,9 +111,9 @@ def score(hypotheses: "list[str]", references: "list[str]") -> dict:
     return result
 
 
-def machine() -> str:
-    """What the figures were made on, in words."""
-    if torch.cuda.is_available():
+def machine(device: str = "") -> str:
+    """What the figures were made on, in words: the GPU if there is one, unless `device` is cpu."""
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -8,6 +8,8 @@ known, because it is multiplied in before the cast. Memory: the gradient in the 
 Tested on a CPU with Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +37,8 @@ class _Triton(torch.autograd.Function):
         terms.masked_fill_(ignored, 0.0)
         ctx.save_for_backward(logits, target, ignored, statistics)
         ctx.options = options
-        loss, nll_loss, bonus = (terms.sum(dim=1) if reduce else terms).unbind(0)
+        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
+        loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
@@ -62,10 +65,11 @@ def forward(logits: Tensor, target: Tensor, options: LossOptions) -> "tuple[Tens
     terms = logits.new_empty((3, tokens), dtype=torch.float32)
     statistics = logits.new_empty((STATISTICS, tokens), dtype=torch.float32)
     if tokens:
-        _forward[(tokens,)](
-            logits, target, terms, statistics, tokens, vocabulary, *_figures(options, vocabulary),
-            **_constants(options), SMOOTHED=options.label_smoothing > 0, BLOCK=_block(vocabulary), num_warps=8,
-        )  # fmt: skip
+        with _on_device_of(logits):
+            _forward[(tokens,)](
+                logits, target, terms, statistics, tokens, vocabulary, *_figures(options, vocabulary),
+                **_constants(options), SMOOTHED=options.label_smoothing > 0, BLOCK=_block(vocabulary), num_warps=8,
+            )  # fmt: skip
     return terms, statistics
 
 
@@ -76,11 +80,17 @@ def backward(
     tokens, vocabulary = logits.shape
     block = _block(vocabulary)
     if tokens:
-        _backward[(tokens, triton.cdiv(vocabulary, block))](
-            logits, target, statistics, upstream, out, tokens, vocabulary, *_figures(options, vocabulary),
-            **_constants(options), BLOCK=block, num_warps=8,
-        )  # fmt: skip
+        with _on_device_of(logits):
+            _backward[(tokens, triton.cdiv(vocabulary, block))](
+                logits, target, statistics, upstream, out, tokens, vocabulary, *_figures(options, vocabulary),
+                **_constants(options), BLOCK=block, num_warps=8,
+            )  # fmt: skip
     return out
+
+
+def _on_device_of(logits):
+    """Triton launches on the current device, which need not be that of the logits."""
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _block(vocabulary):
@@ -134,11 +144,15 @@ def _forward(
 
     highest = tl.full((), float("-inf"), tl.float32)
     top = tl.full((), 0, tl.int32)
+    not_numbers = tl.full((), 0.0, tl.float32)
     for start in range(0, vocabulary, BLOCK):
         z = tl.load(start_of_row + start + types, mask=start + types < vocabulary, other=float("-inf")).to(tl.float32)
         of_block = tl.max(z, axis=0)
         top = tl.where(of_block > highest, start + tl.argmax(z, axis=0), top)
         highest = tl.maximum(highest, of_block)
+        not_numbers += tl.sum(tl.where((z != z) | (z == float("inf")), 1.0, 0.0), axis=0)
+    # maxima pass over NaN, and +inf leaves no finite rest: make every figure of the row show it
+    highest = tl.where(not_numbers > 0, float("nan"), highest)
 
     rest = tl.full((), 0.0, tl.float32)
     shifted_sum = tl.full((), 0.0, tl.float32)
@@ -155,7 +169,9 @@ def _forward(
 
     correct = tl.load(target + row)
     is_top = correct == top
-    shifted_target = tl.load(start_of_row + correct).to(tl.float32) - highest
+    # a target that is no type shows as NaN, for a kernel cannot raise
+    is_type = (correct >= 0) & (correct < vocabulary)
+    shifted_target = tl.load(start_of_row + correct, mask=is_type, other=float("nan")).to(tl.float32) - highest
     p_target = tl.exp(shifted_target) / total
     c_target = tl.where(is_top, c_top, 1.0 - p_target)
     b_target, slope_target = _bonus(p_target, c_target, least, exponent, KIND, FLOORED)

@@ -317,6 +317,8 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this torch finds no GPU")
+    if args.device == "cuda" and args.steps:
+        parser.error("--steps times the CPU; add --device cpu")
     logging.disable(logging.INFO)
     repeats = 3 if args.quick else 7
     if args.steps:
@@ -328,7 +330,12 @@ def main():
             sizes += [] if args.quick else [(8192, 32000), (8192, 128000)]
             dtypes = [torch.bfloat16, torch.float16]
         rows = [row for size in sizes for dtype in dtypes for row in bench_loss(*size, dtype, args.device, repeats)]
-    result = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    result = {
+        "machine": machine(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{result['machine']}, {result['threads']} threads, torch {result['torch']}\n\n{as_table(rows)}\n")
     print(f"Wrote {args.output}")

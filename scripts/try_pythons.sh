@@ -19,6 +19,10 @@ for python in "$@"; do
         result="fail"
         failed=1
     }
+    if [ ! -x "$work/venv/bin/python" ]; then
+        rows+=("| $python | | | | did not install |")
+        continue
+    fi
     rows+=("$("$work/venv/bin/python" - "$result" <<'EOF'
 import platform
 import sys

@@ -80,6 +80,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
     [
         (["{a}", "{missing}"], "missing.pt: no such checkpoint"),
         (["{a}", "{garbage}"], "garbage.pt: not a checkpoint that can be loaded safely"),
+        (["{a}", "{nothing}"], "nothing.pt: not a checkpoint that can be loaded safely"),
         (["{a}", "{cut}"], "cut.pt: not a checkpoint that can be loaded safely"),
         (["{a}", "{other}"], "other.pt: its parameters differ in name or shape"),
         (["{dir}", "--num-epoch-checkpoints", "0"], "the number of checkpoints must be at least 1, got 0"),
@@ -91,9 +92,10 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
 def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_path):
     checkpoint(tmp_path / "a.pt", 1.0)
     checkpoint(tmp_path / "other.pt", 1.0, extra=torch.zeros(1))
+    (tmp_path / "nothing.pt").touch()
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:200])
-    names = {name: tmp_path / f"{name}.pt" for name in ("a", "missing", "garbage", "cut", "other")}
+    names = {name: tmp_path / f"{name}.pt" for name in ("a", "missing", "garbage", "cut", "nothing", "other")}
     arguments = [argument.format(dir=tmp_path, **names) for argument in arguments]
     script = ROOT / "scripts/average_checkpoints.py"
     error = run(sys.executable, script, "--output", tmp_path / "out.pt", "--inputs", *arguments, code=2).stderr

@@ -33,7 +33,7 @@ def train_on_two(tiny, save_dir, *options):
         command = commands.resolve([str(word) for word in (*argv, "--distributed-rank", rank)])
         ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [process.communicate(timeout=200)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs[0][-3000:]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return safe_checkpoints.load(save_dir / "checkpoint_last.pt")["model"]
 
 

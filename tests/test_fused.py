@@ -141,6 +141,18 @@ def test_a_model_without_a_plain_projection_is_told_which_option_to_drop(task): 
 
 def test_the_reference_backend_cannot_be_fused(task):  # noqa: F811
     criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.1, fuse_projection=True, loss_backend="reference")
-    with pytest.raises(ValueError, match="reference backend cannot be fused"):
+    with pytest.raises(ValueError, match="drop --fuse-projection"):
         criterion(build_model(task).train(), make_sample([5, 3]))
     assert isinstance(task, argparse.Namespace) and SIZES
+
+
+def test_autocast_is_as_half_precision():
+    """Products in the type of autocast, and the gradient scaled before it is rounded to it."""
+    features, weight, target = make(dtype=torch.float32)
+    options = LossOptions(label_smoothing=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms, _ = projected_loss_terms(features, weight, target, options, PAD)
+    terms.loss.backward()
+    expected, _, gradients = together(features.bfloat16(), weight.bfloat16(), target, options)
+    assert terms.loss == expected.loss and features.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, gradients[1].float(), rtol=1e-2, atol=1e-4)

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -866,3 +867,31 @@ def test_memory_kept_for_the_gradient_is_never_shared():
     del second, third
     assert gradient(logits).data_ptr() in places
     assert torch.equal(view, kept[3:5])
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@each_backend
+def test_the_loss_may_be_written_to(backend, reduce):
+    """fairseq multiplies the loss of an empty batch by 0 in place; the gradient is 0 then."""
+    logits, target = random_batch(6, 90)
+    leaf = logits.clone().requires_grad_()
+    loss = loss_terms(leaf, target, LossOptions(label_smoothing=0.1), reduce=reduce, backend=backend).loss
+    loss *= 0
+    loss.sum().backward()
+    assert not leaf.grad.any()
+
+
+def test_memory_kept_is_not_shared_with_forked_processes():
+    """A child takes the same place for a gradient of its own; the parent's stays as it was."""
+    chunked.release_memory()
+    logits, target = random_batch(40, 300)
+    leaf = logits.clone().requires_grad_()
+    loss_terms(leaf, target, LossOptions(), backend="chunked").loss.backward()
+    kept = leaf.grad.clone()
+    view = torch.frombuffer(chunked._rooms[0], dtype=leaf.grad.dtype, count=kept.numel())
+    child = os.fork()
+    if child == 0:
+        view.fill_(7.0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(leaf.grad, kept)

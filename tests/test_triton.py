@@ -107,12 +107,22 @@ def test_extremes_and_padding():
     assert_agrees(logits[:1], target[:1], LossOptions(label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("column", [0, 5, 77, 129])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_logit_stays_visible(bad):
+def test_a_bad_logit_stays_visible(bad, column, smoothing):
     logits, target = make(6, 130)
-    logits[3, 77] = bad
-    target[3] = 5
-    assert not torch.isfinite(terms_and_gradient(logits, target, LossOptions(label_smoothing=0.1), "triton")[0].loss)
+    logits[2, column] = bad
+    target[2] = 5
+    terms, gradient = terms_and_gradient(logits, target, LossOptions(label_smoothing=smoothing), "triton")
+    assert not torch.isfinite(terms.loss) and not torch.isfinite(terms.nll_loss)
+    assert not torch.isfinite(gradient[2]).all()
+
+
+def test_a_target_that_is_no_type_shows():
+    logits, target = make(6, 10)
+    target[0] = 12
+    assert loss_terms(logits, target, LossOptions(), PAD, backend="triton").loss.isnan()
 
 
 def test_upstream_per_token_and_again():
