@@ -98,6 +98,9 @@ def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
     prepare(recipe, tmp_path / "work", tmp_path)
     assert "is prepared already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    write(tmp_path / "train.de", "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="prepared from another train.de"):
+        prepare(recipe, tmp_path / "work", tmp_path)
 
 
 # --- fetching

@@ -50,6 +50,9 @@ def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
         assert told["score"] == pytest.approx(ours["score"], abs=1e-9)
         assert told["signature"] == ours["signature"]
 
+    again = run("encourage-mt", "run", write_recipe(tmp_path, beam=1), "--work-dir", tmp_path / "work").stdout
+    assert "trained already" in again and "scored already" not in again, "another beam is another score"
+
     other = write_recipe(tmp_path, subword={"vocab_size": 250, "model_type": "bpe"})
     error = run("encourage-mt", "run", other, "--work-dir", tmp_path / "work", code=2).stderr
     assert "prepared with other options" in error
@@ -65,6 +68,11 @@ def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
         ({"arms": {"el": {"log-end": 1}}}, "arm el names no criterion"),
         ({"colour": "red"}, "unknown colour"),
         ({"train": {"arch": "transformer"}}, "train sets no max-epoch"),
+        ({"average": 3}, "average must be between 1 and max-epoch 2"),
+        ({"source": False}, "source must be text (in quotes where YAML reads otherwise), got False"),
+        ({"arms": {}}, "arms must be a mapping"),
+        ({"data": {"generate": {"train": 1}}}, "generate must be a mapping with a seed"),
+        ({"data": {"train": "a", "valid": ["c", "d"], "test": ["e", "f"]}}, "train must be [source file, target file]"),
         ({"data": {"train": ["a", "b"], "valid": ["c", "d"]}}, "data has no test set"),
         ({"data": {"generate": {"seed": 1, "train": 10, "test": 5}}}, "data has no valid"),
     ],
