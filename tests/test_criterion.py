@@ -6,11 +6,13 @@ import math
 import fairseq.criterions  # noqa: F401  # before the plugin, as in a fairseq command
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
 
+from encourage_mt import safe_checkpoints
 from encourage_mt.criterion import LabelSmoothedEncouragingLossCriterion
 
 TYPES = 40
@@ -140,3 +142,13 @@ def test_a_model_that_normalizes_itself_is_asked_for_log_probabilities(task):
         for column in range(length)
     )
     assert nll_loss == pytest.approx(expected, rel=1e-5) and math.isfinite(nll_loss)
+
+
+def test_on_an_older_torch_the_first_load_warns(monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", lambda path: {"path": path})
+    monkeypatch.setattr(safe_checkpoints, "torch_version", lambda: (2, 5))
+    safe_checkpoints.install()
+    for path in ("a.pt", "b.pt"):
+        assert checkpoint_utils.load_checkpoint_to_cpu(path) == {"path": path}
+    (record,) = caplog.records
+    assert "runs whatever code a checkpoint carries: load a.pt only if you trust its source" in record.getMessage()
