@@ -22,7 +22,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .reference import LossOptions, LossTerms, bonus_of, negative_slope
+from .reference import LossOptions, LossTerms, bonus_of, negative_slope, own_terms
 
 GROUP = 64  # types that are gathered together
 BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
@@ -48,8 +48,7 @@ class _Chunked(torch.autograd.Function):
         terms = _in_blocks(logits, target, options, ignored, gradient)
         ctx.gradient = gradient
         ctx.dtype = logits.dtype
-        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
-        loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
+        loss, nll_loss, bonus = own_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 

@@ -12,7 +12,7 @@ the float32 product divided by it, both exact: eps/V = 3e-6 would be subnormal i
 import torch
 from torch import Tensor
 
-from .reference import LossOptions, LossTerms
+from .reference import LossOptions, LossTerms, own_terms
 
 ROWS = 1024
 SCALE = 256.0
@@ -50,8 +50,7 @@ class _Fused(torch.autograd.Function):
             of_weight.add_(_product(gradient.T, features[block], exact), alpha=1 / scale)
         ctx.gradients = of_features, of_weight
         ctx.dtypes = features.dtype, weight.dtype
-        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
-        loss, nll_loss, bonus = (term.clone() for term in sums)
+        loss, nll_loss, bonus = own_terms(sums, reduce=False)
         ctx.mark_non_differentiable(nll_loss, bonus, correct)
         return loss, nll_loss, bonus, correct
 

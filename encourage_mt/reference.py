@@ -112,6 +112,14 @@ def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Te
     return LossTerms(loss + bonus, nll_loss, bonus)
 
 
+def own_terms(terms: Tensor, reduce: bool) -> "tuple[Tensor, Tensor, Tensor]":
+    """Rows of `terms` [3, ...], summed if `reduce`, as tensors of their own for a custom autograd function to return.
+
+    Views would not do: fairseq writes to the loss of an empty batch (loss *= 0).
+    """
+    return tuple(term.sum() if reduce else term.clone() for term in terms)
+
+
 def complement(log_probs: Tensor) -> Tensor:
     """1 - p for each type of `log_probs` [tokens, V], with full relative precision where p is near 1.
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import BONUSES, LOG_BONUS_FLOOR, LossOptions, LossTerms
+from .reference import BONUSES, LOG_BONUS_FLOOR, LossOptions, LossTerms, own_terms
 
 STATISTICS = 7  # of a row: highest logit, 1 / total, top type, 1 - p of it, sum without it, sum of all, a of the target
 BLOCK = 4096  # types that a program holds at a time
@@ -37,8 +37,7 @@ class _Triton(torch.autograd.Function):
         terms.masked_fill_(ignored, 0.0)
         ctx.save_for_backward(logits, target, ignored, statistics)
         ctx.options = options
-        # tensors of their own, not views: fairseq writes to the loss of an empty batch (loss *= 0)
-        loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
+        loss, nll_loss, bonus = own_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
