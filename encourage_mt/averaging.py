@@ -26,23 +26,39 @@ def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> "list[Pa
     return [numbered[number] for number in sorted(numbered)[-count:]]
 
 
+def newest_checkpoint(run_dir: Path) -> Path:
+    """checkpoint_last.pt or else the newest numbered checkpoint in `run_dir`; UserError if there is none."""
+    last = run_dir / "checkpoint_last.pt"
+    if last.exists():
+        return last
+    for kind in PATTERNS:
+        try:
+            return last_checkpoints(run_dir, 1, kind)[0]
+        except UserError:
+            continue
+    raise UserError(f"{run_dir}: no checkpoints there, so this is not the folder of a training")
+
+
 def average(paths: "list[Path]", output: Path) -> None:
     """Write the mean of the models in `paths` to `output`, complete or not at all.
 
     Sums in float32 (float64 stays) and holds the sum and one checkpoint at a time. What is not floating point, the
     options and the training state come from the last of `paths`; the optimizer's state is left out, for it does not
-    fit the mean. Raises UserError on a file that is missing, damaged, or of another model.
+    fit the mean. Raises UserError on a file that is missing, damaged, not finite, or of
+    another model.
     """
     total = {}
     for path in paths:
         state = model = value = None  # let go of the last checkpoint before the next is read
-        state = _load(path)
+        state = load_checkpoint(path)
         model = state["model"]
         if total and _shapes(total) != _shapes(model):
             raise UserError(f"{path}: its parameters differ in name or shape from those of {paths[0]}")
         for name, value in model.items():
             if not value.is_floating_point():
                 total[name] = value
+            elif not value.isfinite().all():
+                raise UserError(f"{path}: {name} holds values that are no numbers; the training has diverged")
             elif name in total:
                 total[name] += value
             else:
@@ -65,7 +81,8 @@ def _shapes(model):
     return {name: value.shape for name, value in model.items()}
 
 
-def _load(path):
+def load_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint file. Raises UserError if it is missing, damaged, or not to be loaded safely."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:

@@ -1,4 +1,4 @@
-"""The command `encourage-mt`: run a recipe from raw data to a table of scores."""
+"""The command `encourage-mt`: from raw data to scores, comparisons and a report."""
 
 import argparse
 import time
@@ -7,40 +7,85 @@ from pathlib import Path
 import torch
 
 from .commands import cores
+from .comparison import compare
 from .errors import UserError, exit_on_user_error
+from .evaluation import evaluate, table
 from .prepare import prepare
 from .recipe import Recipe, load_recipe
-from .scoring import evaluate, table
+from .report import write_report
+from .runs import open_run
 from .training import make_run, train
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="encourage-mt", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
-    for name, action, help in (
-        ("prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize"),
-        ("run", run_recipe, "prepare, train all arms, average, translate, score"),
-    ):
-        command = commands.add_parser(
-            name, help=help, description=f"{help}. What is done is kept, an interrupted training resumes."
-        )
+
+    def add(name, action, help):
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         command.set_defaults(action=action)
-        command.add_argument("recipe", type=Path, help="a recipe.yaml")
-        command.add_argument("--raw-dir", type=Path, help="folder of the recipe's files (default: download them)")
-        command.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
-    command.add_argument(
-        "--seed",
-        type=int,
-        default=1,
-        help="of initialization, order and dropout in all arms (default: %(default)s)",
+        return command
+
+    command = add("prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize")
+    add_recipe(command)
+
+    command = add(
+        "run",
+        run_recipe,
+        "prepare, train all criteria and seeds, average, translate, score, compare, report; what is done is kept, an "
+        "interrupted training resumes",
     )
-    command.add_argument("--arms", nargs="+", help="arms of the recipe to run (default: all)")
+    add_recipe(command)
     command.add_argument(
-        "--jobs",
+        "--seeds",
         type=int,
-        help="trainings side by side (default: 1 on a GPU, else one a core)",
+        nargs="+",
+        default=[1],
+        help="of initialization, order and dropout; each is one training of each criterion (default: 1)",
     )
+    command.add_argument(
+        "--criteria",
+        nargs="+",
+        help="arms of the recipe; the others are compared with the first (default: ce el)",
+    )
+    command.add_argument(
+        "--parallel", type=int, help="trainings side by side (default: 1 on a GPU, else one a core)"
+    )
+
+    command = add("evaluate", evaluate_runs, "average the last checkpoints of runs, translate, score: RUN/scores.json")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")
+    command.add_argument("--data", type=Path, help="folder made by prepare (default: the one it was trained on)")
+    for name, kind, what in (
+        ("average", int, "number of last epoch checkpoints to average"),
+        ("beam", int, "beam size"),
+        ("lenpen", float, "length penalty"),
+    ):
+        default = f"the recipe's; without one {getattr(Recipe, name)}"
+        command.add_argument(f"--{name}", type=kind, help=f"{what} (default: {default})")
+    command.add_argument("--comet", type=Path, metavar="CKPT", help="also COMET, with this model on disk (default: no)")
+
+    for name, action, help in (
+        ("compare", compare_runs, "per-seed table, paired tests over sentences, test over seeds, verdict"),
+        ("report", report_runs, "comparison, learning curves, a look inside the models, translations: one HTML page"),
+    ):
+        command = add(name, action, help)
+        for side in ("baseline", "candidate"):
+            command.add_argument(
+                f"--{side}", type=Path, nargs="+", required=True, metavar="RUN", help="evaluated runs, one a seed"
+            )
+        command.add_argument(
+            "--allow-differences",
+            action="store_true",
+            help="compare runs although they differ in more than the criterion (default: refuse, naming what)",
+        )
+    command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
     return main
+
+
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    command.add_argument("--raw-dir", type=Path, help="folder of the recipe's files (default: download them)")
+    command.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
 
 
 def main(argv=None) -> None:
@@ -64,21 +109,59 @@ def run_recipe(arguments) -> None:
     """`encourage-mt run`. Raises UserError on what the user can mend."""
     started = time.monotonic()
     recipe, work_dir = open_recipe(arguments)
-    unknown = set(arguments.arms or []) - set(recipe.arms)
+    arms = list(dict.fromkeys(arguments.criteria or ["ce", "el"]))
+    seeds = list(dict.fromkeys(arguments.seeds))
+    unknown = set(arms) - set(recipe.arms)
     if unknown:
-        raise UserError(f"--arms: the recipe has {', '.join(recipe.arms)}, not {', '.join(sorted(unknown))}")
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
-    arms = list(dict.fromkeys(arguments.arms or recipe.arms))
+        raise UserError(f"--criteria: the recipe has {', '.join(recipe.arms)}, not {', '.join(sorted(unknown))}")
+    if min(seeds) < 0:
+        raise UserError(f"--seeds must be 0 or more, got {min(seeds)}")
+    if arguments.parallel is not None and arguments.parallel < 1:
+        raise UserError(f"--parallel must be at least 1, got {arguments.parallel}")
     gpu = torch.cuda.is_available()
-    jobs = arguments.jobs or (1 if gpu else min(len(arms), cores()))
-    print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else f'CPU, {jobs} trainings side by side'}")
+    parallel = min(arguments.parallel or (1 if gpu else cores()), len(arms) * len(seeds))
+    print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings side by side")
 
     data = prepare(recipe, work_dir, arguments.raw_dir)
-    runs = [make_run(recipe, arm, arguments.seed, data, work_dir, fp16=gpu) for arm in arms]
-    train(runs, jobs, recipe.train["max-epoch"])
-    results = [evaluate(run, recipe, data) for run in runs]
+    runs = [make_run(recipe, arm, seed, data, work_dir, fp16=gpu) for seed in seeds for arm in arms]
+    train(runs, parallel, recipe.length)
+    results = [evaluate(run) for run in runs]
+    print(f"\n{table(results)}\n")
+    groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
+    for arm in arms[1:]:
+        comparison = compare(groups[arms[0]], groups[arm])
+        output = work_dir / f"report-{arms[0]}-{arm}"
+        write_report(comparison, groups[arms[0]], groups[arm], output)
+        print(f"\n{comparison.markdown()}\nReport: {output / 'report.html'}")
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"\n{table(results)}\n\nOne seed is a smoke test, not evidence.")
-    print(f"Everything lies in {work_dir}: data, logs, checkpoints, translations, scores.json.")
+    print(f"\nEverything lies in {work_dir}: data, logs, checkpoints, translations, scores.json, reports.")
     print(f"Took {minutes}:{seconds:02d} minutes.")
+
+
+def evaluate_runs(arguments) -> None:
+    """`encourage-mt evaluate`. Raises UserError on what the user can mend."""
+    for name in ("average", "beam"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    changes = {name: getattr(arguments, name) for name in ("data", "average", "beam", "lenpen")}
+    runs = [open_run(folder, **changes) for folder in arguments.runs]
+    results = [evaluate(run, arguments.comet) for run in runs]
+    print(f"\n{table(results)}")
+
+
+def compare_runs(arguments) -> None:
+    """`encourage-mt compare`. Raises UserError on what the user can mend."""
+    print(compare(*sides(arguments), arguments.allow_differences).markdown())
+
+
+def report_runs(arguments) -> None:
+    """`encourage-mt report`. Raises UserError on what the user can mend."""
+    baseline, candidate = sides(arguments)
+    comparison = compare(baseline, candidate, arguments.allow_differences)
+    write_report(comparison, baseline, candidate, arguments.output)
+    print(f"\n{comparison.markdown()}\nReport: {arguments.output / 'report.html'}")
+
+
+def sides(arguments):
+    return [[open_run(folder) for folder in side] for side in (arguments.baseline, arguments.candidate)]

@@ -1,9 +1,13 @@
-"""Run fairseq's command lines, those of the environment this Python belongs to."""
+"""Run fairseq's command lines, those of the environment this Python belongs to, and what they run on."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from .errors import UserError
 
@@ -40,3 +44,15 @@ def cores() -> int:
 def threads_per_job(jobs: int) -> "dict[str, str]":
     """Environment that shares the cores among `jobs` processes running side by side."""
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+
+
+def machine(device: str = "") -> str:
+    """What the figures were made on, in words: the GPU if there is one, unless `device` is cpu."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        model = match.group(1) if match else model
+    return f"CPU, {cores()} cores ({model})"

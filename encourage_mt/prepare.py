@@ -75,6 +75,15 @@ def _prepare(recipe, work_dir, raw_dir, folder, options):
         "options": options,
         "sources": sources,
         "pairs": counts,
+        "text": {
+            "source": recipe.source,
+            "target": recipe.target,
+            "tests": recipe.tests,
+            "lines": {split: counts[split] for split in ("valid", *recipe.tests)},
+            "tokenizer": "none",
+            "lowercase": False,
+            "remove_bpe": recipe.remove_bpe,
+        },
         "train pairs dropped for an empty side": dropped,
         "checksums": {path.name: pooch.file_hash(str(path)) for path in binarized},
     }

@@ -1,6 +1,6 @@
 """A recipe: the data, the subword model, the options of fairseq-train, and the arms that differ by criterion alone."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -30,7 +30,8 @@ class Recipe:
     data is either {"generate": {"seed": int, split: pairs, ...}}, the bundled corpus, or {split: [source file,
     target file], ...} with, if the files can be downloaded, "url" (their folder) and "sha256" {file: digest}. Every
     split but train and valid is a test set. train holds options of fairseq-train without their dashes. arms maps a
-    name to {"criterion": ..., its options}.
+    name to {"criterion": ..., its options}. The last `average` epoch checkpoints are averaged, and the mean translates
+    with `beam` and the length penalty `lenpen`.
     """
 
     name: str
@@ -39,15 +40,26 @@ class Recipe:
     data: dict
     subword: dict
     train: dict
-    average: int
-    beam: int
     arms: dict
+    average: int = 10
+    beam: int = 5
     lenpen: float = 1.0
     tests: list = field(init=False)
 
     def __post_init__(self):
         splits = self.data.get("generate", self.data)
         self.tests = [name for name in splits if name not in ("train", "valid", "url", "sha256", "seed")]
+
+    @property
+    def length(self) -> "tuple[int, str]":
+        """(how many, of what) a training lasts: epochs or, where max-update is set, updates."""
+        updates = self.train.get("max-update")
+        return (updates, "update") if updates else (self.train["max-epoch"], "epoch")
+
+    @property
+    def remove_bpe(self) -> str:
+        """What undoes the subwords: the value of fairseq's --remove-bpe."""
+        return "sentencepiece"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -61,7 +73,7 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of options")
     allowed = {f.name for f in fields(Recipe) if f.init}
-    required = allowed - {"lenpen"}
+    required = {f.name for f in fields(Recipe) if f.init and f.default is MISSING}
     for what, names in (("unknown", set(content) - allowed), ("missing", required - set(content))):
         if names:
             raise UserError(f"{path}: {what} {', '.join(sorted(names))}")
@@ -82,10 +94,10 @@ def load_recipe(path: Path) -> Recipe:
             raise UserError(f"{path}: {split} must be [source file, target file], got {files!r}")
     if not recipe.tests:
         raise UserError(f"{path}: data has no test set")
-    if "max-epoch" not in recipe.train:
-        raise UserError(f"{path}: train sets no max-epoch")
-    if not 1 <= recipe.average <= recipe.train["max-epoch"]:
-        raise UserError(f"{path}: average must be between 1 and max-epoch {recipe.train['max-epoch']}")
+    if len({"max-epoch", "max-update"} & set(recipe.train)) != 1:
+        raise UserError(f"{path}: train must set max-epoch or max-update, one of the two")
+    if not 1 <= recipe.average <= recipe.train.get("max-epoch", recipe.average):
+        raise UserError(f"{path}: average must be between 1 and max-epoch {recipe.train.get('max-epoch')}")
     for arm, options in recipe.arms.items():
         if not isinstance(options, dict):
             raise UserError(f"{path}: arm {arm} names no criterion")

@@ -1,0 +1,2 @@
+def write_report(comparison, baseline, candidate, output):
+    pass
