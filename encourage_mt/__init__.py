@@ -8,9 +8,14 @@ import sys
 
 __version__ = "0.1.0"
 
-if "fairseq" in sys.modules:
-    from . import compatibility, criterion, safe_checkpoints
+
+def register() -> None:
+    """Make the plugin known to fairseq in this process; done at import where fairseq was imported before."""
+    from . import compatibility, criterion, safe_checkpoints  # noqa: F401 (importing the criterion registers it)
 
     safe_checkpoints.install()
     compatibility.switch_encoder_fast_path_off()
-    __all__ = ["criterion"]
+
+
+if "fairseq" in sys.modules:
+    register()

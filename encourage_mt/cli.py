@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(action=action)
         return command
 
-    command = add("prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize")
+    command = add(
+        "prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize"
+    )
     add_recipe(command)
 
     command = add(
@@ -48,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="arms of the recipe; the others are compared with the first (default: ce el)",
     )
-    command.add_argument(
-        "--parallel", type=int, help="trainings side by side (default: 1 on a GPU, else one a core)"
-    )
+    command.add_argument("--parallel", type=int, help="trainings side by side (default: 1 on a GPU, else one a core)")
 
     command = add("evaluate", evaluate_runs, "average the last checkpoints of runs, translate, score: RUN/scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")

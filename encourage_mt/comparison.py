@@ -67,11 +67,29 @@ class Seeds:
         interval = result.confidence_interval(CONFIDENCE)
         self.p, self.interval = float(result.pvalue), (float(interval.low), float(interval.high))
 
+    def rows(self) -> "list[list[str]]":
+        """Cells of a table: metric, seed, baseline, candidate, gain, p of both sentence-level tests; the mean last."""
+        rows, sign = [], -1 if self.metric == "TER" else 1
+        for seed in sorted(set(self.baseline) | set(self.candidate)):
+            pair = [side.get(seed) for side in (self.baseline, self.candidate)]
+            figures = ["" if score is None else f"{score:.2f}" for score in pair]
+            gain = "" if None in pair else f"{sign * (pair[1] - pair[0]):+.2f}"
+            p = self.sentence_p.get(seed, {})
+            rows.append(
+                [self.metric, str(seed), *figures, gain, *(f"{p[n]:.3f}" if n in p else "" for n in ("bs", "ar"))]
+            )
+        interval = f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else ""
+        means = [_mean(side.values()) for side in (self.baseline, self.candidate)]
+        rows.append([self.metric, "mean", *means, f"{self.gain:+.2f}{interval}", "", ""])
+        return rows
+
     def verdict(self, baseline: str, candidate: str) -> str:
         """One line: better, worse, or not enough evidence and what it would take."""
         amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
         if self.p is None:
-            return f"Not enough evidence: {amount} with one seed says nothing of other seeds. Train at least 2, better 5."
+            return (
+                f"Not enough evidence: {amount} with one seed says nothing of other seeds. Train at least 2, better 5."
+            )
         evidence = f"95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}, p = {self.p:.3g}, {self.test}"
         if self.p < 1 - CONFIDENCE:
             return f"{candidate} is {'better' if self.gain > 0 else 'worse'} than {baseline}: {amount} ({evidence})."
@@ -101,13 +119,19 @@ def seeds_needed(gain: float, spread: float, groups: int = 1) -> "int | None":
 
 @dataclass
 class Comparison:
-    """Two groups of runs. tests maps a test set and a metric to its Seeds; differences names what they ought to share."""
+    """Two groups of runs. tests: {test set: {metric: Seeds}}; differences: what they ought to share and do not."""
 
     baseline: str
     candidate: str
     tests: "dict[str, dict[str, Seeds]]"
     signatures: "dict[str, str]"
     differences: "list[str]"
+
+    explanation = (
+        "p (bootstrap) and p (randomization): sacreBLEU's paired tests over the sentences of one seed's test set, "
+        "which say nothing of other seeds. Gains of TER are reductions. Means with the standard deviation over seeds, "
+        "gains with their 95% confidence interval."
+    )
 
     def markdown(self) -> str:
         """Per test set: scores of each seed with the sentence-level tests, means, verdict; signatures beneath."""
@@ -116,40 +140,28 @@ class Comparison:
             lines += [f"**These runs differ in more than the criterion**: {'; '.join(self.differences)}.", ""]
         for split, metrics in self.tests.items():
             lines += [f"### {split}", ""]
-            lines += [f"| metric | seed | {self.baseline} | {self.candidate} | gain | p (bootstrap) | p (randomization) |"]
+            lines += [
+                f"| metric | seed | {self.baseline} | {self.candidate} | gain | p (bootstrap) | p (randomization) |"
+            ]
             lines += ["|---|---|---|---|---|---|---|"]
-            for metric, result in metrics.items():
-                lines += _rows(metric, result)
+            lines += [f"| {' | '.join(row)} |" for result in metrics.values() for row in result.rows()]
             headline = metrics[HEADLINE].verdict(self.baseline, self.candidate)
             lines += ["", f"**{headline}**", ""]
-            lines += [f"{r.verdict(self.baseline, self.candidate)}  " for name, r in metrics.items() if name != HEADLINE]
+            lines += [
+                f"{r.verdict(self.baseline, self.candidate)}  " for name, r in metrics.items() if name != HEADLINE
+            ]
             lines += [""]
         lines += [
-            "p (bootstrap) and p (randomization): paired tests over the sentences of one seed's test set, which say nothing "
-            "of other seeds. Gains of TER are reductions. Means with the standard deviation over seeds.",
+            self.explanation,
             "",
             *(f"{name} signature: `{signature}`  " for name, signature in self.signatures.items()),
         ]
         return "\n".join(lines)
 
 
-def _rows(metric, result):
-    rows, sign = [], -1 if metric == "TER" else 1
-    for seed in sorted(set(result.baseline) | set(result.candidate)):
-        pair = [side.get(seed) for side in (result.baseline, result.candidate)]
-        figures = ["" if score is None else f"{score:.2f}" for score in pair]
-        gain = "" if None in pair else f"{sign * (pair[1] - pair[0]):+.2f}"
-        p = result.sentence_p.get(seed, {})
-        rows.append([metric, str(seed), *figures, gain, *(f"{p[n]:.3f}" if n in p else "" for n in ("bs", "ar"))])
-    means = [_mean(side.values()) for side in (result.baseline, result.candidate)]
-    interval = f" [{result.interval[0]:+.2f}, {result.interval[1]:+.2f}]" if result.interval else ""
-    rows.append([f"**{metric}**", "**mean**", *means, f"**{result.gain:+.2f}**{interval}", "", ""])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
 def _mean(scores):
     scores = list(scores)
-    return f"**{statistics.mean(scores):.2f}**" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
+    return f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
 
 
 def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bool = False) -> Comparison:

@@ -180,3 +180,11 @@ def table(results: "list[dict]") -> str:
             rows.append(f"| {' | '.join([result['name'], split, *figures, ratio, *pace])} |")
     rows += ["", *(f"{name} signature: `{signature}`  " for name, signature in signatures.items())]
     return "\n".join(rows)
+
+
+def evaluated_checkpoint(run: Run) -> Path:
+    """The averaged checkpoint that was scored. Raises UserError if it is gone or the run is not evaluated."""
+    path = run.folder / "average.pt"
+    if not (path.exists() and (run.folder / "scores.json").exists()):
+        raise UserError(f"{run.folder}: no average.pt with scores.json; bash scripts/evaluate.sh {run.folder}")
+    return path

@@ -2,12 +2,9 @@
 
 import json
 import os
-import re
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from . import safe_checkpoints
 from .averaging import load_checkpoint, newest_checkpoint
 from .errors import UserError
 from .recipe import Recipe
@@ -15,7 +12,7 @@ from .recipe import Recipe
 
 @dataclass
 class Run:
-    """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and what comes of them."""
+    """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores."""
 
     folder: Path
     recipe: str
@@ -49,7 +46,9 @@ class Run:
         """Write run.json. Raises UserError if the folder holds a training with another command."""
         path = self.folder / "run.json"
         if path.exists() and read_json(path)["command"] != self.command:
-            raise UserError(f"{self.folder}: holds a training with another command (run.json); choose another --work-dir")
+            raise UserError(
+                f"{self.folder}: holds a training with another command (run.json); choose another --work-dir"
+            )
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "data": str(self.data)})
@@ -83,7 +82,9 @@ def open_run(folder: Path, **changes) -> Run:
     record.update({name: value for name, value in changes.items() if value is not None})
     record["data"] = Path(record["data"])
     if not (record["data"] / "manifest.json").exists():
-        raise UserError(f"{record['data']}: no data of `encourage-mt prepare` there (manifest.json); give its folder with --data")
+        raise UserError(
+            f"{record['data']}: no data of `encourage-mt prepare` there (manifest.json); give its folder with --data"
+        )
     return Run(folder=folder, **record)
 
 
@@ -100,7 +101,9 @@ def training_settings(state: dict) -> dict:
     batch = {}
     for name, per in (("tokens", "max_tokens"), ("sentences", "batch_size")):
         value = options["dataset"][per]
-        batch[f"{name} per update"] = value * steps * world if value and isinstance(steps, int) else [value, steps, world]
+        batch[f"{name} per update"] = (
+            value * steps * world if value and isinstance(steps, int) else [value, steps, world]
+        )
     settings = {**batch, "updates": state["optimizer_history"][-1]["num_updates"]}
     settings["precision"] = next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
     for section in ("optimization", "optimizer", "lr_scheduler"):
@@ -148,5 +151,6 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write `content` whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.tolist())  # numpy's numbers
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)

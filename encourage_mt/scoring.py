@@ -43,7 +43,9 @@ def score(hypotheses: "list[str]", references: "list[str]", language: str, lower
     Raises UserError if the sides differ in length, all of one is empty, or a reference holds <<unk>>.
     """
     check(hypotheses, references)
-    result = {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics(language, lowercase).items()}
+    result = {
+        name: _corpus_score(metric, hypotheses, references) for name, metric in metrics(language, lowercase).items()
+    }
     return result
 
 

@@ -35,7 +35,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, fp
 
 
 def train(runs: "list[Run]", parallel: int, length: "tuple[int, str]") -> None:
-    """Train what is not done, `parallel` at a time, to `length` (Recipe.length); fairseq resumes from checkpoint_last.pt.
+    """Train what is not done, `parallel` at a time, to `length` (Recipe.length); fairseq resumes from its checkpoint.
 
     Raises UserError, after the other trainings have ended, if one fails.
     """

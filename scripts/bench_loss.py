@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from encourage_mt import chunked
+from encourage_mt.commands import machine
 from encourage_mt.loss import loss_terms, projected_loss_terms
 from encourage_mt.reference import LossOptions
-from encourage_mt.commands import machine
 
 EL = LossOptions(label_smoothing=0.1)
 CE = LossOptions(bonus="none", label_smoothing=0.1)

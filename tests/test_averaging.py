@@ -62,7 +62,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
     """Beside the sum, only the checkpoint just read is alive."""
     paths = [checkpoint(tmp_path / f"{i}.pt", 1.0) for i in range(6)]
     read, alive = [], []
-    load = averaging._load
+    load = averaging.load_checkpoint
 
     def watched(path):
         state = load(path)
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
         read.append(weakref.ref(state["model"]["w"]))
         return state
 
-    monkeypatch.setattr(averaging, "_load", watched)
+    monkeypatch.setattr(averaging, "load_checkpoint", watched)
     average(paths, tmp_path / "out.pt")
     assert alive == [0] * 6
 

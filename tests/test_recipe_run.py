@@ -13,7 +13,6 @@ import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
 from encourage_mt.recipe import load_recipe
-from encourage_mt.scoring import table
 
 
 def differing_options(commands):
@@ -22,42 +21,53 @@ def differing_options(commands):
     return {word for word in set(first) ^ set(second) if not word.startswith("/")}
 
 
-def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
-    recipe = write_recipe(tmp_path)
-    first = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work")
-    table = [line for line in first.stdout.splitlines() if line.startswith(("| ce ", "| el "))]
-    assert len(table) == 2 and all(line.count("|") == 7 for line in table)
-    assert "BLEU signature: `nrefs:1|case:mixed|" in first.stdout and str(tmp_path / "work") in first.stdout
+def table_rows(output):
+    return [line for line in output.splitlines() if line.startswith(("| ce.seed", "| el.seed"))]
 
-    second = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work")
+
+def test_a_recipe_runs_to_a_report_and_a_second_run_has_nothing_to_do(tmp_path):
+    recipe, work = write_recipe(tmp_path), tmp_path / "work"
+    first = run("encourage-mt", "run", recipe, "--work-dir", work)
+    table = table_rows(first.stdout)
+    assert [row.split(" | ")[:2] for row in table] == [
+        [f"| {arm}.seed1", split] for arm in ("ce", "el") for split in ("valid", "test")
+    ]
+    assert "sacreBLEU signature: `nrefs:1|case:mixed|" in first.stdout and str(work) in first.stdout
+    assert "Not enough evidence" in first.stdout and (work / "report-ce-el" / "report.html").exists()
+
+    second = run("encourage-mt", "run", recipe, "--work-dir", work)
     for words in ("is prepared already", "ce.seed1: trained already", "el.seed1: scored already"):
         assert words in second.stdout
-    assert [line for line in second.stdout.splitlines() if line.startswith(("| ce ", "| el "))] == table
+    assert table_rows(second.stdout) == table
 
-    results = [json.loads((tmp_path / "work" / f"{arm}.seed1" / "scores.json").read_text()) for arm in ("ce", "el")]
+    results = [json.loads((work / f"{arm}.seed1" / "scores.json").read_text()) for arm in ("ce", "el")]
     assert differing_options([result["command"] for result in results]) == {
         "label_smoothed_cross_entropy",
         "label_smoothed_encouraging_loss",
         "--log-end",
         "0.5",
     }
-    assert results[0]["data_sha256"] == results[1]["data_sha256"]
+    assert results[0]["evaluation"]["data_sha256"] == results[1]["evaluation"]["data_sha256"]
 
-    hypothesis, reference = tmp_path / "work/el.seed1/test.en", tmp_path / "work/data/text/test.en"
-    for metric, name in (("bleu", "BLEU"), ("chrf", "CHRF")):
-        told = json.loads(run("sacrebleu", reference, "-i", hypothesis, "-m", metric, "-w", "10").stdout)
+    hypothesis, reference = work / "el.seed1/test.en", work / "data/text/test.en"
+    for options, name in (
+        (("-m", "bleu"), "sacreBLEU"),
+        (("-m", "chrf", "--chrf-word-order", "2"), "chrF++"),
+        (("-m", "ter"), "TER"),
+    ):
+        told = json.loads(run("sacrebleu", reference, "-i", hypothesis, *options, "-w", "10").stdout)
         ours = results[1]["scores"]["test"][name]
         assert told["score"] == pytest.approx(ours["score"], abs=1e-9)
         assert told["signature"] == ours["signature"]
 
-    again = run("encourage-mt", "run", write_recipe(tmp_path, beam=1), "--work-dir", tmp_path / "work").stdout
+    again = run("encourage-mt", "run", write_recipe(tmp_path, beam=1), "--work-dir", work).stdout
     assert "trained already" in again and "scored already" not in again, "another beam is another score"
 
     other = write_recipe(tmp_path, subword={"vocab_size": 250, "model_type": "bpe"})
-    error = run("encourage-mt", "run", other, "--work-dir", tmp_path / "work", code=2).stderr
+    error = run("encourage-mt", "run", other, "--work-dir", work, code=2).stderr
     assert "prepared with other options" in error
     other = write_recipe(tmp_path, train={**TINY["train"], "lr": 0.001})
-    error = run("encourage-mt", "run", other, "--work-dir", tmp_path / "work", code=2).stderr
+    error = run("encourage-mt", "run", other, "--work-dir", work, code=2).stderr
     assert "holds a training with another command" in error
 
 
@@ -67,7 +77,8 @@ def test_a_recipe_runs_to_a_table_and_a_second_run_has_nothing_to_do(tmp_path):
         ({"arms": {"el": {"criterion": "x", "lr": 1}}}, "arm el sets lr; arms differ by criterion"),
         ({"arms": {"el": {"log-end": 1}}}, "arm el names no criterion"),
         ({"colour": "red"}, "unknown colour"),
-        ({"train": {"arch": "transformer"}}, "train sets no max-epoch"),
+        ({"train": {"arch": "transformer"}}, "train must set max-epoch or max-update"),
+        ({"train": {"max-epoch": 2, "max-update": 9}}, "one of the two"),
         ({"average": 3}, "average must be between 1 and max-epoch 2"),
         ({"source": False}, "source must be text (in quotes where YAML reads otherwise), got False"),
         ({"arms": {}}, "arms must be a mapping"),
@@ -88,8 +99,9 @@ def test_a_recipe_with_a_mistake_is_refused_in_one_line(changes, expected, tmp_p
 def test_command_line_mistakes_are_refused_in_one_line(tmp_path):
     recipe = write_recipe(tmp_path)
     for options, expected in (
-        (["--arms", "ce", "fl"], "the recipe has ce, el, not fl"),
-        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--criteria", "ce", "fl"], "the recipe has ce, el, not fl"),
+        (["--parallel", "0"], "--parallel must be at least 1"),
+        (["--seeds", "-1"], "--seeds must be 0 or more"),
     ):
         error = run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "work", *options, code=2).stderr
         assert expected in error and error.count("\n") == 1
@@ -115,12 +127,6 @@ def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
         assert set(recipe.arms) >= {"ce", "el"}
         assert (path.parent / "run.sh").exists()
         assert not {"criterion", "label-smoothing"} & set(recipe.train)
-
-
-def test_the_results_page_shows_the_figures_of_its_runs():
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    runs = sorted((ROOT / "docs/results/multi30k_de_en").glob("*.json"))
-    assert runs and table([json.loads(path.read_text(encoding="utf-8")) for path in runs]) in page
 
 
 # --- the scripts
