@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Make the plugin known to fairseq in this process; done at import where fairseq was imported before."""
-    from . import compatibility, criterion, safe_checkpoints  # noqa: F401 (importing the criterion registers it)
+    from . import compatibility, criterion, interruption, safe_checkpoints  # noqa: F401 (importing criterion registers)
 
     safe_checkpoints.install()
     compatibility.switch_encoder_fast_path_off()
+    if "fairseq_cli.train" in sys.modules:
+        interruption.install()
 
 
 if "fairseq" in sys.modules:

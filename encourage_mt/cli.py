@@ -1,11 +1,13 @@
 """The command `encourage-mt`: from raw data to scores, comparisons and a report."""
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
 import torch
 
+from .cluster import PRECISIONS, Cluster, hydra_config, launch_command, tokens_per_update, update_freq
 from .commands import cores
 from .comparison import compare
 from .errors import UserError, exit_on_user_error
@@ -13,7 +15,7 @@ from .evaluation import evaluate, table
 from .prepare import prepare
 from .recipe import Recipe, load_recipe
 from .report import write_report
-from .runs import open_run
+from .runs import Run, open_run
 from .training import make_run, train
 
 
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "interrupted training resumes",
     )
     add_recipe(command)
+    add_cluster(command)
     command.add_argument(
         "--seeds",
         type=int,
@@ -51,6 +54,20 @@ def parser() -> argparse.ArgumentParser:
         help="arms of the recipe; the others are compared with the first (default: ce el)",
     )
     command.add_argument("--parallel", type=int, help="trainings side by side (default: 1 on a GPU, else one a core)")
+
+    command = add(
+        "train",
+        train_one,
+        "one training on the GPUs of this machine or, started on each, of several; the tokens per update stay those of "
+        "the recipe; an interrupted training resumes",
+    )
+    add_recipe(command)
+    add_cluster(command)
+    command.add_argument("--criterion", required=True, help="arm of the recipe")
+    command.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    command.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
+    command.add_argument("--node", type=int, default=0, help="number of this machine, from 0 (default: %(default)s)")
+    command.add_argument("--master", metavar="HOST:PORT", help="address of machine 0, for several (default: none)")
 
     command = add("evaluate", evaluate_runs, "average the last checkpoints of runs, translate, score: RUN/scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")
@@ -88,6 +105,18 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
 
 
+def add_cluster(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gpus", type=int, default=1, help="of this machine, for each training (default: %(default)s)"
+    )
+    command.add_argument(
+        "--precision", choices=PRECISIONS, help="of the arithmetic in training (default: fp16 on a GPU, fp32 on a CPU)"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the commands of the trainings and do nothing (default: no)"
+    )
+
+
 def main(argv=None) -> None:
     arguments = parser().parse_args(argv)
     with exit_on_user_error("encourage-mt"):
@@ -119,12 +148,17 @@ def run_recipe(arguments) -> None:
     if arguments.parallel is not None and arguments.parallel < 1:
         raise UserError(f"--parallel must be at least 1, got {arguments.parallel}")
     gpu = torch.cuda.is_available()
-    parallel = min(arguments.parallel or (1 if gpu else cores()), len(arms) * len(seeds))
+    parallel = min(arguments.parallel or (1 if gpu else max(1, cores() // arguments.gpus)), len(arms) * len(seeds))
+    cluster = Cluster(precision_here(arguments), arguments.gpus)
+    data = work_dir / "data"
+    runs = [make_run(recipe, arm, seed, data, work_dir, cluster.precision) for seed in seeds for arm in arms]
+    if arguments.dry_run:
+        show_commands(recipe, runs, cluster)
+        return
+    check_lot(recipe, cluster)
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings side by side")
-
-    data = prepare(recipe, work_dir, arguments.raw_dir)
-    runs = [make_run(recipe, arm, seed, data, work_dir, fp16=gpu) for seed in seeds for arm in arms]
-    train(runs, parallel, recipe.length)
+    prepare(recipe, work_dir, arguments.raw_dir)
+    train(runs, recipe, cluster, parallel)
     results = [evaluate(run) for run in runs]
     print(f"\n{table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
@@ -136,6 +170,46 @@ def run_recipe(arguments) -> None:
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nEverything lies in {work_dir}: data, logs, checkpoints, translations, scores.json, reports.")
     print(f"Took {minutes}:{seconds:02d} minutes.")
+
+
+def train_one(arguments) -> None:
+    """`encourage-mt train`. Raises UserError on what the user can mend."""
+    recipe, work_dir = open_recipe(arguments)
+    if arguments.criterion not in recipe.arms:
+        raise UserError(f"--criterion: the recipe has {', '.join(recipe.arms)}, not {arguments.criterion}")
+    cluster = Cluster(precision_here(arguments), arguments.gpus, arguments.nodes, arguments.node, arguments.master)
+    data = work_dir / "data"
+    run = make_run(recipe, arguments.criterion, arguments.seed, data, work_dir, cluster.precision)
+    if arguments.dry_run:
+        show_commands(recipe, [run], cluster)
+        return
+    check_lot(recipe, cluster)
+    if cluster.nodes == 1:
+        prepare(recipe, work_dir, arguments.raw_dir)
+    elif not data.exists():
+        raise UserError(f"{data}: prepare the data once before several machines train on it (encourage-mt prepare)")
+    train([run], recipe, cluster, 1)
+    print(f"Trained: {run.folder}. Score it: bash scripts/evaluate.sh {run.folder}")
+
+
+def precision_here(arguments) -> str:
+    return arguments.precision or ("fp16" if torch.cuda.is_available() else "fp32")
+
+
+def check_lot(recipe: Recipe, cluster: Cluster) -> None:
+    """Say what each process does. Raises UserError if the processes cannot share the tokens per update."""
+    frequency = update_freq(recipe, cluster.processes)
+    lot = f"{cluster.processes} x {recipe.train['max-tokens']:,} max-tokens x update-freq {frequency}"
+    print(f"{tokens_per_update(recipe):,} tokens per update: {lot}, {cluster.precision}")
+
+
+def show_commands(recipe: Recipe, runs: "list[Run]", cluster: Cluster) -> None:
+    check_lot(recipe, cluster)
+    for run in runs:
+        command = shlex.split(run.command)
+        print(shlex.join(launch_command(recipe, command, cluster, run.folder)))
+        if cluster.precision == "bf16":
+            print(f"with {run.folder / 'train.yaml'}:\n{hydra_config(command)}")
 
 
 def evaluate_runs(arguments) -> None:

@@ -1,10 +1,13 @@
 """Run fairseq's command lines, those of the environment this Python belongs to, and what they run on."""
 
+import fcntl
 import os
 import platform
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ import torch
 from .errors import UserError
 
 USER_DIR = Path(__file__).parent
+PACKAGES = ("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy", "sacrebleu", "sacremoses", "sentencepiece")
 
 
 def resolve(argv: "list[str]") -> "list[str]":
@@ -56,3 +60,34 @@ def machine(device: str = "") -> str:
         match = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
         model = match.group(1) if match else model
     return f"CPU, {cores()} cores ({model})"
+
+
+def versions() -> "dict[str, str]":
+    """Versions of Python and of the packages that figures depend on."""
+    found = {package.metadata["Name"]: package.version for package in distributions()}
+    return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
+
+
+def git_revision() -> "str | None":
+    """Commit of this project, with -dirty if files differ from it; None outside a git checkout."""
+    argv = ["git", "-C", str(USER_DIR), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keep other processes out of `folder` (made if need be); gives the descriptor that holds the lock.
+
+    A child process that is handed the descriptor holds the lock too, until it ends. Raises UserError if another holds
+    it already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work there") from None
+        yield lock.fileno()

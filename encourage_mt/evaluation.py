@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pooch
@@ -13,13 +12,11 @@ from tqdm import tqdm
 from . import scoring
 from .averaging import average, last_checkpoints, load_checkpoint
 from .bitext import read_lines
-from .commands import USER_DIR, failure, machine, resolve
+from .commands import USER_DIR, failure, machine, resolve, versions
 from .errors import UserError
 from .prepare import data_checksum
 from .runs import Run, read_json, read_log, training_settings, write_json
 from .tokenization import detokenize
-
-PACKAGES = ("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy", "sacrebleu", "sacremoses", "sentencepiece")
 
 
 def evaluate(run: Run, comet: "Path | None" = None) -> dict:
@@ -64,11 +61,8 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "training": training_settings(state),
         **speed(run.log),
         "machine": machine(),
-        "versions": {
-            package.metadata["Name"]: package.version
-            for package in distributions()
-            if package.metadata["Name"] in PACKAGES
-        },
+        "versions": versions(),
+        "provenance": run.provenance,
     }
     write_json(path, result)
     return result

@@ -12,7 +12,11 @@ from .recipe import Recipe
 
 @dataclass
 class Run:
-    """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores."""
+    """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores.
+
+    command is that of a training on one process; what starts it on several is derived from it (cluster.py).
+    provenance tells what it was started with: data_sha256, versions, git revision, machine.
+    """
 
     folder: Path
     recipe: str
@@ -23,6 +27,8 @@ class Run:
     average: int
     beam: int
     lenpen: float
+    precision: str
+    provenance: dict
 
     @property
     def name(self) -> str:
@@ -43,12 +49,20 @@ class Run:
         return (self.folder / "train.done").exists()
 
     def save(self) -> None:
-        """Write run.json. Raises UserError if the folder holds a training with another command."""
+        """Write run.json. Raises UserError if the folder holds a training with another command, precision or data."""
         path = self.folder / "run.json"
-        if path.exists() and read_json(path)["command"] != self.command:
-            raise UserError(
-                f"{self.folder}: holds a training with another command (run.json); choose another --work-dir"
-            )
+        if path.exists():
+            before = open_run(self.folder)
+            shared = ("command", "precision")
+            differing = [name for name in shared if getattr(self, name) != getattr(before, name)]
+            if self.provenance["data_sha256"] != before.provenance["data_sha256"]:
+                differing.append("data")
+            if differing:
+                what = " and ".join(differing)
+                raise UserError(
+                    f"{self.folder}: holds a training with another {what} (run.json); choose another --work-dir"
+                )
+            self.provenance = before.provenance
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "data": str(self.data)})
@@ -78,6 +92,8 @@ def open_run(folder: Path, **changes) -> Run:
             "average": Recipe.average,
             "beam": Recipe.beam,
             "lenpen": Recipe.lenpen,
+            "precision": precision_of(options),
+            "provenance": {},
         }
     record.update({name: value for name, value in changes.items() if value is not None})
     record["data"] = Path(record["data"])
@@ -105,7 +121,7 @@ def training_settings(state: dict) -> dict:
             value * steps * world if value and isinstance(steps, int) else [value, steps, world]
         )
     settings = {**batch, "updates": state["optimizer_history"][-1]["num_updates"]}
-    settings["precision"] = next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
+    settings["precision"] = precision_of(options)
     for section in ("optimization", "optimizer", "lr_scheduler"):
         settings.update(_plain(options[section], section))
     elsewhere = {name for section in options if section != "model" for name in (options[section] or {})}
@@ -114,6 +130,10 @@ def training_settings(state: dict) -> dict:
     for name in ("update_freq", "no_seed_provided", "tpu", "debug_param_names"):
         settings.pop(name, None)
     return settings
+
+
+def precision_of(options: dict) -> str:
+    return next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
 
 
 def _plain(options, section):

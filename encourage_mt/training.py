@@ -1,76 +1,100 @@
 """Train runs side by side, resume what was interrupted, show how far each one is."""
 
 import shlex
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .commands import USER_DIR, failure, resolve, threads_per_job
+from .cluster import Cluster, hydra_config, launch_command
+from .commands import USER_DIR, failure, git_revision, locked, machine, resolve, threads_per_job, versions
 from .errors import UserError
+from .interruption import STOPPED
+from .prepare import data_checksum
 from .recipe import Recipe, as_flags
 from .runs import Run, record_of
 
 
-def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, fp16: bool) -> Run:
-    """The run of `arm`: options of the recipe, then those of the arm's criterion. Recorded in its folder.
-
-    Raises UserError if the folder holds a run with another command.
-    """
+def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, precision: str) -> Run:
+    """The run of `arm`: options of the recipe, then those of the arm's criterion. Nothing is written yet."""
     folder = work_dir / f"{arm}.seed{seed}"
     command = ["fairseq-train", str(data / "data-bin"), "--user-dir", str(USER_DIR)]
     command += ["--source-lang", recipe.source, "--target-lang", recipe.target, "--seed", str(seed)]
-    command += as_flags(recipe.train)
+    command += as_flags({"update-freq": 1, **recipe.train})
     command += ["--eval-bleu", "--eval-bleu-args", '{"beam": 1}', "--eval-bleu-remove-bpe", recipe.remove_bpe]
     command += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
     command += ["--keep-last-epochs", str(recipe.average), "--save-dir", str(folder / "checkpoints")]
     command += ["--log-format", "json", "--log-interval", "20", "--num-workers", "0"]
-    command += ["--required-batch-size-multiple", "1", *(["--fp16"] if fp16 else [])]
-    command += as_flags(recipe.arms[arm])
+    command += ["--required-batch-size-multiple", "1", *as_flags(recipe.arms[arm])]
     line = shlex.join(command)
-    run = Run(folder, recipe.name, arm, seed, data, line, recipe.average, recipe.beam, recipe.lenpen)
+    return Run(folder, recipe.name, arm, seed, data, line, recipe.average, recipe.beam, recipe.lenpen, precision, {})
+
+
+def record(run: Run) -> None:
+    """Write the run.json of a run that is to be trained. Raises UserError if its folder holds another training."""
+    run.provenance = {
+        "data_sha256": data_checksum(run.data),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "machine": machine(),
+    }
     run.save()
-    return run
 
 
-def train(runs: "list[Run]", parallel: int, length: "tuple[int, str]") -> None:
-    """Train what is not done, `parallel` at a time, to `length` (Recipe.length); fairseq resumes from its checkpoint.
+def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) -> None:
+    """Train what is not done, `parallel` at a time, each on `cluster`; fairseq resumes from its last checkpoint.
 
-    Raises UserError, after the other trainings have ended, if one fails.
+    Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
+    trainings save and stop, and so does this process, with interruption.STOPPED.
     """
+    for run in runs:
+        record(run)
     waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
             print(f"{run.name}: trained already")
     if not waiting:
         return
-    environment = threads_per_job(min(parallel, len(waiting)))
+    length = recipe.length
+    environment = threads_per_job(min(parallel, len(waiting)) * cluster.gpus)
     whole = progress_bar("all trainings", len(waiting) * length[0], length[1], 0)
-    active, ended, failures = [], 0, []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # by way of the finally below
+    active, ended, failures, due = [], 0, [], 0.0
     try:
         while waiting or active:
             while waiting and len(active) < parallel:
                 place = min(set(range(1, parallel + 1)) - {training.place for training in active})
-                active.append(Training(waiting.pop(0), length, environment, place))
+                active.append(Training(waiting.pop(0), recipe, cluster, environment, place))
                 whole.initial += active[-1].bar.initial
             time.sleep(1)
+            shown = sys.stderr.isatty() or time.monotonic() > due  # a log file gets a line a minute
+            due = time.monotonic() + 60 if shown else due
             for training in list(active):
                 code = training.process.poll()
-                training.show()
+                training.read()
+                if shown or code is not None:
+                    training.bar.refresh()
                 if code is not None:
                     training.close()
                     active.remove(training)
                     ended += length[0]
+                    if code == STOPPED:
+                        sys.exit(STOPPED)
                     if code:
                         failures.append(failure("fairseq-train", code, training.run.log))
                     else:
                         (training.run.folder / "train.done").touch()
             whole.n = ended + sum(training.bar.n for training in active)
-            whole.refresh()
+            if shown:
+                whole.refresh()
     finally:
         for training in active:
             training.process.terminate()
+        for training in active:
+            training.process.wait()
             training.close()
         whole.close()
     if failures:
@@ -86,21 +110,25 @@ def progress_bar(name: str, total: int, unit: str, place: int) -> tqdm:
 class Training:
     """A running fairseq-train and its progress bar in line `place` of the terminal."""
 
-    def __init__(self, run: Run, length: "tuple[int, str]", environment: "dict[str, str]", place: int):
+    def __init__(self, run: Run, recipe: Recipe, cluster: Cluster, environment: "dict[str, str]", place: int):
         self.run, self.place = run, place
-        with open(run.log, "a", encoding="utf-8") as log:
+        command = shlex.split(run.command)
+        if cluster.precision == "bf16":
+            (run.folder / "train.yaml").write_text(hydra_config(command), encoding="utf-8")
+        argv = launch_command(recipe, command, cluster, run.folder)
+        with locked(run.folder) as lock, open(run.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                resolve(shlex.split(run.command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                resolve(argv), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
             )
-        self.bar = progress_bar(run.name, *length, place)
+        self.bar = progress_bar(run.name, *recipe.length, place)
         self.lines = open(run.log, encoding="utf-8", errors="replace")
         self.rest = ""
         self.bleu = "-"
-        self.show()
+        self.read()
         self.bar.initial = self.bar.n  # what an interrupted training had done says nothing of the time left
 
-    def show(self) -> None:
-        """Bring the bar up to the end of the log."""
+    def read(self) -> None:
+        """Bring the bar, without drawing it, up to the end of the log."""
         *lines, self.rest = (self.rest + self.lines.read()).split("\n")
         for record in filter(None, map(record_of, lines)):
             self.bleu = record.get("valid_bleu", self.bleu)
@@ -109,7 +137,7 @@ class Training:
             reached = record.get(names[0], record.get(names[1]) if "train_loss" in record else None)
             if reached is not None:
                 self.bar.n = min(self.bar.total, max(self.bar.n, float(reached)))
-        self.bar.set_postfix_str(f"valid BLEU {self.bleu}")
+        self.bar.set_postfix_str(f"valid BLEU {self.bleu}", refresh=False)
 
     def close(self) -> None:
         self.bar.close()
