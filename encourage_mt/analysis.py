@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import register
+from .commands import without_chatter
 from .evaluation import evaluated_checkpoint
 from .loss import loss_terms
 from .reference import LossOptions
@@ -59,15 +60,16 @@ def analyse(run: Run) -> dict:
 
 def load(checkpoint: Path, data: Path):
     """(model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
-    from fairseq import checkpoint_utils
+    with without_chatter():
+        from fairseq import checkpoint_utils
 
-    register()
+        register()
+        overrides = {"data": str(data / "data-bin")}
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+        model = models[0].eval()
+        for split in (SPLIT, "train"):
+            task.load_dataset(split)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    overrides = {"data": str(data / "data-bin")}
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
-    model = models[0].eval()
-    for split in (SPLIT, "train"):
-        task.load_dataset(split)
     return (model.cuda() if torch.cuda.is_available() else model), task
 
 

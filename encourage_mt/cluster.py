@@ -1,6 +1,5 @@
 """One training on one GPU, many, or many machines: the same tokens per update, and the command that starts it."""
 
-import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 import yaml
 
 from . import register
+from .commands import without_chatter
 from .errors import UserError
 from .recipe import Recipe
 
@@ -103,26 +103,28 @@ def hydra_config(command: "list[str]") -> str:
     Options are sorted into their sections by fairseq itself. Raises UserError for architectures other than
     Transformers, or options fairseq-train would refuse.
     """
-    from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-    from fairseq.models.transformer import TransformerConfig
-    from omegaconf import OmegaConf
-
-    register()
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     place = command.index("--user-dir")
-    words = command[1:place] + command[place + 2 :]  # registered already
-    try:
-        arguments = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-    except SystemExit:
-        raise UserError(f"fairseq-train refuses the options of the recipe: {shlex.join(words)}") from None
+    words = command[1:place] + command[place + 2 :]  # registered below
+    with without_chatter():
+        from fairseq import options
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.models.transformer import TransformerConfig
+        from omegaconf import OmegaConf
+
+        register()
+        try:
+            arguments = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
+        except SystemExit:
+            raise UserError(f"fairseq-train refuses the options of the recipe: {shlex.join(words)}") from None
+        whole = convert_namespace_to_omegaconf(arguments)
     if not arguments.arch.startswith("transformer"):
         raise UserError(f"bf16 is for Transformers, not {arguments.arch}")
-    whole = convert_namespace_to_omegaconf(arguments)
     model = OmegaConf.to_container(OmegaConf.structured(TransformerConfig.from_namespace(arguments)), enum_to_str=True)
     model["_name"] = "transformer"
     sections = {"model": model}
     for name in ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint"):
+        if not OmegaConf.is_config(whole[name]):  # an old part of fairseq that only its command line can set
+            raise UserError(f"bf16: fairseq-hydra-train cannot be given the {name} {getattr(arguments, name)}")
         sections[name] = OmegaConf.to_container(whole[name], enum_to_str=True)
     sections["common"].update(user_dir=command[place + 1], bf16=True, fp16=False)
     return "# @package _group_\n" + yaml.safe_dump(sections)

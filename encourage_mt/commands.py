@@ -1,11 +1,13 @@
 """Run fairseq's command lines, those of the environment this Python belongs to, and what they run on."""
 
 import fcntl
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
@@ -38,6 +40,16 @@ def failure(program: str, code: int, log: Path) -> str:
     """One line: which program failed, its last words, and where the rest is."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"{program} failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
+
+
+@contextmanager
+def without_chatter():
+    """What fairseq and hydra say about themselves when they are imported and set up is of no use to the user."""
+    logging.disable(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
 
 
 def cores() -> int:

@@ -37,8 +37,8 @@ def torch_version() -> "tuple[int, int]":
 def types_in_files() -> list:
     """Types, or (type, name it is pickled under), that a checkpoint file of fairseq-train needs.
 
-    argparse.Namespace holds the options; --eval-bleu adds its counts as numpy int64 arrays, pickled under the module
-    name of numpy 1 or 2.
+    argparse.Namespace holds the options; --eval-bleu adds its counts as numpy arrays, int64 or, where several processes
+    summed theirs, float64, pickled under the module name of numpy 1 or 2.
     """
     reconstruct = numpy.array(0).__reduce__()[0]
     return [
@@ -46,6 +46,7 @@ def types_in_files() -> list:
         numpy.ndarray,
         numpy.dtype,
         type(numpy.dtype(numpy.int64)),
+        type(numpy.dtype(numpy.float64)),
         (reconstruct, "numpy.core.multiarray._reconstruct"),
         (reconstruct, "numpy._core.multiarray._reconstruct"),
     ]
