@@ -1,7 +1,8 @@
 """Nothing lost on the way: fairseq-train saves whole checkpoints, resumes from whole ones, and stops on SIGTERM.
 
 fairseq writes a checkpoint aside and renames it, but without fsync, and copies it over checkpoint_last.pt and
-checkpoint_best.pt, so that a kill or a full disk leaves half of one.
+checkpoint_best.pt, so that a kill or a full disk leaves half of one. A training that is killed or stopped and started
+again ends with the parameters of an undisturbed one, bit for bit on the same CPU.
 """
 
 import errno
@@ -92,7 +93,11 @@ def first_line(error: Exception) -> str:
 
 
 def resume_from_whole(load_checkpoint):
-    """Wraps checkpoint_utils.load_checkpoint: rank 0 mends checkpoint_last.pt, the others wait for it."""
+    """Wraps checkpoint_utils.load_checkpoint: rank 0 mends checkpoint_last.pt, the others wait for it.
+
+    And the batches are those of an undisturbed run: fairseq makes them once a process, with the seed plus the epoch the
+    process begins in, so that a resumed run would put other sentences of a length together. Epoch 1 it is for all.
+    """
 
     @functools.wraps(load_checkpoint)
     def mend_and_load(cfg, trainer, **options):
@@ -101,7 +106,14 @@ def resume_from_whole(load_checkpoint):
                 mend_last(Path(cfg.save_dir), trainer.checkpoint_suffix)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
-        return load_checkpoint(cfg, trainer, **options)
+        if trainer.task.has_sharded_data("train"):  # another part of the data each epoch, so other batches anyway
+            return load_checkpoint(cfg, trainer, **options)
+        make_batches = trainer.get_train_iterator
+        trainer.get_train_iterator = lambda epoch, **settings: make_batches(1, **settings)
+        try:
+            return load_checkpoint(cfg, trainer, **options)
+        finally:
+            del trainer.get_train_iterator
 
     return mend_and_load
 
