@@ -228,9 +228,12 @@ def differences(results: "list[dict]", keys=("evaluation", "training")) -> "list
         for name in dict.fromkeys(name for result in results for name in result[key]):
             if name == "checkpoints_sha256":
                 continue
-            values = list(dict.fromkeys(str(result[key].get(name))[:40] for result in results))
+            values = []
+            for result in results:
+                if result[key].get(name) not in values:
+                    values.append(result[key].get(name))
             if len(values) > 1:
-                found.append(f"{name}: {' | '.join(values)}")
+                found.append(f"{name}: {' | '.join(str(value)[:40] for value in values)}")
     return found
 
 

@@ -92,7 +92,7 @@ def training_settings(state: dict) -> dict:
     """What a checkpoint's options say of the training but for criterion, seed, paths and logging: flat, for comparison.
 
     `tokens per update` is the effective batch: max-tokens x update-freq x processes (0 where batches are counted in
-    sentences alone).
+    sentences alone); `sentences per update` likewise.
     """
     options = state["cfg"]
     world = options["distributed_training"]["distributed_world_size"]
@@ -100,10 +100,8 @@ def training_settings(state: dict) -> dict:
     steps = frequency[0] if len(set(frequency)) == 1 else frequency
     batch = {}
     for name, per in (("tokens", "max_tokens"), ("sentences", "batch_size")):
-        value = options["dataset"][per]
-        batch[f"{name} per update"] = (
-            value * steps * world if value and isinstance(steps, int) else [value, steps, world]
-        )
+        value = options["dataset"][per] or 0
+        batch[f"{name} per update"] = value * steps * world if isinstance(steps, int) else [value, steps, world]
     settings = {**batch, "updates": state["optimizer_history"][-1]["num_updates"]}
     settings["precision"] = next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
     for section in ("optimization", "optimizer", "lr_scheduler"):
