@@ -177,6 +177,8 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
             result = results_of(run)
             if result["seed"] in side:
                 raise UserError(f"{run.folder}: seed {result['seed']} stands twice on one side")
+            if any(run.folder == other.folder for other, _ in sides[0].values()):
+                raise UserError(f"{run.folder}: stands on both sides")
             side[result["seed"]] = (run, result)
     everything = [result for side in sides for _, result in side.values()]
     found = differences(everything)
@@ -188,16 +190,21 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
             f"not comparable, the runs differ in {'; '.join(found)} (--allow-differences compares them all the same)"
         )
     names = [next(iter(side.values()))[1]["arm"] for side in sides]
-    if names[0] == names[1]:
-        names = [next(iter(side.values()))[0].name for side in sides]
+    firsts = [next(iter(side.values()))[0] for side in sides]
+    for naming in (lambda run: run.name, lambda run: str(run.folder)):
+        if names[0] == names[1]:
+            names = [naming(run) for run in firsts]
     text = read_json(baseline[0].data / "manifest.json")["text"]
     tests, signatures = {}, {}
     for split in text["tests"]:
         tests[split] = {}
-        for metric, entry in everything[0]["scores"].get(split, {}).items():
+        scored = [result["scores"].get(split, {}) for result in everything]
+        for metric in [metric for metric in scored[0] if all(metric in scores for scores in scored)]:
             scores = [{s: r["scores"][split][metric]["score"] for s, (_, r) in side.items()} for side in sides]
             tests[split][metric] = Seeds(metric, *scores)
-            signatures[metric] = entry["signature"]
+            signatures[metric] = scored[0][metric]["signature"]
+        if HEADLINE not in tests[split]:
+            raise UserError(f"not every run has a {HEADLINE} of {split}")
     jobs = [(split, seed) for split in tests for seed in sorted(set(sides[0]) & set(sides[1]))]
     for split, seed in tqdm(jobs, desc="paired tests", unit="pair", leave=False):
         pair = [side[seed] for side in sides]
