@@ -215,21 +215,26 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
 
 
 def results_of(run: Run) -> dict:
-    """The scores.json of `run`. Raises UserError if it is missing or holds a score that is no number."""
+    """The scores.json of `run`, and all its signatures as "signatures".
+
+    Raises UserError if it is missing or holds a score that is no number.
+    """
     path = run.folder / "scores.json"
     if not path.exists():
         raise UserError(f"{run.folder}: not scored yet; bash scripts/evaluate.sh {run.folder}")
     result = read_json(path)
     if not {"seed", "arm", "scores", "evaluation", "training", "criterion"} <= set(result):
         raise UserError(f"{path}: written by another version; remove it and evaluate again")
+    result["signatures"] = {}
     for split, scores in result["scores"].items():
         for metric, entry in scores.items():
+            result["signatures"][f"{metric} signature"] = entry["signature"]
             if not isinstance(entry["score"], (int, float)) or not math.isfinite(entry["score"]):
                 raise UserError(f"{path}: {metric} of {split} is {entry['score']}, not a number")
     return result
 
 
-def differences(results: "list[dict]", keys=("evaluation", "training")) -> "list[str]":
+def differences(results: "list[dict]", keys=("evaluation", "training", "signatures")) -> "list[str]":
     """What `results` (scores.json) do not share, as "name: value | value", each value once, in order."""
     found = []
     for key in keys:
@@ -241,7 +246,7 @@ def differences(results: "list[dict]", keys=("evaluation", "training")) -> "list
                 if result[key].get(name) not in values:
                     values.append(result[key].get(name))
             if len(values) > 1:
-                found.append(f"{name}: {' | '.join(str(value)[:40] for value in values)}")
+                found.append(f"{name}: {' | '.join(str(value)[:80] for value in values)}")
     return found
 
 
