@@ -85,6 +85,8 @@ def open_run(folder: Path, **changes) -> Run:
         raise UserError(
             f"{record['data']}: no data of `encourage-mt prepare` there (manifest.json); give its folder with --data"
         )
+    if "text" not in read_json(record["data"] / "manifest.json"):
+        raise UserError(f"{record['data']}: prepared by another version; remove it and prepare again")
     return Run(folder=folder, **record)
 
 
