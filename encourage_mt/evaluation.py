@@ -34,7 +34,7 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "average": run.average,
         "beam": run.beam,
         "lenpen": run.lenpen,
-        "comet": comet.name if comet else None,
+        "comet": scoring.comet_signature(comet) if comet else None,
         "data_sha256": data_checksum(run.data),
         "checkpoints_sha256": {path.name: pooch.file_hash(str(path)) for path in paths},
     }
