@@ -45,9 +45,10 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
             return result
     text = read_json(run.data / "manifest.json")["text"]
     averaged = run.folder / "average.pt"
+    check_dictionary(run.data, text, load_checkpoint(paths[-1]))
     average(paths, averaged)
+    path.unlink(missing_ok=True)  # what it tells of is replaced from here on
     state = load_checkpoint(averaged)
-    check_dictionary(run.data, text, state)
     scores = {}
     for split, subset in subsets(text).items():
         lines = translate(run, averaged, split, subset, text)
