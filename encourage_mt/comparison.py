@@ -130,8 +130,8 @@ class Comparison:
     explanation = (
         "p (bootstrap) and p (randomization): sacreBLEU's paired tests over the sentences of one seed's test set, "
         "which say nothing of other seeds; the bootstrap's is in effect one-sided and, where there is no difference, "
-        "falls below 0.05 about twice as often as the randomization's. Gains of TER are reductions. Means with the standard deviation over seeds, "
-        "gains with their 95% confidence interval."
+        "falls below 0.05 about twice as often as the randomization's. Gains of TER are reductions. Means with the "
+        "standard deviation over seeds, gains with their 95% confidence interval."
     )
 
     def markdown(self) -> str:

@@ -38,6 +38,8 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "data_sha256": data_checksum(run.data),
         "checkpoints_sha256": {path.name: pooch.file_hash(str(path)) for path in paths},
     }
+    if run.data_sha256 not in (None, settings["data_sha256"]):
+        raise UserError(f"{run.data}: not the data that {run.name} was trained on, its checksum differs")
     if path.exists():
         result = read_json(path)
         if result.get("evaluation") == settings:

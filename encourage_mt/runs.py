@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .averaging import load_checkpoint, newest_checkpoint
 from .errors import UserError
+from .prepare import data_checksum
 from .recipe import Recipe
 
 
@@ -23,6 +24,7 @@ class Run:
     average: int
     beam: int
     lenpen: float
+    data_sha256: "str | None" = None
 
     @property
     def name(self) -> str:
@@ -43,12 +45,17 @@ class Run:
         return (self.folder / "train.done").exists()
 
     def save(self) -> None:
-        """Write run.json. Raises UserError if the folder holds a training with another command."""
+        """Write run.json. Raises UserError if the folder holds a training with another command or on other data."""
         path = self.folder / "run.json"
-        if path.exists() and read_json(path)["command"] != self.command:
-            raise UserError(
-                f"{self.folder}: holds a training with another command (run.json); choose another --work-dir"
-            )
+        self.data_sha256 = data_checksum(self.data)
+        if path.exists():
+            earlier = read_json(path)
+            if earlier["command"] != self.command:
+                raise UserError(
+                    f"{self.folder}: holds a training with another command (run.json); choose another --work-dir"
+                )
+            if earlier.get("data_sha256") not in (None, self.data_sha256):
+                raise UserError(f"{self.folder}: trained on other data than {self.data}; remove it to train again")
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "data": str(self.data)})
