@@ -72,6 +72,9 @@ def open_run(folder: Path, **changes) -> Run:
     folder = folder.resolve()
     if (folder / "run.json").exists():
         record = read_json(folder / "run.json")
+        names = {field.name for field in fields(Run)} - {"folder"}
+        if not names - {"data_sha256"} <= set(record) <= names:
+            raise UserError(f"{folder / 'run.json'}: written by another version")
         if not Path(record["data"]).is_dir():
             record["data"] = folder.parent / "data"  # the whole work directory was moved
     else:
