@@ -8,10 +8,10 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+from conftest import refused
 from sacrebleu.metrics import BLEU
 
 from encourage_mt import comparison, scoring
-from encourage_mt.cli import main
 from encourage_mt.comparison import Seeds, compare, differences, paired_tests, seeds_needed
 from encourage_mt.errors import UserError
 from encourage_mt.runs import open_run, training_settings, write_json
@@ -363,15 +363,6 @@ def test_a_metric_that_one_run_lacks_is_left_out(bench, quick):
         compare(baseline, candidate, allow_differences=True)
 
 
-def told_by(capsys, *argv):
-    """The one line of a command that ends with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in argv])
-    error = capsys.readouterr().err.split("\r")[-1].strip()
-    assert end.value.code == 2 and "\n" not in error
-    return error
-
-
 def spoil_nan(run):
     path = run.folder / "scores.json"
     result = json.loads(path.read_text())
@@ -423,13 +414,13 @@ def test_compare_refuses_in_one_line_what_it_cannot_trust(spoil, expected, bench
     baseline, candidate = pair_of(bench)
     spoil(candidate[0])
     argv = ["compare", "--baseline", baseline[0].folder, "--candidate", candidate[0].folder]
-    assert expected in told_by(capsys, *argv)
+    assert expected in refused(capsys, *argv)
 
 
 def test_compare_refuses_a_folder_that_is_not_there(bench, tmp_path, capsys):
     baseline, _ = pair_of(bench)
     argv = ["compare", "--baseline", baseline[0].folder, "--candidate", tmp_path / "none"]
-    assert "none: no such run directory" in told_by(capsys, *argv)
+    assert "none: no such run directory" in refused(capsys, *argv)
 
 
 # --- what a checkpoint says of its training
