@@ -50,7 +50,7 @@ class Run:
         self.data_sha256 = data_checksum(self.data)
         if path.exists():
             earlier = read_json(path)
-            if earlier["command"] != self.command:
+            if earlier.get("command") != self.command:
                 raise UserError(
                     f"{self.folder}: holds a training with another command (run.json); choose another --work-dir"
                 )
