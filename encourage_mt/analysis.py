@@ -60,6 +60,7 @@ def analyse(run: Run) -> dict:
 
 def load(checkpoint: Path, data: Path):
     """(model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
+    logging.basicConfig(level=logging.WARNING)  # else a model of fairseq's sets DEBUG for all as it is imported
     with without_chatter():
         from fairseq import checkpoint_utils
 
@@ -87,6 +88,7 @@ def batches(model, task, name: str) -> "Iterable[tuple[Tensor, Tensor]]":
     iterator = task.get_batch_iterator(task.dataset(SPLIT), max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
     device = next(model.parameters()).device
     warnings.filterwarnings("ignore", "'pin_memory'")  # fairseq asks for it on every machine
+    warnings.filterwarnings("ignore", "Support for mismatched")  # of fairseq's masks, which differ in type
     for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=f"{name} inside", unit="batch", leave=False):
         inputs = {key: value.to(device) for key, value in sample["net_input"].items()}
         with torch.no_grad():

@@ -129,8 +129,9 @@ class Comparison:
 
     explanation = (
         "p (bootstrap) and p (randomization): sacreBLEU's paired tests over the sentences of one seed's test set, "
-        "which say nothing of other seeds. Gains of TER are reductions. Means with the standard deviation over seeds, "
-        "gains with their 95% confidence interval."
+        "which say nothing of other seeds; the bootstrap's is in effect one-sided and, where there is no difference, "
+        "falls below 0.05 about twice as often as the randomization's. Gains of TER are reductions. Means with the "
+        "standard deviation over seeds, gains with their 95% confidence interval."
     )
 
     def markdown(self) -> str:
@@ -176,6 +177,8 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
             result = results_of(run)
             if result["seed"] in side:
                 raise UserError(f"{run.folder}: seed {result['seed']} stands twice on one side")
+            if any(run.folder == other.folder for other, _ in sides[0].values()):
+                raise UserError(f"{run.folder}: stands on both sides")
             side[result["seed"]] = (run, result)
     everything = [result for side in sides for _, result in side.values()]
     found = differences(everything)
@@ -187,16 +190,21 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
             f"not comparable, the runs differ in {'; '.join(found)} (--allow-differences compares them all the same)"
         )
     names = [next(iter(side.values()))[1]["arm"] for side in sides]
-    if names[0] == names[1]:
-        names = [next(iter(side.values()))[0].name for side in sides]
+    firsts = [next(iter(side.values()))[0] for side in sides]
+    for naming in (lambda run: run.name, lambda run: str(run.folder)):
+        if names[0] == names[1]:
+            names = [naming(run) for run in firsts]
     text = read_json(baseline[0].data / "manifest.json")["text"]
     tests, signatures = {}, {}
     for split in text["tests"]:
         tests[split] = {}
-        for metric, entry in everything[0]["scores"].get(split, {}).items():
+        scored = [result["scores"].get(split, {}) for result in everything]
+        for metric in [metric for metric in scored[0] if all(metric in scores for scores in scored)]:
             scores = [{s: r["scores"][split][metric]["score"] for s, (_, r) in side.items()} for side in sides]
             tests[split][metric] = Seeds(metric, *scores)
-            signatures[metric] = entry["signature"]
+            signatures[metric] = scored[0][metric]["signature"]
+        if HEADLINE not in tests[split]:
+            raise UserError(f"not every run has a {HEADLINE} of {split}")
     jobs = [(split, seed) for split in tests for seed in sorted(set(sides[0]) & set(sides[1]))]
     for split, seed in tqdm(jobs, desc="paired tests", unit="pair", leave=False):
         pair = [side[seed] for side in sides]
@@ -207,35 +215,48 @@ def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bo
 
 
 def results_of(run: Run) -> dict:
-    """The scores.json of `run`. Raises UserError if it is missing or holds a score that is no number."""
+    """The scores.json of `run`, and all its signatures as "signatures".
+
+    Raises UserError if it is missing or holds a score that is no number.
+    """
     path = run.folder / "scores.json"
     if not path.exists():
         raise UserError(f"{run.folder}: not scored yet; bash scripts/evaluate.sh {run.folder}")
     result = read_json(path)
     if not {"seed", "arm", "scores", "evaluation", "training", "criterion"} <= set(result):
         raise UserError(f"{path}: written by another version; remove it and evaluate again")
+    result["signatures"] = {}
     for split, scores in result["scores"].items():
         for metric, entry in scores.items():
+            result["signatures"][f"{metric} signature"] = entry["signature"]
             if not isinstance(entry["score"], (int, float)) or not math.isfinite(entry["score"]):
                 raise UserError(f"{path}: {metric} of {split} is {entry['score']}, not a number")
     return result
 
 
-def differences(results: "list[dict]", keys=("evaluation", "training")) -> "list[str]":
+def differences(results: "list[dict]", keys=("evaluation", "training", "signatures")) -> "list[str]":
     """What `results` (scores.json) do not share, as "name: value | value", each value once, in order."""
     found = []
     for key in keys:
         for name in dict.fromkeys(name for result in results for name in result[key]):
             if name == "checkpoints_sha256":
                 continue
-            values = list(dict.fromkeys(str(result[key].get(name))[:40] for result in results))
+            values = []
+            for result in results:
+                if result[key].get(name) not in values:
+                    values.append(result[key].get(name))
             if len(values) > 1:
-                found.append(f"{name}: {' | '.join(values)}")
+                found.append(f"{name}: {' | '.join(str(value)[:80] for value in values)}")
     return found
 
 
 def paired_tests(pair: "list[tuple[Run, dict]]", split: str, text: dict) -> "dict[str, dict[str, float]]":
-    """{"bs" (bootstrap) or "ar" (approximate randomization): {metric: p}} of sacreBLEU's own paired tests."""
+    """{"bs" (bootstrap) or "ar" (approximate randomization): {metric: p}} of sacreBLEU's own paired tests.
+
+    They count chance differences above the observed one and not those equal to it, which where few sentences differ is
+    most: two equal translations would get p = 0.0001. So p is 1 for equal scores, and never below 2^(1-k) where k
+    sentences differ, the least that exchanging their translations at random can give.
+    """
     references = read_lines(pair[0][0].data / "text" / f"{split}.{text['target']}")
     systems = []
     for run, _ in pair:
@@ -247,6 +268,7 @@ def paired_tests(pair: "list[tuple[Run, dict]]", split: str, text: dict) -> "dic
             raise UserError(f"{path}: {error}") from None
         systems.append((str(run.folder), hypotheses))
     metrics = scoring.metrics(text["target"], text["lowercase"])
+    differing = sum(a != b for a, b in zip(systems[0][1], systems[1][1], strict=True))
     found = {}
     for test in ("bs", "ar"):
         _, table = PairedTest(systems, metrics, [references], test_type=test)()
@@ -256,5 +278,8 @@ def paired_tests(pair: "list[tuple[Run, dict]]", split: str, text: dict) -> "dic
             for (run, result), entry in zip(pair, column, strict=True):
                 if not np.isclose(entry.score, result["scores"][split][metric]["score"], atol=1e-6):
                     raise UserError(f"{run.folder}: the translation of {split} is not the one that was scored")
-            found[test][metric] = float(column[1].p_value)
+            if np.isclose(*(entry.score for entry in column), atol=1e-6):
+                found[test][metric] = 1.0
+            else:
+                found[test][metric] = max(float(column[1].p_value), 0.5 ** (differing - 1))
     return found

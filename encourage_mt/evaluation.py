@@ -31,10 +31,12 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "average": run.average,
         "beam": run.beam,
         "lenpen": run.lenpen,
-        "comet": comet.name if comet else None,
+        "comet": scoring.comet_signature(comet) if comet else None,
         "data_sha256": data_checksum(run.data),
         "checkpoints_sha256": {path.name: pooch.file_hash(str(path)) for path in paths},
     }
+    if run.provenance.get("data_sha256") not in (None, settings["data_sha256"]):
+        raise UserError(f"{run.data}: not the data that {run.name} was trained on, its checksum differs")
     if path.exists():
         result = read_json(path)
         if result.get("evaluation") == settings:
@@ -42,9 +44,10 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
             return result
     text = read_json(run.data / "manifest.json")["text"]
     averaged = run.folder / "average.pt"
+    check_dictionary(run.data, text, load_checkpoint(paths[-1]))
     average(paths, averaged)
+    path.unlink(missing_ok=True)  # what it tells of is replaced from here on
     state = load_checkpoint(averaged)
-    check_dictionary(run.data, text, state)
     scores = {}
     for split, subset in subsets(text).items():
         lines = translate(run, averaged, split, subset, text)

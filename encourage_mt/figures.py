@@ -63,12 +63,13 @@ def learning_curves(groups: "dict[str, list]") -> "list[Chart]":
     ):
         figure, ax = axes("updates", ylabel)
         for (label, runs), style in zip(groups.items(), STYLES, strict=True):
-            for number, run in enumerate(runs):
-                points = [r for r in read_log(run.log) if key in r]
+            curves = [[r for r in read_log(run.log) if key in r] for run in runs]
+            curves = [points for points in curves if points]
+            for number, points in enumerate(curves):
                 x, y = ([float(r[field]) for r in points] for field in ("valid_num_updates", key))
-                plural = "s" if len(runs) > 1 else ""
-                name = None if number else f"{label} ({len(runs)} seed{plural})"
-                ax.plot(x, y, **style, markersize=3, linewidth=1, label=name)
+                plural = "s" if len(curves) > 1 else ""
+                legend = None if number else f"{label} ({len(curves)} seed{plural})"
+                ax.plot(x, y, **style, markersize=3, linewidth=1, label=legend)
         if key == "valid_nll_loss":
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")

@@ -26,6 +26,8 @@ def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Pa
     options = {key: getattr(recipe, key) for key in ("source", "target", "data", "subword")}
     if final.exists():
         manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
+        if "text" not in manifest:
+            raise UserError(f"{final}: prepared by another version; remove it or choose another --work-dir")
         if manifest["options"] != options:
             raise UserError(f"{final}: prepared with other options; remove it or choose another --work-dir")
         for name, digest in manifest["sources"].items():

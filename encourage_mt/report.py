@@ -17,6 +17,7 @@ from .figures import bleu_by_length, inside, learning_curves, seed_scores
 from .runs import Run, read_json
 
 DISAGREEMENTS = 10
+FILES = {"report.html", "report.md", "comparison.json", "figures"}
 INSIDE = (
     "Teacher-forced on valid: the model is given the true beginning of each sentence. The paper's three claims are "
     "that the encouraging loss lets well-classified tokens go on shaping the representation, lowers the energy of the "
@@ -29,8 +30,10 @@ def write_report(comparison: Comparison, baseline: "list[Run]", candidate: "list
 
     An earlier report there is replaced. Raises UserError if `output` holds anything else.
     """
-    if output.exists() and not (output / "report.html").exists() and any(output.iterdir()):
-        raise UserError(f"{output}: holds other files; choose another --output")
+    output = output.resolve()
+    others = {path.name for path in output.iterdir()} - FILES if output.exists() else ()
+    if others:
+        raise UserError(f"{output}: holds other files ({min(others)}); choose another --output")
     groups = {comparison.baseline: baseline, comparison.candidate: candidate}
     analyses = {label: [analyse(run) for run in runs] for label, runs in groups.items()}
     data = baseline[0].data

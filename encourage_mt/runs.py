@@ -40,9 +40,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """checkpoints/, or the folder itself where fairseq-train was run by hand."""
-        nested = self.folder / "checkpoints"
-        return nested if nested.is_dir() else self.folder
+        return checkpoint_folder(self.folder)
 
     @property
     def is_done(self) -> bool:
@@ -68,6 +66,12 @@ class Run:
         write_json(path, {**record, "data": str(self.data)})
 
 
+def checkpoint_folder(folder: Path) -> Path:
+    """checkpoints/ of a run's folder, or the folder itself where fairseq-train was run by hand."""
+    nested = folder / "checkpoints"
+    return nested if nested.is_dir() else folder
+
+
 def open_run(folder: Path, **changes) -> Run:
     """The run in `folder`, from its run.json or, where fairseq-train was run by hand, its newest checkpoint.
 
@@ -79,10 +83,13 @@ def open_run(folder: Path, **changes) -> Run:
     folder = folder.resolve()
     if (folder / "run.json").exists():
         record = read_json(folder / "run.json")
+        names = {field.name for field in fields(Run)} - {"folder"}
+        if set(record) != names:
+            raise UserError(f"{folder / 'run.json'}: written by another version")
         if not Path(record["data"]).is_dir():
             record["data"] = folder.parent / "data"  # the whole work directory was moved
     else:
-        options = load_checkpoint(newest_checkpoint(folder))["cfg"]
+        options = load_checkpoint(newest_checkpoint(checkpoint_folder(folder)))["cfg"]
         record = {
             "recipe": "",
             "arm": options["criterion"]["_name"],
@@ -101,6 +108,8 @@ def open_run(folder: Path, **changes) -> Run:
         raise UserError(
             f"{record['data']}: no data of `encourage-mt prepare` there (manifest.json); give its folder with --data"
         )
+    if "text" not in read_json(record["data"] / "manifest.json"):
+        raise UserError(f"{record['data']}: prepared by another version; remove it and prepare again")
     return Run(folder=folder, **record)
 
 
@@ -108,7 +117,7 @@ def training_settings(state: dict) -> dict:
     """What a checkpoint's options say of the training but for criterion, seed, paths and logging: flat, for comparison.
 
     `tokens per update` is the effective batch: max-tokens x update-freq x processes (0 where batches are counted in
-    sentences alone).
+    sentences alone); `sentences per update` likewise.
     """
     options = state["cfg"]
     world = options["distributed_training"]["distributed_world_size"]
@@ -116,10 +125,8 @@ def training_settings(state: dict) -> dict:
     steps = frequency[0] if len(set(frequency)) == 1 else frequency
     batch = {}
     for name, per in (("tokens", "max_tokens"), ("sentences", "batch_size")):
-        value = options["dataset"][per]
-        batch[f"{name} per update"] = (
-            value * steps * world if value and isinstance(steps, int) else [value, steps, world]
-        )
+        value = options["dataset"][per] or 0
+        batch[f"{name} per update"] = value * steps * world if isinstance(steps, int) else [value, steps, world]
     settings = {**batch, "updates": state["optimizer_history"][-1]["num_updates"]}
     settings["precision"] = precision_of(options)
     for section in ("optimization", "optimizer", "lr_scheduler"):

@@ -1,7 +1,7 @@
 """Score text against references: sacreBLEU, chrF++, TER, each with its signature; BLEU of tokenized text; COMET."""
 
 import math
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pooch
@@ -64,16 +64,23 @@ def comet(model: Path, sources: "list[str]", hypotheses: "list[str]", references
 
     Raises UserError if the package or the model is missing, or the score is no number.
     """
+    signature = comet_signature(model)
+    from comet import load_from_checkpoint
+
+    rows = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references, strict=True)]
+    value = float(load_from_checkpoint(str(model)).predict(rows, batch_size=16, gpus=gpus).system_score)
+    return _checked("COMET", value, signature)
+
+
+def comet_signature(model: Path) -> str:
+    """Version of the package, name and digest of the model. Raises UserError if either is missing."""
     try:
-        from comet import load_from_checkpoint
-    except ImportError:
+        package = version("unbabel-comet")
+    except PackageNotFoundError:
         raise UserError("--comet needs the package unbabel-comet: pip install 'encourage-mt[comet]'") from None
     if not model.is_file():
         raise UserError(f"{model}: no such COMET model (a .ckpt file)")
-    rows = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references, strict=True)]
-    value = float(load_from_checkpoint(str(model)).predict(rows, batch_size=16, gpus=gpus).system_score)
-    digest = pooch.file_hash(str(model))[:12]
-    return _checked("COMET", value, f"unbabel-comet:{version('unbabel-comet')}|model:{model.name}|sha256:{digest}")
+    return f"unbabel-comet:{package}|model:{model.name}|sha256:{pooch.file_hash(str(model))[:12]}"
 
 
 def check(hypotheses: "list[str]", references: "list[str]") -> None:

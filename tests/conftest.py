@@ -1,15 +1,19 @@
 """A corpus of a few hundred pairs, prepared once, and one tiny model trained on it by the real command line."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from encourage_mt import commands
+from encourage_mt.cli import main
 from encourage_mt.prepare import prepare
 from encourage_mt.recipe import load_recipe
 
@@ -119,3 +123,45 @@ def el_run(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("el")
     (folder / "log").write_text(train(folder, *EL, *EVAL_BLEU, "--report-accuracy").output, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """What `encourage-mt run` leaves of two criteria and two seeds, the first training interrupted once by Ctrl-C.
+
+    folder: the work directory; recipe: its file; interrupted: the process that was; done: the one that finished.
+    """
+    folder = tmp_path_factory.mktemp("work")
+    recipe = write_recipe(folder, train={**TINY["train"], "max-epoch": 3})
+    argv = ["encourage-mt", "run", recipe, "--work-dir", folder / "work"]
+    interrupted = interrupt([*argv, "--criteria", "ce"], folder / "work" / "ce.seed1" / "train.log")
+    done = run(*argv, "--seeds", 1, 2, "--parallel", 2)
+    return SimpleNamespace(folder=folder / "work", recipe=recipe, interrupted=interrupted, done=done)
+
+
+def interrupt(argv, log):
+    """Start a command, press Ctrl-C after the first epoch told in `log`; returns the finished process."""
+    process = subprocess.Popen(
+        commands.resolve([str(word) for word in argv]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where the tests ignore it
+    )
+    while process.poll() is None and not (log.exists() and "train_loss" in log.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.output = process.communicate(timeout=60)[0]
+    return process
+
+
+def refused(capsys, *argv):
+    """The one line in which a command, run in this process, tells of bad input and ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    lines = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert end.value.code == 2 and [line for line in lines if "error:" in line] == lines[-1:]
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]

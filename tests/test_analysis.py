@@ -1,0 +1,225 @@
+"""The look inside a model: figures of a hand-made one against closed forms, then of a trained one."""
+
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from encourage_mt import analysis
+from encourage_mt.analysis import analyse, loss_options, measure, per_token
+from encourage_mt.averaging import load_checkpoint
+from encourage_mt.errors import UserError
+from encourage_mt.reference import LossOptions
+from encourage_mt.runs import open_run, read_json, read_log, write_json
+
+CE = LossOptions(bonus="none")
+# probabilities of 4 types, the target, for three tokens: sure and right, sure and wrong, unsure and right
+P = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+TARGET = torch.tensor([0, 1, 3])
+SHIFT = torch.tensor([[3.0], [-5.0], [40.0]], dtype=torch.float64)  # softmax does not see it
+LOGITS = P.log() + SHIFT
+IDENTITY = torch.eye(4, dtype=torch.float64)
+
+
+def values_of(name, options=CE, weight=IDENTITY, logits=LOGITS):
+    return per_token(logits, TARGET, options, weight)[name].tolist()
+
+
+def test_probabilities_and_margins_are_those_put_in():
+    assert values_of("p") == pytest.approx([0.7, 0.1, 0.4], abs=1e-14)
+    assert values_of("nll") == pytest.approx([-math.log(0.7), -math.log(0.1), -math.log(0.4)], abs=1e-13)
+    assert values_of("confidence") == pytest.approx([0.7, 0.7, 0.4], abs=1e-14)
+    assert values_of("guess") == [0, 0, 3]
+    assert values_of("margin") == pytest.approx([math.log(7), -math.log(7), math.log(4 / 3)], abs=1e-13)
+
+
+def test_energies_are_negative_logits_and_their_gap_does_not_see_a_shift():
+    ln = math.log
+    energy, others = values_of("energy"), values_of("others")
+    assert energy == pytest.approx([-ln(0.7) - 3, -ln(0.1) + 5, -ln(0.4) - 40], abs=1e-12)
+    mean_of_others = [-ln(0.1), -(ln(0.7) + 2 * ln(0.1)) / 3, -(ln(0.1) + ln(0.2) + ln(0.3)) / 3]
+    assert others == pytest.approx([mean_of_others[0] - 3, mean_of_others[1] + 5, mean_of_others[2] - 40], abs=1e-12)
+    found = measure([(LOGITS, TARGET)], np.ones(4), CE, IDENTITY)["energy"]
+    gap = (mean_of_others[0] + ln(0.7) + mean_of_others[1] + ln(0.1) + mean_of_others[2] + ln(0.4)) / 3
+    assert found["gap"] == pytest.approx(gap, abs=1e-12)
+    assert found["gap"] == pytest.approx(found["others"]["mean"] - found["target"]["mean"], abs=1e-12)
+
+
+SLOPES = {
+    "cross entropy": (CE, [[-0.3, 0.1, 0.1, 0.1], [0.7, -0.9, 0.1, 0.1], [0.1, 0.2, 0.3, -0.6]]),
+    "smoothed cross entropy": (  # p - q, with q = 0.7 for the target and 0.1 for each of the others
+        LossOptions(bonus="none", label_smoothing=0.3),
+        [[0.0, 0.0, 0.0, 0.0], [0.6, -0.6, 0.0, 0.0], [0.0, 0.1, 0.2, -0.3]],
+    ),
+    "encouraging loss": (  # -1 for the target as long as p < log_end, p_k / (1 - p) for the others
+        LossOptions(log_end=0.9),
+        [[-1, 1 / 3, 1 / 3, 1 / 3], [7 / 9, -1, 1 / 9, 1 / 9], [1 / 6, 2 / 6, 3 / 6, -1]],
+    ),
+    "beyond log_end": (  # for p = 0.7: (1/p + 1/(1 - log_end)) p (1 - p) = 0.3 + 0.42
+        LossOptions(log_end=0.5),
+        [[-0.72, 0.24, 0.24, 0.24], [7 / 9, -1, 1 / 9, 1 / 9], [1 / 6, 2 / 6, 3 / 6, -1]],
+    ),
+    "power": (  # p - p^2: (1 + 2 p) (1 - p) p / p
+        LossOptions(bonus="power", bonus_weight=0.5),
+        [[-0.3 * 1.49, *[0.1 * 1.49] * 3], [0.7 * 1.01, -0.9 * 1.01, *[0.1 * 1.01] * 2]]
+        + [[0.1 * 1.16, 0.2 * 1.16, 0.3 * 1.16, -0.6 * 1.16]],
+    ),
+}
+
+
+@pytest.mark.parametrize("options, slopes", SLOPES.values(), ids=SLOPES)
+def test_the_gradient_is_that_of_the_training_loss_at_the_decoders_output(options, slopes):
+    slopes = np.array(slopes)
+    assert values_of("gradient", options) == pytest.approx(np.linalg.norm(slopes, axis=1), abs=1e-12)
+    weight = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, -3.0]])  # 4 types, 2 dimensions
+    expected = np.linalg.norm(slopes @ weight, axis=1)
+    assert values_of("gradient", options, torch.tensor(weight)) == pytest.approx(expected, abs=1e-12)
+    found = measure([(LOGITS, TARGET)], np.ones(4), options, IDENTITY)["gradient"]
+    norms = np.linalg.norm(slopes, axis=1)
+    assert found["well_classified"] == pytest.approx(norms[0] / norms.sum(), abs=1e-12)
+    assert found["well_classified_tokens"] == pytest.approx(1 / 3)
+    share = np.array(found["share"])
+    for token, low in enumerate((0.7, 0.1, 0.4)):
+        index = [i for i, edge in enumerate(found["edges"][:-1]) if edge - 1e-9 < low < edge + 0.05 - 1e-9][0]
+        around = share[max(0, index - 1) : index + 1].sum()  # 0.7 is an edge, and may fall to either side of it
+        assert around == pytest.approx(norms[token] / norms.sum(), abs=1e-12)
+
+
+def test_half_precision_logits_are_measured_in_float64():
+    z = torch.tensor([[12.0, 0.0, -4.0, 1.0]], dtype=torch.float16)
+    values = per_token(z, torch.tensor([0]), CE, IDENTITY.half())
+    others = math.exp(-12) + math.exp(-16) + math.exp(-11)
+    assert values["nll"].item() == pytest.approx(math.log1p(others), rel=1e-9)
+    assert values["gradient"].dtype == torch.float64
+
+
+def test_batches_are_put_together_and_histograms_are_shares():
+    batches = [(LOGITS[:1], TARGET[:1]), (LOGITS[1:], TARGET[1:])]
+    found = measure(batches, np.ones(4), CE, IDENTITY)
+    whole = measure([(LOGITS, TARGET)], np.ones(4), CE, IDENTITY)
+    assert found["tokens"] == 3 and found["accuracy"] == pytest.approx(2 / 3)
+    assert found["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.1) + math.log(0.4)) / 3)
+    assert found["nll"] == pytest.approx(whole["nll"])
+    for histogram in (found["probability"], found["margin"], found["energy"]["target"], found["energy"]["others"]):
+        assert len(histogram["edges"]) == len(histogram["share"]) + 1
+        assert sum(histogram["share"]) == pytest.approx(1)
+    margin = found["margin"]
+    filled = {edge: share for edge, share in zip(margin["edges"][:-1], margin["share"], strict=True) if share}
+    assert filled == {-2.0: pytest.approx(1 / 3), 0.0: pytest.approx(1 / 3), 1.5: pytest.approx(1 / 3)}
+    assert found["probability"]["mean"] == pytest.approx(0.4)
+    assert margin["mean"] == pytest.approx(math.log(4 / 3) / 3)
+
+
+def test_what_lies_outside_a_histogram_counts_in_its_outermost_bin():
+    logits = torch.tensor([[300.0, 0.0], [300.0, 0.0]], dtype=torch.float64)
+    found = measure([(logits, torch.tensor([0, 1]))], np.ones(2), CE, torch.eye(2, dtype=torch.float64))
+    assert found["margin"]["share"][0] == found["margin"]["share"][-1] == 0.5
+    assert found["probability"]["share"][0] == found["probability"]["share"][-1] == 0.5
+    assert found["energy"]["target"]["share"][0] == 0.5
+    assert found["calibration"]["tokens"][-1] == 2 and found["calibration"]["error"] == pytest.approx(0.5)
+
+
+def test_the_calibration_error_is_the_weighted_distance_of_confidence_from_accuracy():
+    """20 tokens at confidence 0.7 of which 12 are right, 10 at 0.95 all right, 10 at 0.62 and 0.64 of which 7 are."""
+    confidence = [0.7] * 20 + [0.95] * 10 + [0.62] * 5 + [0.64] * 5
+    right = [1] * 12 + [0] * 8 + [1] * 10 + [1] * 7 + [0] * 3
+    p = torch.tensor([[c, 1 - c] for c in confidence], dtype=torch.float64)
+    target = torch.tensor([0 if hit else 1 for hit in right])
+    found = measure([(p.log(), target)], np.ones(2), CE, torch.eye(2, dtype=torch.float64))["calibration"]
+    assert found["error"] == pytest.approx((20 * 0.1 + 10 * 0.05 + 10 * 0.07) / 40)
+    assert list(found["tokens"][[9, 10, 14]]) == [10, 20, 10] and sum(found["tokens"]) == 40
+    assert found["confidence"][9] == pytest.approx(0.63) and found["accuracy"][9] == pytest.approx(0.7)
+    assert found["accuracy"][10] == pytest.approx(0.6)
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
+    p = torch.tensor([[0.75, 0.25]] * 4, dtype=torch.float64)
+    found = measure([(p.log(), torch.tensor([0, 0, 0, 1]))], np.ones(2), CE, torch.eye(2, dtype=torch.float64))
+    assert found["calibration"]["error"] == pytest.approx(0, abs=1e-12)
+
+
+def test_accuracy_and_f1_go_by_frequency_in_train():
+    counts = np.array([0, 1, 9, 10, 99_999, 100_000])
+    target = torch.tensor([0, 1, 1, 2, 3, 4, 4, 4, 5])
+    guess = torch.tensor([1, 1, 4, 2, 4, 4, 4, 3, 5])
+    logits = torch.nn.functional.one_hot(guess, 6).double()
+    rows = measure([(logits, target)], counts, CE, torch.eye(6, dtype=torch.float64))["frequency"]
+    by_range = {(row["from"], row["below"]): (row["tokens"], row["accuracy"], row["f1"]) for row in rows}
+    assert by_range == {
+        (0, 1): (1, 0.0, 0.0),
+        (1, 10): (3, pytest.approx(2 / 3), pytest.approx(2 * 2 / (3 + 3))),
+        (10, 100): (1, 0.0, 0.0),
+        (100, 1000): (0, None, None),
+        (1000, 10000): (0, None, None),
+        (10000, 100000): (3, pytest.approx(2 / 3), pytest.approx(2 * 2 / (3 + 4))),
+        (100000, None): (1, 1.0, 1.0),
+    }
+
+
+def test_the_loss_is_taken_from_the_options_of_the_checkpoint():
+    assert loss_options({"_name": "cross_entropy", "sentence_avg": False}) == CE
+    smoothed = {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1, "ignore_prefix_size": 0}
+    assert loss_options(smoothed) == LossOptions(bonus="none", label_smoothing=0.1)
+    options = {"bonus": "power", "log_end": 0.75, "bonus_exponent": 3.0, "bonus_weight": 0.5}
+    options |= {"label_smoothing": 0.2, "smoothing_convention": "paper"}
+    ours = {"_name": "label_smoothed_encouraging_loss", "loss_backend": "auto", "report_accuracy": True, **options}
+    assert loss_options(ours) == LossOptions(**options)
+
+
+# --- a trained model
+
+
+@pytest.fixture
+def evaluated(el_run, tiny, tmp_path):
+    """A run whose averaged checkpoint is the last one of training, of which fairseq logged the figures on valid."""
+    checkpoint = el_run / "checkpoint_last.pt"
+    shutil.copy(checkpoint, tmp_path / "average.pt")
+    shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
+    write_json(tmp_path / "scores.json", {"criterion": load_checkpoint(checkpoint)["cfg"]["criterion"]})
+    return open_run(tmp_path, data=tiny[1])
+
+
+def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
+    found = analyse(evaluated)
+    logged = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
+    assert found["nll"] / math.log(2) == pytest.approx(float(logged["valid_nll_loss"]), abs=0.002)
+    assert 100 * found["accuracy"] == pytest.approx(float(logged["valid_accuracy"]), abs=0.01)
+    pieces = (evaluated.data / "pieces" / "valid.en").read_text(encoding="utf-8").splitlines()
+    assert found["tokens"] == sum(len(line.split()) + 1 for line in pieces)
+    assert sum(row["tokens"] for row in found["frequency"]) == found["tokens"]
+    assert sum(found["calibration"]["tokens"]) == found["tokens"]
+    assert 0 < found["gradient"]["well_classified"] < 1 or found["gradient"]["well_classified_tokens"] == 0
+    assert read_json(evaluated.folder / "analysis.json")["margin"]["mean"] == found["margin"]["mean"]
+
+
+def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
+    _, task = analysis.load(evaluated.folder / "average.pt", evaluated.data)
+    counts = analysis.frequencies(task)
+    lines = (evaluated.data / "pieces" / "train.en").read_text(encoding="utf-8").splitlines()
+    expected = Counter(piece for line in lines for piece in line.split())
+    dictionary = task.target_dictionary
+    assert len(counts) == len(dictionary) and counts[dictionary.eos()] == len(lines)
+    assert {dictionary[i]: n for i, n in enumerate(counts) if n and i != dictionary.eos()} == expected
+
+
+def test_a_second_look_reads_what_the_first_one_wrote_unless_the_checkpoint_is_another(evaluated, monkeypatch):
+    first = analyse(evaluated)
+    monkeypatch.setattr(analysis, "load", None)
+    assert analyse(evaluated)["nll"] == first["nll"]
+    with open(evaluated.folder / "average.pt", "ab") as checkpoint:
+        checkpoint.write(b"x")
+
+    class Model:
+        class decoder:
+            output_projection = torch.nn.Linear(2, 3)
+
+    monkeypatch.setattr(analysis, "load", lambda *arguments: (Model, None))
+    monkeypatch.setattr(analysis, "frequencies", lambda task: None)
+    monkeypatch.setattr(analysis, "measure", lambda *arguments: {"new": True})
+    assert analyse(evaluated)["new"]
+    (evaluated.folder / "average.pt").unlink()
+    with pytest.raises(UserError, match=r"no average.pt with scores.json; bash scripts/evaluate.sh"):
+        analyse(evaluated)

@@ -1,0 +1,205 @@
+"""The report of two criteria and two seeds: complete, self-contained, escaped, readable in a browser."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import refused, run
+
+from encourage_mt import scoring
+from encourage_mt.cli import main
+from encourage_mt.figures import learning_curves
+from encourage_mt.report import disagree, marked
+from encourage_mt.runs import open_run, read_json, write_json
+
+CHARTS = {
+    *("seeds_test", "length_test", "valid_bleu", "valid_nll", "representation", "energy", "margin", "probability"),
+    *("calibration", "frequency_accuracy", "frequency_f1"),
+}
+NASTY = '<script>document.title = "gone"</script> & <b>"bold"</b> ' + "long" * 100
+
+
+@pytest.fixture(scope="session")
+def reported(work, tmp_path_factory):
+    """The folder of a report by the command line, of runs in whose texts markup and a very long word were planted.
+
+    Line 3 of the candidate is garbage, line 5 of the baseline.
+    """
+    folder = tmp_path_factory.mktemp("reported")
+    shutil.copytree(work.folder / "data", folder / "data")
+    for side, line in (("de", f"Quelle {NASTY}"), ("en", f"reference {NASTY}")):
+        path = folder / "data" / "text" / f"test.{side}"
+        replace(path, 4, line)
+    references = (folder / "data" / "text" / "test.en").read_text(encoding="utf-8").split("\n")[:-1]
+    for name in ("ce.seed1", "ce.seed2", "el.seed1", "el.seed2"):
+        run_folder = folder / name
+        shutil.copytree(work.folder / name, run_folder, ignore=shutil.ignore_patterns("checkpoints"))
+        write_json(run_folder / "run.json", {**read_json(run_folder / "run.json"), "data": str(folder / "data")})
+        worse, better = (3, 5) if name.startswith("el") else (5, 3)
+        replace(run_folder / "test.en", worse, "zzz")
+        replace(run_folder / "test.en", better, references[better - 1])
+        if name.startswith("el"):
+            replace(run_folder / "test.en", 4, f"output {NASTY}")
+        hypotheses = (run_folder / "test.en").read_text(encoding="utf-8").split("\n")[:-1]
+        result = read_json(run_folder / "scores.json")
+        result["scores"]["test"] = scoring.score(hypotheses, references, "en")
+        write_json(run_folder / "scores.json", result)
+    output = folder / "report"
+    argv = ["encourage-mt", "report", "--output", output]
+    argv += ["--baseline", folder / "ce.seed1", folder / "ce.seed2"]
+    done = run(*argv, "--candidate", folder / "el.seed1", folder / "el.seed2")
+    assert f"Report: {output / 'report.html'}" in done.stdout and "DEBUG" not in done.output
+    return output
+
+
+def replace(path, number, line):
+    """Put `line` in place of line `number`, from 1."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[number - 1] = line
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_the_run_ends_with_a_report_of_everything(work):
+    folder = work.folder / "report-ce-el"
+    assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "comparison.json", "figures"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        f"{c}.{k}" for c in CHARTS for k in ("svg", "png")
+    }
+    for path in (folder / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 3000
+    for path in (folder / "figures").glob("*.svg"):
+        assert path.read_text(encoding="utf-8").startswith("<svg ")
+    assert work.done.stdout.count("### test") == 1 and f"Report: {folder / 'report.html'}" in work.done.stdout
+
+
+def test_the_page_loads_nothing_from_anywhere(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<iframe" not in page and "<img" not in page and "@import" not in page
+    assert re.findall(r"<link[^>]*>", page) == ['<link rel="icon" href="data:,">']
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page) + re.findall(r"url\(([^)]*)", page)
+    assert {source for source in sources if not source.strip("\"'").startswith(("#", "data:"))} == set()
+    assert page.count("<svg ") == len(CHARTS)
+    ids = re.findall(r'<clipPath id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)), "clipping paths of two charts do not mix"
+
+
+def test_what_the_page_says_of_scores_is_what_the_runs_say(reported):
+    page = html.unescape((reported / "report.html").read_text(encoding="utf-8"))
+    compared = json.loads((reported / "comparison.json").read_text(encoding="utf-8"))
+    markdown = (reported / "report.md").read_text(encoding="utf-8")
+    for name in ("ce.seed1", "el.seed2"):
+        result = read_json(reported.parent / name / "scores.json")
+        for metric, entry in result["scores"]["test"].items():
+            side = "baseline" if result["arm"] == "ce" else "candidate"
+            assert compared["tests"]["test"][metric][side][str(result["seed"])] == entry["score"]
+            for text in (page, markdown):
+                assert f"{entry['score']:.2f}" in text and entry["signature"] in text
+        assert result["command"] in page and result["evaluation"]["data_sha256"] in page
+    assert "paired t-test over 2 seeds" in page and "paired t-test over 2 seeds" in markdown
+
+
+def test_links_of_the_markdown_lead_somewhere(reported):
+    links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (reported / "report.md").read_text(encoding="utf-8"))
+    assert {Path(link).stem for link in links} == CHARTS and len(links) == len(CHARTS)
+    assert all((reported / link).is_file() for link in links)
+
+
+def test_text_of_the_corpus_is_shown_and_not_run(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "<b>&" not in page
+    escaped = "&lt;script&gt;document.title = &#34;gone&#34;&lt;/script&gt; &amp; &lt;b&gt;"
+    assert f"<dd>Quelle {escaped}" in page and f"<dd>reference {escaped}" in page
+    assert "<mark>output</mark>" in page
+
+
+def test_the_worst_regressions_come_first_then_the_best_gains(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
+    found = re.findall(r'<dt>line (\d+)</dt><dd class="(worse|better)">([+-][\d.]+) chrF', page)
+    worse = [float(gain) for _, kind, gain in found if kind == "worse"]
+    better = [float(gain) for _, kind, gain in found if kind == "better"]
+    assert [kind for _, kind, _ in found] == ["worse"] * len(worse) + ["better"] * len(better)
+    assert worse == sorted(worse) and max(worse) <= 0 and better == sorted(better, reverse=True)
+    assert found[0][0] == "3" and {"4", "5"} <= {line for line, kind, _ in found if kind == "better"}
+    assert found[len(worse)][0] == "5"
+
+
+def test_disagreements_are_ten_of_each_kind_and_equal_outputs_are_none():
+    sources = references = [f"word number {i} of the line" for i in range(40)]
+    baseline = ["x" if i < 15 else reference for i, reference in enumerate(references)]
+    candidate = ["x" if 15 <= i < 30 else reference for i, reference in enumerate(references)]
+    rows = disagree(sources, references, {"a": baseline, "b": candidate})
+    assert [row["gain"] > 0 for row in rows] == [False] * 10 + [True] * 10
+    assert all(row["line"] <= 30 for row in rows)
+    assert marked("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
+
+
+def test_a_second_report_replaces_the_first_and_other_files_are_left_alone(reported, tmp_path, capsys):
+    sides = ["--baseline", reported.parent / "ce.seed1", "--candidate", reported.parent / "el.seed1"]
+    output = tmp_path / "report"
+    shutil.copytree(reported, output)
+    (output / "figures" / "old.svg").touch()
+    main([str(word) for word in ["report", *sides, "--output", output]])
+    assert not (output / "figures" / "old.svg").exists() and [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert "with one seed says nothing of other seeds" in (output / "report.md").read_text(encoding="utf-8")
+
+    (output / "notes.txt").write_text("mine")
+    error = refused(capsys, "report", *sides, "--output", output)
+    assert "report: holds other files (notes.txt); choose another --output" in error
+    assert (output / "notes.txt").read_text() == "mine" and (output / "report.html").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    assert "holds other files (thesis.tex)" in refused(capsys, "report", *sides, "--output", tmp_path / "other")
+    (tmp_path / "file").touch()
+    assert "file" in refused(capsys, "report", *sides, "--output", tmp_path / "file")
+
+
+def test_curves_are_named_apart_and_runs_without_a_log_are_left_out(reported, tmp_path):
+    runs = [open_run(reported.parent / name) for name in ("ce.seed1", "ce.seed2", "el.seed1")]
+    charts = learning_curves({"ce": runs[:2], "el": runs[2:]})
+    assert [chart.name for chart in charts] == ["valid_bleu", "valid_nll"]
+    legend = [text.get_text() for text in charts[0].figure.axes[0].get_legend().get_texts()]
+    assert legend == ["ce (2 seeds)", "el (1 seed)"]
+    shutil.copytree(runs[0].folder, tmp_path / "silent", ignore=shutil.ignore_patterns("train.log"))
+    silent = open_run(tmp_path / "silent", data=runs[0].data)
+    charts = learning_curves({"ce": [silent, runs[1]], "el": [silent]})
+    legend = [text.get_text() for text in charts[0].figure.axes[0].get_legend().get_texts()]
+    assert legend == ["ce (1 seed)"] and len(charts[0].figure.axes[0].lines) == 1
+    assert learning_curves({"ce": [silent], "el": [silent]}) == []
+
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+
+
+@pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium (or google-chrome) and chromedriver on PATH")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_is_readable_in_a_browser(width, reported):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    screen = {"width": width, "height": 800, "pixelRatio": 1}
+    options.add_experimental_option("mobileEmulation", {"deviceMetrics": screen})
+    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        browser.get((reported / "report.html").as_uri())
+        inner, content, height = browser.execute_script(
+            "const page = document.documentElement; return [innerWidth, page.scrollWidth, page.scrollHeight]"
+        )
+        assert inner == width and content <= width and height > 1500
+        assert browser.get_log("browser") == []
+        assert browser.title == "el against ce"
+        narrowest = browser.execute_script(
+            "return Math.min(...[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width))"
+        )
+        assert narrowest > 300, "charts fill a phone's width"
+    finally:
+        browser.quit()
