@@ -25,7 +25,10 @@ setup(
         "pyyaml>=5.1",
         "sacrebleu>=2.3",
         "sacremoses>=0.1",
+        "regex",
+        "requests>=2.28",
         "sentencepiece>=0.2",
+        "subword-nmt>=0.3.8",
         "tqdm",
     ],
     extras_require={
