@@ -115,7 +115,7 @@ class Recipe:
             name=f"{self.corpus}_{self.target}_{self.source}",
             source=self.target,
             target=self.source,
-            data=[_turned_round(data) for data in self.alternatives],
+            data=[_turned_round(data) for data in self.data],
         )
 
     def modern(self) -> "Recipe":
