@@ -13,6 +13,7 @@ from .errors import UserError
 ATTEMPTS = 5  # per address
 FIRST_PAUSE = 1.0  # seconds, doubled with every further attempt
 TIMEOUT = 60  # seconds without a byte
+BLOCK = 1 << 16  # bytes; what a broken connection loses at most
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -104,6 +105,6 @@ def _receive(response, part, held):
     total = held + int(response.headers.get("Content-Length", 0)) or None
     bar = tqdm(total=total, initial=held, unit="B", unit_scale=True, desc=part.name.rsplit(".", 2)[0], mininterval=1)
     with open(part, "ab" if held else "wb") as out, bar:
-        for block in response.iter_content(1 << 18):
+        for block in response.iter_content(BLOCK):
             out.write(block)
             bar.update(len(block))
