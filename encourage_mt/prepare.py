@@ -197,7 +197,7 @@ class _Preparation:
                     self.counts[goes_to]["before_cleaning"] += 1
                     self.counts[goes_to]["with_text"] += bool(tokens[0].strip() and tokens[1].strip())
         if by_tokens and not passed:
-            raise UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning")
+            raise UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning ({_faults(counts)})")
 
     def _read(self, kind, split):
         """Pairs of lines written before."""
@@ -220,21 +220,19 @@ class _Preparation:
         needs_counts = split == "train" and bool(recipe.subword.get("byte_fallback"))
         stage = EncodeStage(recipe.subword, prefix, clean, needs_counts)
         pieces, kept = Counter(), bytearray()
-        lengths = [array("Q"), array("Q")]
-        hashes = [array("Q"), array("Q"), array("Q")]
+        lengths, hashes = (array("Q"), array("Q")), (array("Q"), array("Q"), array("Q"))
         pairs = self._bar(self._read("tokenized", split), f"encoding {split}", counts["before_cleaning"])
+        (self.folder / "pieces").mkdir(exist_ok=True)
         with ExitStack() as files:
-            out = _Writer(self, files, "pieces")
-            for _, (rows, chunk_pieces) in ordered_map(stage, pairs, self.workers):
-                pieces += chunk_pieces
-                for fault, source, target, row_lengths, row_hashes in rows:
-                    kept.append(not fault)
-                    if fault:
-                        counts[fault] += 1
-                        continue
-                    out.write(split, (source, target))
-                    for values, value in zip(lengths + hashes, row_lengths + row_hashes, strict=True):
-                        values.append(value)
+            out = [files.enter_context(_open(self._path("pieces", split, lang), "w")) for lang in self.languages]
+            for _, chunk in ordered_map(stage, pairs, self.workers):
+                kept += chunk.kept
+                counts.update(chunk.faults)
+                pieces.update(chunk.pieces)
+                for file, text in zip(out, chunk.text, strict=True):
+                    file.write(text)
+                for values, more in zip(lengths + hashes, chunk.lengths + chunk.hashes, strict=True):
+                    values.extend(more)
         counts["kept"] = sum(kept)
         if not counts["kept"]:
             raise UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning ({_faults(counts)})")
@@ -355,16 +353,17 @@ def hold_out(pairs, sizes: "dict[str, int]") -> "dict[int, str]":
 
     Taken are pairs whose source and whose target each stand once in the whole corpus (case and white space aside), so
     that no sentence of one split stands in another, in the order of a hash of the pair, so that a corpus that grows
-    keeps most of them. Raises UserError if there are too few.
+    keeps most of them and both directions have the same. Raises UserError if there are too few.
     """
-    sources, targets, order = array("Q"), array("Q"), array("Q")
+    sources, targets = array("Q"), array("Q")
     for source, target in pairs:
         source, target = (" ".join(side.split()).casefold() for side in (source, target))
         sources.append(hash64(source) if source else 0)
         targets.append(hash64(target) if target else 0)
-        order.append(hash64(f"{source}\n{target}"))
+    sources, targets = (np.frombuffer(side, dtype=np.uint64) for side in (sources, targets))
+    order = sources + targets  # the same for both directions
     once = np.ones(len(order), dtype=bool)
-    for side in (np.frombuffer(sources, dtype=np.uint64), np.frombuffer(targets, dtype=np.uint64)):
+    for side in (sources, targets):
         _, inverse, number = np.unique(side, return_inverse=True, return_counts=True)
         once &= (number[inverse] == 1) & (side != 0)
     candidates = np.flatnonzero(once)
@@ -373,7 +372,7 @@ def hold_out(pairs, sizes: "dict[str, int]") -> "dict[int, str]":
             f"held_out: {sum(sizes.values()):,} pairs are asked for, but of {len(order):,} only {len(candidates):,} "
             "have sentences that stand nowhere else, and some must be left to train on; ask for fewer in the recipe"
         )
-    ordered = iter(candidates[np.argsort(np.frombuffer(order, dtype=np.uint64)[candidates], kind="stable")].tolist())
+    ordered = iter(candidates[np.argsort(order[candidates], kind="stable")].tolist())
     return {place: split for split, size in sizes.items() for place in islice(ordered, size)}
 
 

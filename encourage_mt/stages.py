@@ -1,7 +1,9 @@
 """What is done to every pair: tokenize, clean, encode; in chunks, by several processes, in order."""
 
+import gc
 import multiprocessing
 import re
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -61,6 +63,7 @@ def ordered_map(stage: Callable, items: Iterable, workers: int) -> "Iterator[tup
 
 def _install(stage):
     global _stage
+    gc.freeze()  # what was imported is never looked through again, nor copied for that
     _stage = stage
 
 
@@ -124,11 +127,20 @@ class TextStage:
 
 
 @dataclass
-class EncodeStage:
-    """[(source, target)] -> [(fault, source pieces, target pieces, their numbers, three hashes)], Counter of pieces.
+class Encoded:
+    """A chunk in pieces: what of it is kept, as text and as one value for each pair kept."""
 
-    The hashes, of 64 bits, are of source, target, and pair before encoding.
-    """
+    kept: bytearray  # for each pair of the chunk, whether it is
+    faults: Counter
+    text: "tuple[str, str]"  # lines of source and target
+    lengths: "tuple[array, array]"  # in pieces
+    hashes: "tuple[array, array, array]"  # of 64 bits: of source, target and pair before encoding
+    pieces: Counter  # empty unless asked for
+
+
+@dataclass
+class EncodeStage:
+    """[(source, target)] -> Encoded, cleaned by the number of pieces unless `clean` is None."""
 
     options: dict
     prefix: Path
@@ -140,17 +152,28 @@ class EncodeStage:
         return subwords.encoder(self.options, self.prefix)
 
     def __call__(self, pairs):
-        rows, counter = [], Counter()
-        for source, target in pairs:
-            source_pieces, target_pieces = self.encode(source), self.encode(target)
-            lengths = _length(source_pieces), _length(target_pieces)
-            reason = fault(*lengths, self.clean) if self.clean is not None else ""
-            hashes = hash64(source), hash64(target), hash64(f"{source}\n{target}")
-            rows.append((reason, source_pieces, target_pieces, lengths, hashes))
-            if self.count_pieces and not reason:
-                counter.update(source_pieces.split(" "))
-                counter.update(target_pieces.split(" "))
-        return rows, counter
+        kept, faults, pieces = bytearray(), Counter(), Counter()
+        text, lengths, hashes = ([], []), (array("Q"), array("Q")), (array("Q"), array("Q"), array("Q"))
+        for pair in pairs:
+            encoded = [self.encode(side) for side in pair]
+            length = [_length(side) for side in encoded]
+            reason = fault(*length, self.clean) if self.clean is not None else ""
+            kept.append(not reason)
+            if reason:
+                faults[reason] += 1
+                continue
+            for side in (0, 1):
+                text[side].append(encoded[side])
+                lengths[side].append(length[side])
+                hashes[side].append(hash64(pair[side]))
+            hashes[2].append((hashes[0][-1] * _ODD + hashes[1][-1]) % 2**64)
+        if self.count_pieces:
+            for side in text:
+                pieces.update(piece for line in side for piece in line.split(" "))
+        return Encoded(kept, faults, tuple("".join(f"{x}\n" for x in side) for side in text), lengths, hashes, pieces)
+
+
+_ODD = 0x9E3779B97F4A7C15
 
 
 def _length(pieces):

@@ -31,8 +31,8 @@ def learn(pairs: "Iterable[tuple[str, str]]", count: int, options: dict, prefix:
         with open(f"{prefix}.codes", "w", encoding="utf-8", newline="\n") as codes:
             try:
                 learn_bpe.learn_bpe(lines, codes, options["merges"])
-            except ValueError as error:  # no pair of characters
-                raise UserError(f"subword model: {error}") from None
+            except ValueError:  # the maximum over no pairs of characters
+                raise UserError("subword model: no word has two characters") from None
         return {"learned_on_lines": 2 * count}
     step = -(-2 * count // SAMPLED_LINES)
     lines = (line for pair in islice(pairs, 0, None, step) for line in pair)

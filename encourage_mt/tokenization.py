@@ -36,31 +36,49 @@ class Tokenizer:
         self._numeric_only = set(self._whole.NUMERIC_ONLY_PREFIXES)
         self._nonbreaking = set(self._whole.NONBREAKING_PREFIXES) - self._numeric_only
         self._alpha, self._lower = set(self._whole.IsAlpha), set(self._whole.IsLower)
+        self._alnum = set(self._whole.IsAlnum)
         self._word = functools.lru_cache(CACHED_WORDS)(self._tokenize_word)
+        self._middle = functools.lru_cache(CACHED_WORDS)(self._tokenize_middle)
         self._full_stops = functools.lru_cache(CACHED_WORDS)(self._split_full_stops)
 
     def __call__(self, line: str) -> str:
-        if _ACROSS_WORDS.search(line):
+        if ("'" in line or not line.isprintable()) and _ACROSS_WORDS.search(line):
             return self._whole.tokenize(line, return_str=True, **self._options)
         words = line.split()
-        if len(words) < 2:
-            words = [self._word(word, FIRST | LAST) for word in words]
-        else:
-            first, last = self._word(words[0], FIRST), self._word(words[-1], LAST)
-            words = [first, *[self._word(word, 0) for word in words[1:-1]], last]
-        out = []
-        for place, (text, tokens, has_full_stop) in enumerate(words):
+        if not words:
+            return ""
+        out = list(map(self._middle, words))
+        out[0] = out[-1] = None
+        last, place = len(out) - 1, -1
+        for _ in range(out.count(None)):
+            place = out.index(None, place + 1)
+            text, tokens, has_full_stop = self._word(words[place], (place == 0) * FIRST | (place == last) * LAST)
             if has_full_stop:
-                following = words[place + 1][1][0][0] if place + 1 < len(words) else ""
+                after = place + 1
+                following = self._word(words[after], (after == last) * LAST)[1][0][0] if place < last else ""
                 text = self._full_stops(tokens, following)
-            out.append(text)
+            out[place] = text
         return " ".join(out)
+
+    def _tokenize_middle(self, word):
+        """The text of a word that is neither first nor last, or None if what follows has to be looked at."""
+        text, _, has_full_stop = self._word(word, 0)
+        return None if has_full_stop else text
 
     def _tokenize_word(self, word, place):
         """(text if no full stop is split off, tokens before escaping, whether a token ends with a full stop)."""
+        if "MULTI" not in word:  # which stands for dots
+            if self._alnum.issuperset(word):
+                return word, (word,), False
+            letters = word.rstrip(_TAIL)
+            if len(letters) > 1 and self._alpha.issuperset(letters):  # to what follows, one letter is like another
+                _, (first, *others), _ = self._word("x" + word[len(letters) :], place)
+                return self._entry((letters + first[1:], *others))
         context = f"{'' if place & FIRST else 'x '}{word}{'' if place & LAST else ' x'}"
         tokens = self._within.tokenize(context, escape=False, **self._options)
-        tokens = tuple(tokens[not place & FIRST : len(tokens) - (not place & LAST)])
+        return self._entry(tuple(tokens[not place & FIRST : len(tokens) - (not place & LAST)]))
+
+    def _entry(self, tokens):
         return " ".join(map(self._finish, tokens)), tokens, any(len(t) > 1 and t[-1] == "." for t in tokens)
 
     def _split_full_stops(self, tokens, following):
@@ -90,6 +108,7 @@ class Tokenizer:
 
 _ACROSS_WORDS = re.compile(r"[\x00-\x08\x0e-\x1b]|'\s+'|\.'\s*$")
 _DIGITS = set("0123456789")
+_TAIL = ',.;:?!"”“)'
 
 
 class PunctuationNormalizer:

@@ -150,7 +150,14 @@ def test_if_all_fail_each_reason_is_told_and_no_file_is_left(server, tmp_path):
     urls = [f"{server.url}/{name}.tgz" for name in ("gone", "busy", "page", "corrupt")] + ["http://127.0.0.1:1/a.tgz"]
     with pytest.raises(UserError) as error:
         download(urls, tmp_path / "a.tgz", [CHECKSUM])
-    for words in ("HTTP 404", "HTTP 500, after 5 attempts", "a web page came", CHECKSUM, "ConnectionError", "--raw-dir"):
+    for words in (
+        "HTTP 404",
+        "HTTP 500, after 5 attempts",
+        "a web page came",
+        CHECKSUM,
+        "ConnectionError",
+        "--raw-dir",
+    ):
         assert words in str(error.value)
     assert os.listdir(tmp_path) == []
 
