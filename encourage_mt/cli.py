@@ -68,12 +68,12 @@ def add_data_options(command) -> None:
     )
     data.add_argument("--source", metavar="LANG", help="language of the first side (default: the suffix of its file)")
     data.add_argument("--target", metavar="LANG", help="language of the second side (default: the suffix of its file)")
-    data.add_argument("--workers", type=int, default=cores(), help="processes to share the work (default: one a core)")
+    data.add_argument("--workers", type=int, help="processes to share the work (default: one a core)")
 
 
 def prepare_data(arguments, recipe: Recipe, work_dir: Path) -> Path:
     """The prepared data; see `prepare`."""
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, got {arguments.workers}")
     options = {name: getattr(arguments, name) for name in ("raw_dir", "download_dir", "workers", "overwrite")}
     return prepare(recipe, work_dir, **options)

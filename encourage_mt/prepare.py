@@ -1,7 +1,7 @@
 """From raw bitext to data that fairseq trains on: tokenize, clean, learn joint subwords on train, encode, binarize.
 
 Text streams through in chunks and lies on disk between the steps: the memory needed does not grow with the corpus, but
-for 24 bytes of hashes a pair and what learning the subword model takes.
+for 32 bytes of hashes and lengths a pair and what learning the subword model takes.
 """
 
 import errno
@@ -64,7 +64,7 @@ def prepare(
         partial.rename(final)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"{work_dir}: no space left on the disk; nothing half-written is kept") from None
+            raise UserError(f"no space left on the disk for {work_dir}; nothing half-written is kept") from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +119,7 @@ class _Preparation:
             "counts": self.counts,
             "subword": learned,
             **binarized,
-            "pieces": self.lengths,
+            "lengths_in_pieces": self.lengths,
             "duplicates": duplicates,
             "leakage": leakage,
             "versions": versions(),
@@ -220,7 +220,7 @@ class _Preparation:
         needs_counts = split == "train" and bool(recipe.subword.get("byte_fallback"))
         stage = EncodeStage(recipe.subword, prefix, clean, needs_counts)
         pieces, kept = Counter(), bytearray()
-        lengths, hashes = (array("Q"), array("Q")), (array("Q"), array("Q"), array("Q"))
+        lengths, hashes = (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
         pairs = self._bar(self._read("tokenized", split), f"encoding {split}", counts["before_cleaning"])
         (self.folder / "pieces").mkdir(exist_ok=True)
         with ExitStack() as files:

@@ -153,7 +153,7 @@ class EncodeStage:
 
     def __call__(self, pairs):
         kept, faults, pieces = bytearray(), Counter(), Counter()
-        text, lengths, hashes = ([], []), (array("Q"), array("Q")), (array("Q"), array("Q"), array("Q"))
+        text, lengths, hashes = ([], []), (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
         for pair in pairs:
             encoded = [self.encode(side) for side in pair]
             length = [_length(side) for side in encoded]

@@ -11,8 +11,8 @@ from subword_nmt import apply_bpe, learn_bpe
 
 from .errors import UserError
 
-SAMPLED_LINES = 4_000_000  # SentencePiece holds what it learns from: about 1 GB for each million of 25-word lines
-CACHED_WORDS = 2**17
+SAMPLED_LINES = 4_000_000  # SentencePiece holds all it learns from
+CACHED_WORDS = 2**16
 
 
 def remove_bpe(options: dict) -> str:

@@ -6,7 +6,7 @@ import re
 import regex
 from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
 
-CACHED_WORDS = 2**17
+CACHED_WORDS = 2**16  # of each kind; about 30 MB
 FIRST, LAST = 1, 2  # a word's place in its line: some rules look at the ends
 
 

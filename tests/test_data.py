@@ -112,6 +112,8 @@ def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path):
 
 def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
     recipe = load_recipe(own_recipe(tmp_path))
+    (tmp_path / "work" / "data.partial").mkdir(parents=True)
+    write(tmp_path / "work" / "data.partial" / "of a killed run", "")
     lines = read_lines(tmp_path / "train.de")
     write(tmp_path / "train.de", "\n".join(["", *lines[1:]]) + "\n")
     data = prepare(recipe, tmp_path / "work", tmp_path)
@@ -181,7 +183,7 @@ def test_no_space_left_is_told_and_nothing_is_left(tmp_path, monkeypatch):
         return open("/dev/full" if mode == "w" else path, mode, encoding="utf-8")
 
     monkeypatch.setattr("encourage_mt.prepare._open", on_full_disk)
-    with pytest.raises(UserError, match="work: no space left on the disk"):
+    with pytest.raises(UserError, match="no space left on the disk for .*work"):
         prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -197,8 +199,45 @@ def test_repetitions_and_leakage_are_counted(tmp_path):
     assert manifest["duplicates"] == {"train_pairs": 3}
     assert manifest["leakage"]["test"] == {"sources_in_train": 3, "targets_in_train": 3, "pairs_in_train": 2}
     assert "test: 2 of its pairs are in train too" in manifest["warnings"]
-    assert manifest["percent_unknown"]["test"]["en"] >= 0 and manifest["pieces"]["test"]["en"]["longest"] > 1
+    assert manifest["percent_unknown"]["test"]["en"] >= 0 and manifest["lengths_in_pieces"]["test"]["en"]["longest"] > 1
     assert {"sacremoses", "sentencepiece", "subword-nmt"} <= set(manifest["versions"])
+
+
+FILES = {"train": ["a", "b"], "valid": ["c", "d"], "test": ["e", "f"]}
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"tokenizer": "spacy"}, "tokenizer must be none or moses, got 'spacy'"),
+        ({"lowercase": "yes"}, "lowercase must be true or false"),
+        ({"aggressive_hyphens": True}, "aggressive_hyphens goes with tokenizer: moses"),
+        ({"clean": {"max_len": 3}}, "clean takes max_length"),
+        ({"clean": {"max_length": 0}}, "clean takes max_length"),
+        ({"clean": {"max_ratio": 0.5}}, "max_ratio must be a number from 1 on, got 0.5"),
+        ({"clean": {"unit": "words"}}, "unit of clean must be tokens or pieces, got 'words'"),
+        ({"subword": {"merges": 0}}, "subword with merges takes their number alone"),
+        ({"subword": {"merges": 9, "vocab_size": 9}}, "subword with merges takes their number alone"),
+        ({"data": FILES | {"valid_every": 1}}, "a split is named twice"),
+        (
+            {"data": {"train": ["a", "b"], "test": ["e", "f"], "valid_every": 1}},
+            "valid_every must be a number from 2 on",
+        ),
+        ({"data": {"train": ["a"], "held_out": {"valid": 0, "test": 5}}}, "held_out must be a mapping of splits"),
+        ({"data": FILES | {"columns": [0, 1]}}, "columns must be [source column, target column]"),
+        ({"data": FILES | {"urls": "https://x"}}, "urls must be a list, got 'https://x'"),
+        (
+            {"data": FILES | {"checksums": {"a": "sha1:12"}}},
+            "checksum of a must be sha256:... or md5:..., got 'sha1:12'",
+        ),
+        ({"data": [FILES, {"train": ["a"], "held_out": {"valid": 1, "tst": 1}}]}, "have different test sets"),
+        ({"data": FILES | {"test": []}}, "test must be [source file, target file], got []"),
+    ],
+)
+def test_options_of_data_and_preparation_are_checked(changes, expected, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(tmp_path, **changes))
+    assert expected in str(error.value)
 
 
 # --- a user's own text, with valid and test held out of it
