@@ -254,7 +254,7 @@ def corpus(tmp_path_factory):
     write(folder / "corpus.en.gz", gzip.compress("".join(f"{en}\n" for _, en in pairs).encode()))
     write(folder / "corpus.tsv", "".join(f"{de}\t{en}\n" for de, en in pairs))
     content = yaml.safe_load((ROOT / "examples/own/recipe.yaml").read_text()) | {key: TINY[key] for key in OWN_MODEL}
-    content["data"] = {"held_out": {"valid": 5, "test": 6}}
+    content["data"] = {"held_out": {"valid": 20, "test": 30}}
     content["subword"]["vocab_size"] = 400
     write(folder / "recipe.yaml", yaml.safe_dump(content))
     return folder
@@ -272,7 +272,7 @@ def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_
     run("encourage-mt", "prepare", corpus / "recipe.yaml", *files, "--work-dir", tmp_path / "work")
     data = tmp_path / "work" / "data"
     manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["pairs"] == {"train": 292, "valid": 5, "test": 6}
+    assert manifest["pairs"] == {"train": 253, "valid": 20, "test": 30}
     held = sentences(data)
     for side, language in enumerate(("de", "en")):
         everything = [line.split("\t")[side].casefold() for line in read_lines(corpus / "corpus.tsv")]
