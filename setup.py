@@ -26,10 +26,13 @@ setup(
         "numpy",
         "pooch>=1.7",
         "pyyaml>=5.1",
+        "regex",
+        "requests>=2.28",
         "sacrebleu>=2.3",
         "sacremoses>=0.1",
         "scipy",
         "sentencepiece>=0.2",
+        "subword-nmt>=0.3.8",
         "tqdm",
     ],
     extras_require={

@@ -12,7 +12,7 @@ from .commands import cores
 from .comparison import compare
 from .errors import UserError, exit_on_user_error
 from .evaluation import evaluate, table
-from .prepare import prepare
+from .prepare import DOWNLOADS, prepare
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .runs import Run, open_run
@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     command = add(
         "prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize"
     )
-    add_recipe(command)
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    add_data_options(command)
 
     command = add(
         "run",
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "prepare, train all criteria and seeds, average, translate, score, compare, report; what is done is kept, an "
         "interrupted training resumes",
     )
-    add_recipe(command)
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    add_data_options(command)
     add_cluster(command)
     command.add_argument(
         "--seeds",
@@ -61,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         "one training on the GPUs of this machine or, started on each, of several; the tokens per update stay those of "
         "the recipe; an interrupted training resumes",
     )
-    add_recipe(command)
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    add_data_options(command)
     add_cluster(command)
     command.add_argument("--criterion", required=True, help="arm of the recipe")
     command.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
@@ -99,12 +102,6 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", type=Path, help="a recipe.yaml")
-    command.add_argument("--raw-dir", type=Path, help="folder of the recipe's files (default: download them)")
-    command.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
-
-
 def add_cluster(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gpus", type=int, default=1, help="of this machine, for each training (default: %(default)s)"
@@ -117,6 +114,43 @@ def add_cluster(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_options(command) -> None:
+    """Options that decide the data, and where it comes from and goes to."""
+    data = command.add_argument_group("data")
+    data.add_argument("--raw-dir", type=Path, help="folder of the recipe's files or archives (default: download them)")
+    data.add_argument(
+        "--download-dir",
+        type=Path,
+        default=DOWNLOADS,
+        help="where downloads are kept, for all recipes (default: %(default)s)",
+    )
+    data.add_argument("--work-dir", type=Path, help="where everything goes (default: runs/NAME OF RECIPE)")
+    data.add_argument("--overwrite", action="store_true", help="prepare anew, in place of what is prepared there")
+    data.add_argument("--reverse", action="store_true", help="turn source and target round")
+    data.add_argument(
+        "--modern",
+        action="store_true",
+        help="in place of the recipe's own preparation: raw cased text into SentencePiece with NFKC and byte fallback",
+    )
+    data.add_argument(
+        "--bitext",
+        nargs="+",
+        metavar="FILE",
+        help="for examples/own: your text, two files or a tab-separated one, plain or .gz",
+    )
+    data.add_argument("--source", metavar="LANG", help="language of the first side (default: the suffix of its file)")
+    data.add_argument("--target", metavar="LANG", help="language of the second side (default: the suffix of its file)")
+    data.add_argument("--workers", type=int, help="processes to share the work (default: one a core)")
+
+
+def prepare_data(arguments, recipe: Recipe, work_dir: Path) -> Path:
+    """The prepared data; see `prepare`."""
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {arguments.workers}")
+    options = {name: getattr(arguments, name) for name in ("raw_dir", "download_dir", "workers", "overwrite")}
+    return prepare(recipe, work_dir, **options)
+
+
 def main(argv=None) -> None:
     arguments = parser().parse_args(argv)
     with exit_on_user_error("encourage-mt"):
@@ -125,13 +159,15 @@ def main(argv=None) -> None:
 
 def open_recipe(arguments) -> "tuple[Recipe, Path]":
     """The recipe, checked, and its work directory, not made yet."""
-    recipe = load_recipe(arguments.recipe)
+    recipe = load_recipe(arguments.recipe, arguments.source, arguments.target, arguments.bitext)
+    recipe = recipe.turned_round() if arguments.reverse else recipe
+    recipe = recipe.modern() if arguments.modern else recipe
     return recipe, (arguments.work_dir or Path("runs") / recipe.name).resolve()
 
 
 def prepare_recipe(arguments) -> None:
     """`encourage-mt prepare`. Raises UserError on what the user can mend."""
-    prepare(*open_recipe(arguments), arguments.raw_dir)
+    prepare_data(arguments, *open_recipe(arguments))
 
 
 def run_recipe(arguments) -> None:
@@ -157,7 +193,7 @@ def run_recipe(arguments) -> None:
         return
     check_lot(recipe, cluster)
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings side by side")
-    prepare(recipe, work_dir, arguments.raw_dir)
+    prepare_data(arguments, recipe, work_dir)
     train(runs, recipe, cluster, parallel)
     results = [evaluate(run) for run in runs]
     print(f"\n{table(results)}\n")
@@ -185,7 +221,7 @@ def train_one(arguments) -> None:
         return
     check_lot(recipe, cluster)
     if cluster.nodes == 1:
-        prepare(recipe, work_dir, arguments.raw_dir)
+        prepare_data(arguments, recipe, work_dir)
     elif not data.exists():
         raise UserError(f"{data}: prepare the data once before several machines train on it (encourage-mt prepare)")
     train([run], recipe, cluster, 1)

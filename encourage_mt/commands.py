@@ -17,7 +17,10 @@ import torch
 from .errors import UserError
 
 USER_DIR = Path(__file__).parent
-PACKAGES = ("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy", "sacrebleu", "sacremoses", "sentencepiece")
+PACKAGES = (
+    *("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy"),
+    *("regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
+)
 
 
 def resolve(argv: "list[str]") -> "list[str]":

@@ -16,6 +16,7 @@ from .commands import USER_DIR, failure, machine, resolve, versions
 from .errors import UserError
 from .prepare import data_checksum
 from .runs import Run, read_json, read_log, training_settings, write_json
+from .subwords import restore_bytes
 from .tokenization import detokenize
 
 
@@ -118,6 +119,8 @@ def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -
     if sorted(hypotheses) != list(range(expected)):
         raise UserError(f"{split}: {len(hypotheses)} of {expected} sentences were translated (log: {log})")
     lines = [hypotheses[index] for index in range(expected)]
+    if text["byte_fallback"]:
+        lines = list(map(restore_bytes, lines))
     if text["tokenizer"] == "none":
         write_lines(run.folder / f"{split}.{text['target']}", lines)
     else:

@@ -1,136 +1,416 @@
-"""From raw bitext to fairseq's binarized data: check, learn joint subwords on train, encode, binarize."""
+"""From raw bitext to data that fairseq trains on: tokenize, clean, learn joint subwords on train, encode, binarize.
 
+Text streams through in chunks and lies on disk between the steps: the memory needed does not grow with the corpus, but
+for 32 bytes of hashes and lengths a pair and what learning the subword model takes.
+"""
+
+import errno
 import hashlib
 import json
+import re
 import shutil
+from array import array
+from collections import Counter
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pooch
-import sentencepiece
+from tqdm import tqdm
 
-from . import grammar
-from .bitext import fetch, read_bitext
-from .commands import cores, run_quietly
+from . import grammar, subwords
+from .bitext import iterate_pairs
+from .commands import cores, run_quietly, versions
 from .errors import UserError
-from .recipe import Recipe
+from .recipe import Recipe, split_files
+from .sources import Sources
+from .stages import EncodeStage, TextStage, hash64, ordered_map
+
+DOWNLOADS = Path("runs/downloads")
+DROP_TAGS = ["url", "talkid", "keywords"]
 
 
-def prepare(recipe: Recipe, work_dir: Path, raw_dir: "Path | None" = None) -> Path:
+def prepare(
+    recipe: Recipe,
+    work_dir: Path,
+    raw_dir: "Path | None" = None,
+    download_dir: Path = DOWNLOADS,
+    workers: "int | None" = None,
+    overwrite: bool = False,
+) -> Path:
     """The prepared data of `recipe` in `work_dir`/data, made there unless it is there already.
 
-    It holds text/SPLIT.LANG (what is scored against), subword.model, data-bin (joint dictionary; test sets in the
-    order of the recipe are test, test1, ...) and manifest.json. Written aside and renamed, so it is whole or absent.
-    Raises UserError on bad input, and if the folder holds data of other options.
+    It holds text/SPLIT.LANG (valid and tests as published, what is scored against), tokenized/SPLIT.LANG (the same as
+    tokens, if the recipe tokenizes), subword.*, data-bin (test sets in the order of the recipe are test, test1, ...)
+    and manifest.json. Written aside and renamed, so it is whole or absent. Files come from `raw_dir`, or are downloaded
+    into `download_dir`; `workers` processes (default: one a core) share the work, with the same result. Raises
+    UserError on bad input, and if the folder holds data of other options, unless told to overwrite them.
     """
     final = work_dir / "data"
-    options = {key: getattr(recipe, key) for key in ("source", "target", "data", "subword")}
-    if final.exists():
-        manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-        if "text" not in manifest:
-            raise UserError(f"{final}: prepared by another version; remove it or choose another --work-dir")
-        if manifest["options"] != options:
-            raise UserError(f"{final}: prepared with other options; remove it or choose another --work-dir")
-        for name, digest in manifest["sources"].items():
-            at_hand = raw_dir / name if raw_dir and "generate" not in recipe.data else None
-            if at_hand and at_hand.is_file() and pooch.file_hash(str(at_hand)) != digest:
-                raise UserError(f"{final}: prepared from another {name}; remove it or choose another --work-dir")
+    sources = Sources(recipe, raw_dir, download_dir)
+    if final.exists() and not overwrite:
+        _check_same(final, recipe, sources)
         print(f"data: {final} is prepared already")
         return final
     partial = work_dir / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "text").mkdir(parents=True)
     try:
-        counts = _prepare(recipe, work_dir, raw_dir, partial, options)
+        partial.mkdir(parents=True)
+        manifest = _Preparation(recipe, sources, partial, workers or cores()).run(work_dir / "preprocess.log")
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk for {work_dir}; nothing half-written is kept") from None
         raise
-    print(f"data: {', '.join(f'{split} {count:,}' for split, count in counts.items())} pairs in {final}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{summary(manifest)}\ndata: {final}")
     return final
 
 
-def _prepare(recipe, work_dir, raw_dir, folder, options):
-    """Fill `folder`; returns the number of pairs of each split."""
-    splits, sources = _raw_pairs(recipe, work_dir, raw_dir)
-    dropped = len(splits["train"])
-    splits["train"] = [pair for pair in splits["train"] if pair[0].strip() and pair[1].strip()]
-    dropped -= len(splits["train"])
-    if not splits["train"]:
-        raise UserError("train: no pair has text on both sides")
-    _write(splits, recipe, folder / "text")
-    encode = _learn_subwords(splits["train"], recipe.subword, folder / "subword")
-    encoded = {split: [(encode(a), encode(b)) for a, b in pairs] for split, pairs in splits.items()}
-    (folder / "pieces").mkdir()
-    _write(encoded, recipe, folder / "pieces")
+def _check_same(final, recipe, sources):
+    manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
+    if "text" not in manifest:
+        raise UserError(f"{final}: prepared by another version; --overwrite it or choose another --work-dir")
+    other = manifest["options"]
+    differing = sorted(name for name, value in recipe.preparation.items() if other.get(name) != value)
+    remedy = "choose another --work-dir, or --overwrite it"
+    if differing:
+        raise UserError(f"{final}: prepared with other options ({', '.join(differing)}); {remedy}")
+    for name, known in manifest["sources"].items():
+        path = sources.at_hand(name)
+        if path and pooch.file_hash(str(path)) != known["sha256"]:
+            raise UserError(f"{final}: prepared from another {name}; {remedy}")
 
-    prefix = {split: str(folder / "pieces" / split) for split in splits}
-    run_quietly(
-        ["fairseq-preprocess", "--source-lang", recipe.source, "--target-lang", recipe.target]
-        + ["--trainpref", prefix["train"], "--validpref", prefix["valid"]]
-        + ["--testpref", ",".join(prefix[test] for test in recipe.tests)]
-        + ["--destdir", str(folder / "data-bin"), "--joined-dictionary", "--workers", str(cores())],
-        work_dir / "preprocess.log",
+
+class _Preparation:
+    """One run of all steps in `folder`; `counts` is {split: {stage: pairs}}."""
+
+    def __init__(self, recipe, sources, folder, workers):
+        self.recipe, self.sources, self.folder, self.workers = recipe, sources, folder, workers
+        self.languages = (recipe.source, recipe.target)
+        self.splits = ["train", "valid", *recipe.tests]
+        self.counts = {split: Counter() for split in self.splits}
+        self.lengths, self.hashes = {}, {}
+
+    def run(self, log: Path) -> dict:
+        """Make everything and write the manifest, which is returned."""
+        self._open_sources()
+        for split in [split for split in self.splits if split in self.available]:
+            self._write_text(split)
+        for split in self.splits:
+            if not self.counts[split]["with_text"]:
+                raise UserError(f"{split}: no pair has text on both sides")
+        prefix = self.folder / "subword"
+        count = self.counts["train"]["before_cleaning"]
+        print(f"subword model: learning on {count:,} pairs")
+        learned = subwords.learn(self._read("tokenized", "train"), count, self.recipe.subword, prefix)
+        pieces = Counter()
+        for split in self.splits:
+            pieces += self._encode(split, prefix)
+        binarized = self._binarize(pieces, prefix, log)
+        duplicates, leakage = self._repetitions()
+        manifest = {
+            "options": self.recipe.preparation,
+            "sources": self.sources.found or {"grammar": {"sha256": hash_text(self.recipe.data)}},
+            "pairs": {split: counts["kept"] for split, counts in self.counts.items()},
+            "counts": self.counts,
+            "text": {
+                "source": self.recipe.source,
+                "target": self.recipe.target,
+                "tests": self.recipe.tests,
+                "lines": {split: self.counts[split]["kept"] for split in self.splits[1:]},
+                "tokenizer": self.recipe.tokenizer,
+                "lowercase": self.recipe.lowercase,
+                "remove_bpe": self.recipe.remove_bpe,
+                "byte_fallback": bool(self.recipe.subword.get("byte_fallback")),
+            },
+            "subword": learned,
+            **binarized,
+            "lengths_in_pieces": self.lengths,
+            "duplicates": duplicates,
+            "leakage": leakage,
+            "versions": versions(),
+        }
+        manifest["warnings"] = self._warnings(manifest)
+        for folder in ("raw", "pieces", "tokenized" if self.recipe.tokenizer == "none" else "none"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        for language in self.languages:
+            (self.folder / "tokenized" / f"train.{language}").unlink(missing_ok=True)
+        content = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (self.folder / "manifest.json").write_text(content, encoding="utf-8")
+        return manifest
+
+    # --- raw pairs
+
+    def _open_sources(self):
+        """Set `available`: {split: () -> its pairs}, and `held_out`: {place in train: split}."""
+        data = self.sources.choose()
+        self.valid_every = data.get("valid_every")
+        self.held_out = {}
+        if "generate" in data:
+            sizes = dict(data["generate"])
+            splits = grammar.generate(sizes.pop("seed"), sizes)
+            turned = self.languages == ("en", "de")
+            self.available = {
+                split: lambda pairs=pairs: (pair[::-1] if turned else pair for pair in pairs)
+                for split, pairs in splits.items()
+            }
+            return
+        files = split_files(data)
+        names = [name for lists in files.values() for pair in lists for name in pair]
+        paths = self.sources.files(names, self.folder / "raw")
+        columns, tags = data.get("columns", [1, 2]), data.get("drop_tags", DROP_TAGS)
+        self.available = {
+            split: lambda lists=lists: (
+                pair for names in lists for pair in iterate_pairs([paths[name] for name in names], columns, tags)
+            )
+            for split, lists in files.items()
+        }
+        if "held_out" in data:
+            self.held_out = hold_out(self._bar(self.available["train"](), "choosing valid and test"), data["held_out"])
+
+    def _bar(self, items, what, total=None):
+        return tqdm(items, desc=what, unit=" pairs", unit_scale=True, total=total, mininterval=1, leave=False)
+
+    # --- text
+
+    def _write_text(self, split):
+        """tokenized/SPLIT.LANG, and text/SPLIT.LANG of what is not train, of `split` and what is held out of it."""
+        stage, counts = TextStage(self.recipe, is_train=split == "train"), self.counts[split]
+        by_tokens = self.recipe.clean.get("unit") == "tokens"
+        place = passed = 0
+        with ExitStack() as files:
+            raw, tokenized = _Writer(self, files, "text"), _Writer(self, files, "tokenized")
+            pairs = self._bar(self.available[split](), f"text of {split}")
+            for chunk, rows in ordered_map(stage, pairs, self.workers):
+                for pair, (fault, *tokens) in zip(chunk, rows, strict=True):
+                    place += 1
+                    counts["read"] += 1
+                    if fault:
+                        counts[fault] += 1
+                        continue
+                    passed += 1
+                    goes_to = split
+                    if split == "train":
+                        if self.valid_every and passed % self.valid_every == 0:
+                            goes_to = "valid"
+                        goes_to = self.held_out.get(place - 1, goes_to)
+                    if goes_to != split:
+                        counts["held_out"] += 1
+                        self.counts[goes_to]["read"] += 1
+                    if goes_to != "train":
+                        raw.write(goes_to, pair)
+                    tokenized.write(goes_to, tokens)
+                    self.counts[goes_to]["before_cleaning"] += 1
+                    self.counts[goes_to]["with_text"] += bool(tokens[0].strip() and tokens[1].strip())
+        if by_tokens and not passed:
+            raise UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning ({_faults(counts)})")
+
+    def _read(self, kind, split):
+        """Pairs of lines written before."""
+        with ExitStack() as files:
+            sides = [files.enter_context(_open(self._path(kind, split, language))) for language in self.languages]
+            for source, target in zip(*sides, strict=True):
+                yield source.removesuffix("\n"), target.removesuffix("\n")
+
+    def _path(self, kind, split, language):
+        return self.folder / kind / f"{split}.{language}"
+
+    # --- subwords
+
+    def _encode(self, split, prefix):
+        """pieces/SPLIT.LANG, cleaned where that goes by pieces; returns the Counter of pieces if that is needed."""
+        recipe, counts = self.recipe, self.counts[split]
+        clean = None
+        if split == "train" or (split == "valid" and self.valid_every):
+            clean = recipe.clean if recipe.clean.get("unit", "pieces") == "pieces" else {}
+        needs_counts = split == "train" and bool(recipe.subword.get("byte_fallback"))
+        stage = EncodeStage(recipe.subword, prefix, clean, needs_counts)
+        pieces, kept = Counter(), bytearray()
+        lengths, hashes = (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
+        pairs = self._bar(self._read("tokenized", split), f"encoding {split}", counts["before_cleaning"])
+        (self.folder / "pieces").mkdir(exist_ok=True)
+        with ExitStack() as files:
+            out = [files.enter_context(_open(self._path("pieces", split, lang), "w")) for lang in self.languages]
+            for _, chunk in ordered_map(stage, pairs, self.workers):
+                kept += chunk.kept
+                counts.update(chunk.faults)
+                pieces.update(chunk.pieces)
+                for file, text in zip(out, chunk.text, strict=True):
+                    file.write(text)
+                for values, more in zip(lengths + hashes, chunk.lengths + chunk.hashes, strict=True):
+                    values.extend(more)
+        counts["kept"] = sum(kept)
+        if not counts["kept"]:
+            raise UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning ({_faults(counts)})")
+        if split != "train" and not all(kept):
+            for kind in ("text", "tokenized"):
+                for language in self.languages:
+                    _filter(self._path(kind, split, language), kept)
+        self.lengths[split] = {
+            language: {"mean": round(sum(values) / len(values), 2), "longest": max(values)}
+            for language, values in zip(self.languages, lengths, strict=True)
+        }
+        self.hashes[split] = [np.frombuffer(values, dtype=np.uint64) for values in hashes]
+        return pieces
+
+    def _binarize(self, pieces, prefix, log):
+        """data-bin; returns its share of unknown pieces, the sizes of the dictionaries, and checksums."""
+        recipe, data_bin = self.recipe, self.folder / "data-bin"
+        prefixes = {split: str(self.folder / "pieces" / split) for split in self.splits}
+        command = ["fairseq-preprocess", "--source-lang", recipe.source, "--target-lang", recipe.target]
+        command += ["--trainpref", prefixes["train"], "--validpref", prefixes["valid"]]
+        command += ["--testpref", ",".join(prefixes[test] for test in recipe.tests)]
+        command += ["--destdir", str(data_bin), "--workers", str(self.workers)]
+        if recipe.joined_dictionary:
+            command += ["--joined-dictionary"]
+        if pieces:  # every byte has to be in the dictionary, whether train needs it or not
+            dictionary = self.folder / "pieces" / "dict.txt"
+            ordered = sorted(subwords.pieces(prefix), key=lambda piece: (-pieces[piece], piece))
+            with open(dictionary, "w", encoding="utf-8", newline="\n") as out:
+                out.writelines(f"{piece} {pieces[piece]}\n" for piece in ordered)
+            command += ["--srcdict", str(dictionary)]
+            if not recipe.joined_dictionary:
+                command += ["--tgtdict", str(dictionary)]
+        print("fairseq-preprocess: binarizing")
+        run_quietly(command, log)
+        told = log.read_text(encoding="utf-8", errors="replace")
+        unknown = {split: {} for split in self.splits}
+        for language, path, share in re.findall(r"\[(\w+)\] (\S.*): \d+ sents, \d+ tokens, ([\d.e-]+)% replaced", told):
+            unknown[Path(path).name.removesuffix(f".{language}")][language] = float(share)
+        sizes = dict(re.findall(r"\[(\w+)\] Dictionary: (\d+) types", told))
+        binarized = [path for path in sorted(data_bin.iterdir()) if path.suffix != ".log"]
+        return {
+            "percent_unknown": unknown,
+            "dictionary": {language: int(size) for language, size in sizes.items()},
+            "checksums": {path.name: pooch.file_hash(str(path)) for path in binarized},
+        }
+
+    # --- what the data is like
+
+    def _repetitions(self):
+        """Pairs of train that repeat another; sentences and pairs that valid or a test shares with train."""
+        train = [np.unique(hashes) for hashes in self.hashes["train"]]
+        duplicates = len(self.hashes["train"][2]) - len(train[2])
+        leakage = {
+            split: {
+                f"{what}_in_train": int(np.isin(hashes, known).sum())
+                for what, hashes, known in zip(("sources", "targets", "pairs"), self.hashes[split], train, strict=True)
+            }
+            for split in self.splits[1:]
+        }
+        return {"train_pairs": duplicates}, leakage
+
+    def _warnings(self, manifest):
+        counts = {**manifest["counts"], "dictionary": manifest["dictionary"]}
+        warnings = []
+        for what, stages in self.recipe.expected.items():
+            for stage, published in stages.items():
+                published = published if isinstance(published, list) else [published]
+                if counts[what][stage] not in published:
+                    told = " or ".join(f"{number:,}" for number in published)
+                    warnings.append(f"{what}, {stage}: {counts[what][stage]:,}, published {told}")
+        for split, leaked in manifest["leakage"].items():
+            if leaked["pairs_in_train"]:
+                warnings.append(f"{split}: {leaked['pairs_in_train']:,} of its pairs are in train too")
+        for split in self.splits:
+            longest = max(side["longest"] for side in self.lengths[split].values())
+            if longest > 1022:
+                warnings.append(f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022")
+        return warnings
+
+
+class _Writer:
+    """Writes pairs to KIND/SPLIT.LANG, opening the files when they are needed."""
+
+    def __init__(self, preparation, files, kind):
+        self.preparation, self.files, self.kind, self.sides = preparation, files, kind, {}
+        (preparation.folder / kind).mkdir(exist_ok=True)
+
+    def write(self, split, pair):
+        if split not in self.sides:
+            self.sides[split] = [
+                self.files.enter_context(_open(self.preparation._path(self.kind, split, language), "w"))
+                for language in self.preparation.languages
+            ]
+        for file, line in zip(self.sides[split], pair, strict=True):
+            file.write(line + "\n")
+
+
+def _open(path, mode="r"):
+    return open(path, mode, encoding="utf-8", newline="\n")
+
+
+def _filter(path, kept):
+    """Keep those lines of a file for which `kept` is true."""
+    with _open(path) as file:
+        lines = [line for line, keep in zip(file, kept, strict=True) if keep]
+    with _open(path, "w") as file:
+        file.writelines(lines)
+
+
+def _faults(counts):
+    return (
+        ", ".join(f"{name} {counts[name]:,}" for name in ("empty", "too_long", "ratio") if counts[name]) or "none read"
     )
-    counts = {split: len(pairs) for split, pairs in splits.items()}
-    binarized = [path for path in sorted((folder / "data-bin").iterdir()) if path.suffix != ".log"]
-    manifest = {
-        "options": options,
-        "sources": sources,
-        "pairs": counts,
-        "text": {
-            "source": recipe.source,
-            "target": recipe.target,
-            "tests": recipe.tests,
-            "lines": {split: counts[split] for split in ("valid", *recipe.tests)},
-            "tokenizer": "none",
-            "lowercase": False,
-            "remove_bpe": recipe.remove_bpe,
-        },
-        "train pairs dropped for an empty side": dropped,
-        "checksums": {path.name: pooch.file_hash(str(path)) for path in binarized},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-    return counts
+
+
+def hold_out(pairs, sizes: "dict[str, int]") -> "dict[int, str]":
+    """{place: split}: as many pairs for each split as `sizes` says, the same whenever the pairs are the same.
+
+    Taken are pairs whose source and whose target each stand once in the whole corpus (case and white space aside), so
+    that no sentence of one split stands in another, in the order of a hash of the pair, so that a corpus that grows
+    keeps most of them and both directions have the same. Raises UserError if there are too few.
+    """
+    sources, targets = array("Q"), array("Q")
+    for source, target in pairs:
+        source, target = (" ".join(side.split()).casefold() for side in (source, target))
+        sources.append(hash64(source) if source else 0)
+        targets.append(hash64(target) if target else 0)
+    sources, targets = (np.frombuffer(side, dtype=np.uint64) for side in (sources, targets))
+    order = sources + targets  # the same for both directions
+    once = np.ones(len(order), dtype=bool)
+    for side in (sources, targets):
+        _, inverse, number = np.unique(side, return_inverse=True, return_counts=True)
+        once &= (number[inverse] == 1) & (side != 0)
+    candidates = np.flatnonzero(once)
+    if len(candidates) <= sum(sizes.values()):
+        raise UserError(
+            f"held_out: {sum(sizes.values()):,} pairs are asked for, but of {len(order):,} only {len(candidates):,} "
+            "have sentences that stand nowhere else, and some must be left to train on; ask for fewer in the recipe"
+        )
+    ordered = iter(candidates[np.argsort(order[candidates], kind="stable")].tolist())
+    return {place: split for split, size in sizes.items() for place in islice(ordered, size)}
+
+
+def hash_text(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def data_checksum(data: Path) -> str:
     """One sha256 for the binarized data, to tell whether two runs saw the same."""
-    checksums = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["checksums"]
-    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
+    return hash_text(json.loads((data / "manifest.json").read_text(encoding="utf-8"))["checksums"])
 
 
-def _raw_pairs(recipe, work_dir, raw_dir):
-    if "generate" in recipe.data:
-        sizes = dict(recipe.data["generate"])
-        return grammar.generate(sizes.pop("seed"), sizes), {"grammar": recipe.data["generate"]}
-    splits, sources = {}, {}
-    for split in ["train", "valid", *recipe.tests]:
-        paths = []
-        for name in recipe.data[split]:
-            digest = recipe.data.get("sha256", {}).get(name)
-            path = fetch(name, raw_dir, work_dir / "raw", recipe.data.get("url"), digest)
-            sources[name] = pooch.file_hash(str(path))
-            paths.append(path)
-        splits[split] = read_bitext(*paths)
-    return splits, sources
-
-
-def _write(splits, recipe, folder):
-    for split, pairs in splits.items():
-        for side, language in enumerate((recipe.source, recipe.target)):
-            with open(folder / f"{split}.{language}", "w", encoding="utf-8", newline="\n") as out:
-                out.writelines(pair[side] + "\n" for pair in pairs)
-
-
-def _learn_subwords(pairs, options, prefix):
-    """Train a joint SentencePiece model on both sides of `pairs`; returns text -> pieces joined by spaces."""
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for pair in pairs for line in pair),
-            model_prefix=str(prefix),
-            **{"character_coverage": 1.0, "minloglevel": 2, **options},
-        )
-    except (RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"subword model: {' '.join(str(error).split())}") from None
-    model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-    return lambda text: " ".join(model.encode(text, out_type=str))
+def summary(manifest: dict) -> str:
+    """A few lines for people: pairs of each split, what was dropped, unknown pieces, repetitions, warnings."""
+    lines = []
+    for split, counts in manifest["counts"].items():
+        dropped = _faults(counts)
+        told = f"{split}: {counts['kept']:,} pairs" + (f" (dropped: {dropped})" if dropped != "none read" else "")
+        shares = manifest["percent_unknown"][split]
+        told += "; unknown pieces " + ", ".join(f"{language} {share:g}%" for language, share in shares.items())
+        if split == "train":
+            told += f"; {manifest['duplicates']['train_pairs']:,} repeat another pair"
+        else:
+            leaked = manifest["leakage"][split]
+            told += f"; in train too: {leaked['pairs_in_train']:,} pairs, {leaked['sources_in_train']:,} sources, "
+            told += f"{leaked['targets_in_train']:,} targets"
+        lines.append(told)
+    sizes = ", ".join(f"{language} {size:,}" for language, size in manifest["dictionary"].items())
+    lines.append(f"dictionary: {sizes} types")
+    lines += [f"warning: {warning}" for warning in manifest["warnings"]]
+    return "\n".join(lines)

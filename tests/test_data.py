@@ -1,19 +1,18 @@
-"""Bitext, its preparation, downloads, and the bundled corpus."""
+"""Bitext, what is wrong with it, its preparation, and the bundled corpus."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import json
-import threading
+import os
 
 import pytest
-from conftest import TINY, run, write_recipe
+import yaml
+from conftest import ROOT, TINY, run, write_recipe
 
 from encourage_mt import grammar
-from encourage_mt.bitext import fetch, read_bitext, read_lines
+from encourage_mt.bitext import iterate_pairs, iterate_segments, read_lines
 from encourage_mt.errors import UserError
-from encourage_mt.prepare import prepare
+from encourage_mt.prepare import data_checksum, prepare
 from encourage_mt.recipe import load_recipe
 
 
@@ -47,23 +46,42 @@ def test_files_that_are_no_text_are_named(name, content, expected, tmp_path):
         read_lines(tmp_path / "absent")
 
 
-def test_sides_of_different_length_are_refused(tmp_path):
-    with pytest.raises(UserError, match="de has 2 lines, .*en has 1"):
-        read_bitext(write(tmp_path / "de", "a\nb\n"), write(tmp_path / "en", "a\n"))
+def test_sides_of_different_length_are_refused_with_the_line_where_they_drift_apart(tmp_path):
+    lines = ["word " * (n * 7 % 11 + 1) for n in range(400)]
+    files = [write(tmp_path / "de", "\n".join(lines) + "\n")]
+    files.append(write(tmp_path / "en", "\n".join(lines[:250] + lines[252:]) + "\n"))
+    with pytest.raises(UserError, match="de has 400 lines, .*en has 398.* drift apart at about line 25[0-2]$"):
+        list(iterate_pairs(files, [1, 2], []))
+    with pytest.raises(UserError, match="en has 398 lines, .*de has 400.* at about line 25[0-2]$"):
+        list(iterate_pairs(files[::-1], [1, 2], []))
+
+
+def test_tab_separated_columns(tmp_path):
+    path = write(tmp_path / "a.tsv.gz", gzip.compress(b"one\teins\tTom\ntwo\tzwei\n"))
+    assert list(iterate_pairs([path], [2, 1], [])) == [("eins", "one"), ("zwei", "two")]
+    with pytest.raises(UserError, match="a.tsv.gz: line 2: 2 of 3 tab-separated columns"):
+        list(iterate_pairs([path], [1, 3], []))
+
+
+def test_segments_of_one_line_alone_are_taken(tmp_path):
+    path = write(tmp_path / "a.sgm", '<doc>\n<seg id="1"> a &amp; b </seg>\n<seg id="2">c\n</seg>\n')
+    with pytest.raises(UserError, match="a.sgm: line 3: a segment that does not end in its line"):
+        list(iterate_segments(path))
+    with pytest.raises(UserError, match="no <seg"):
+        list(iterate_segments(write(tmp_path / "b.sgm", "<doc></doc>\n")))
 
 
 # --- preparing a user's own files
 
 
-def own_recipe(folder, **files):
+def own_recipe(folder, changes=None, **files):
     """A recipe of the tiny model on files beside it: the bundled corpus as text, but for `files`."""
     splits = grammar.generate(5, {"train": 200, "valid": 10, "test": 10})
     for split, pairs in splits.items():
         for side, language in enumerate(("de", "en")):
-            write(
-                folder / f"{split}.{language}", files.get(f"{split}_{language}", "".join(p[side] + "\n" for p in pairs))
-            )
-    return write_recipe(folder, data={split: [f"{split}.de", f"{split}.en"] for split in splits})
+            text = "".join(pair[side] + "\n" for pair in pairs)
+            write(folder / f"{split}.{language}", files.get(f"{split}_{language}", text))
+    return write_recipe(folder, data={split: [f"{split}.de", f"{split}.en"] for split in splits}, **(changes or {}))
 
 
 @pytest.mark.parametrize(
@@ -74,26 +92,39 @@ def own_recipe(folder, **files):
         ({"valid_de": b"\xe4\n" * 10}, "valid.de: line 1, byte 1: not UTF-8"),
         ({"train_de": "\n" * 200}, "train: no pair has text on both sides"),
         ({"train_de": "a\n" * 200, "train_en": "a\n" * 200}, "subword model:"),
+        ({"changes": {"clean": {"max_length": 1}}}, "train: no pair is left of 200 after cleaning (too_long 200)"),
+        (
+            {"changes": {"tokenizer": "moses", "clean": {"max_ratio": 1, "unit": "tokens"}}, "train_de": "ja\n" * 200},
+            "train: no pair is left of 200 after cleaning (ratio 200)",
+        ),
+        (
+            {"changes": {"subword": {"merges": 100}}, "train_de": "a\n" * 200, "train_en": "a\n" * 200},
+            "subword model: no word has two characters",
+        ),
     ],
 )
 def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path):
     recipe = own_recipe(tmp_path, **files)
-    done = run("encourage-mt", "run", recipe, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work", code=2)
-    assert expected in done.stderr and done.stderr.strip().count("\n") == 0
+    done = run("encourage-mt", "prepare", recipe, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work", code=2)
+    assert expected in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
 def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
     recipe = load_recipe(own_recipe(tmp_path))
+    (tmp_path / "work" / "data.partial").mkdir(parents=True)
+    write(tmp_path / "work" / "data.partial" / "of a killed run", "")
     lines = read_lines(tmp_path / "train.de")
     write(tmp_path / "train.de", "\n".join(["", *lines[1:]]) + "\n")
     data = prepare(recipe, tmp_path / "work", tmp_path)
     manifest = json.loads((data / "manifest.json").read_text())
     assert manifest["pairs"] == {"train": 199, "valid": 10, "test": 10}
-    assert manifest["train pairs dropped for an empty side"] == 1
+    assert manifest["counts"]["train"]["empty"] == 1
     assert read_lines(data / "text" / "test.en") == read_lines(tmp_path / "test.en")
     assert (data / "data-bin" / "dict.de.txt").read_bytes() == (data / "data-bin" / "dict.en.txt").read_bytes()
-    assert not (tmp_path / "work" / "data.partial").exists()
+    assert sorted(path.name for path in data.iterdir()) == [
+        *("data-bin", "manifest.json", "subword.model", "subword.vocab", "text")
+    ]
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
     prepare(recipe, tmp_path / "work", tmp_path)
     assert "is prepared already" in capsys.readouterr().out
@@ -103,49 +134,183 @@ def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
         prepare(recipe, tmp_path / "work", tmp_path)
 
 
-# --- fetching
+def test_data_of_other_options_is_kept_unless_told_to_overwrite(tmp_path):
+    prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
+    other = own_recipe(tmp_path, {"lowercase": True, "subword": {"vocab_size": 250, "model_type": "bpe"}})
+    command = ("encourage-mt", "prepare", other, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work")
+    checksum = data_checksum(tmp_path / "work" / "data")
+    error = run(*command, code=2).stderr
+    assert "prepared with other options (lowercase, subword); choose another --work-dir" in error
+    write(tmp_path / "train.en", "")
+    assert "train.en: empty file" in run(*command, "--overwrite", code=2).stderr
+    assert data_checksum(tmp_path / "work" / "data") == checksum, "what fails loses nothing"
+    own_recipe(tmp_path, {"lowercase": True, "subword": {"vocab_size": 250, "model_type": "bpe"}})
+    run(*command, "--overwrite")
+    assert data_checksum(tmp_path / "work" / "data") != checksum
 
 
-@pytest.fixture
-def server(tmp_path):
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
+def test_odd_characters_shift_and_lose_nothing(tmp_path):
+    de, en = ([pair[side] for pair in grammar.generate(5, {"train": 200})["train"]] for side in (0, 1))
+    odd = "".join(map(chr, [*range(32), *range(127, 160), 0x2028, 0x2029, 0xFEFF])).replace("\n", "")
+    for side in (de, en):
+        side[7] = f"A {odd} b{odd}c"
+    files = {"train_de": "\ufeff" + "\r\n".join(de) + "\r\n", "train_en": "\n".join(en)}
+    test = "\n".join(["x\ry\x85z\u2028w"] * 10) + "\n"
+    recipe = load_recipe(own_recipe(tmp_path, **files, test_de=test, test_en=test))
+    data = prepare(recipe, tmp_path / "work", tmp_path)
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest["pairs"] == {"train": 200, "valid": 10, "test": 10}
+    told = (tmp_path / "work" / "preprocess.log").read_text()
+    for language in ("de", "en"):
+        assert f"train.{language}: 200 sents" in told and f"test.{language}: 10 sents" in told
+    assert (data / "text" / "test.de").read_bytes().decode() == test, "what is scored against is as it was"
 
 
-def test_a_download_is_checked_and_kept(server, tmp_path):
-    folder, url = server
-    write(folder / "train.de", "Haus\n")
-    digest = hashlib.sha256(b"Haus\n").hexdigest()
-    path = fetch("train.de", None, tmp_path / "raw", url, digest)
-    assert path.read_text() == "Haus\n"
-    (folder / "train.de").unlink()
-    assert fetch("train.de", None, tmp_path / "raw", url, digest) == path, "the second time needs no server"
+def test_a_line_of_a_million_characters(tmp_path):
+    de, en = ([pair[side] for pair in grammar.generate(5, {"train": 200})["train"]] for side in (0, 1))
+    de[3], en[4] = "x" * 10**6, "wide " * 200_000
+    files = {"train_de": "\n".join(de), "train_en": "\n".join(en), "test_de": "weit " * 200_000 + "\n" + "ja\n" * 9}
+    recipe = load_recipe(own_recipe(tmp_path, {"tokenizer": "moses"}, **files))
+    data = prepare(recipe, tmp_path / "work", tmp_path)
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest["counts"]["train"]["too_long"] == 2 and manifest["pairs"]["test"] == 10
+    assert any(warning.startswith("test: a sentence of") for warning in manifest["warnings"])
 
 
-@pytest.mark.parametrize("content", ["<html>moved</html>", None], ids=["another file", "none (404)"])
-def test_a_wrong_download_is_refused_and_leaves_nothing(content, server, tmp_path):
-    folder, url = server
-    if content:
-        write(folder / "train.de", content)
-    with pytest.raises(UserError, match="train.de: .*--raw-dir"):
-        fetch("train.de", None, tmp_path / "raw", url, "0" * 64)
-    assert not list((tmp_path / "raw").glob("*"))
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
+def test_no_space_left_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    def on_full_disk(path, mode="r"):
+        return open("/dev/full" if mode == "w" else path, mode, encoding="utf-8")
+
+    monkeypatch.setattr("encourage_mt.prepare._open", on_full_disk)
+    with pytest.raises(UserError, match="no space left on the disk for .*work"):
+        prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
+    assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_files_at_hand_are_checked_too(tmp_path):
-    write(tmp_path / "train.de", "Haus\n")
-    assert fetch("train.de", tmp_path, tmp_path / "raw", None, hashlib.sha256(b"Haus\n").hexdigest())
-    with pytest.raises(UserError, match="sha256 differs"):
-        fetch("train.de", tmp_path, tmp_path / "raw", None, "0" * 64)
-    with pytest.raises(UserError, match="no such file"):
-        fetch("train.en", tmp_path, tmp_path / "raw", None, None)
-    with pytest.raises(UserError, match="give the folder of its files with --raw-dir"):
-        fetch("train.en", None, tmp_path / "raw", None, None)
+def test_repetitions_and_leakage_are_counted(tmp_path):
+    pairs = grammar.generate(5, {"train": 200})["train"]
+    train = pairs + pairs[:3]
+    test = [pairs[0], pairs[0], (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new")]
+    files = {f"train_{language}": "".join(p[side] + "\n" for p in train) for side, language in enumerate(("de", "en"))}
+    files |= {f"test_{language}": "".join(p[side] + "\n" for p in test) for side, language in enumerate(("de", "en"))}
+    manifest_file = prepare(load_recipe(own_recipe(tmp_path, **files)), tmp_path / "work", tmp_path) / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    assert manifest["duplicates"] == {"train_pairs": 3}
+    assert manifest["leakage"]["test"] == {"sources_in_train": 3, "targets_in_train": 3, "pairs_in_train": 2}
+    assert "test: 2 of its pairs are in train too" in manifest["warnings"]
+    assert manifest["percent_unknown"]["test"]["en"] >= 0 and manifest["lengths_in_pieces"]["test"]["en"]["longest"] > 1
+    assert {"sacremoses", "sentencepiece", "subword-nmt"} <= set(manifest["versions"])
+
+
+FILES = {"train": ["a", "b"], "valid": ["c", "d"], "test": ["e", "f"]}
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"tokenizer": "spacy"}, "tokenizer must be none or moses, got 'spacy'"),
+        ({"lowercase": "yes"}, "lowercase must be true or false"),
+        ({"aggressive_hyphens": True}, "aggressive_hyphens goes with tokenizer: moses"),
+        ({"clean": {"max_len": 3}}, "clean takes max_length"),
+        ({"clean": {"max_length": 0}}, "clean takes max_length"),
+        ({"clean": {"max_ratio": 0.5}}, "max_ratio must be a number from 1 on, got 0.5"),
+        ({"clean": {"unit": "words"}}, "unit of clean must be tokens or pieces, got 'words'"),
+        ({"subword": {"merges": 0}}, "subword with merges takes their number alone"),
+        ({"subword": {"merges": 9, "vocab_size": 9}}, "subword with merges takes their number alone"),
+        ({"data": FILES | {"valid_every": 1}}, "a split is named twice"),
+        (
+            {"data": {"train": ["a", "b"], "test": ["e", "f"], "valid_every": 1}},
+            "valid_every must be a number from 2 on",
+        ),
+        ({"data": {"train": ["a"], "held_out": {"valid": 0, "test": 5}}}, "held_out must be a mapping of splits"),
+        ({"data": FILES | {"columns": [0, 1]}}, "columns must be [source column, target column]"),
+        ({"data": FILES | {"urls": "https://x"}}, "urls must be a list, got 'https://x'"),
+        (
+            {"data": FILES | {"checksums": {"a": "sha1:12"}}},
+            "checksum of a must be sha256:... or md5:..., got 'sha1:12'",
+        ),
+        ({"data": [FILES, {"train": ["a"], "held_out": {"valid": 1, "tst": 1}}]}, "have different test sets"),
+        ({"data": FILES | {"test": []}}, "test must be [source file, target file], got []"),
+    ],
+)
+def test_options_of_data_and_preparation_are_checked(changes, expected, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(tmp_path, **changes))
+    assert expected in str(error.value)
+
+
+# --- a user's own text, with valid and test held out of it
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Folder with corpus.de and corpus.en.gz, 300 pairs and some that share a sentence; and the same as corpus.tsv."""
+    folder = tmp_path_factory.mktemp("corpus")
+    pairs = grammar.generate(7, {"all": 300})["all"]
+    pairs += [(pairs[0][0], f"{pairs[0][1]} Indeed."), (f"{pairs[1][0]} Ja!", pairs[1][1])]
+    pairs += [(pairs[2][0].upper(), f"{pairs[2][1]} Really?")]
+    write(folder / "corpus.de", "".join(f"{de}\n" for de, _ in pairs))
+    write(folder / "corpus.en.gz", gzip.compress("".join(f"{en}\n" for _, en in pairs).encode()))
+    write(folder / "corpus.tsv", "".join(f"{de}\t{en}\n" for de, en in pairs))
+    content = yaml.safe_load((ROOT / "examples/own/recipe.yaml").read_text()) | {key: TINY[key] for key in OWN_MODEL}
+    content["data"] = {"held_out": {"valid": 20, "test": 30}}
+    content["subword"]["vocab_size"] = 400
+    write(folder / "recipe.yaml", yaml.safe_dump(content))
+    return folder
+
+
+OWN_MODEL = ("train", "average", "beam")
+
+
+def sentences(data, languages=("de", "en")):
+    return {(s, side): read_lines(data / "text" / f"{s}.{side}") for s in ("valid", "test") for side in languages}
+
+
+def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_path):
+    files = ["--bitext", corpus / "corpus.de", corpus / "corpus.en.gz"]
+    run("encourage-mt", "prepare", corpus / "recipe.yaml", *files, "--work-dir", tmp_path / "work")
+    data = tmp_path / "work" / "data"
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert manifest["pairs"] == {"train": 253, "valid": 20, "test": 30}
+    held = sentences(data)
+    for side, language in enumerate(("de", "en")):
+        everything = [line.split("\t")[side].casefold() for line in read_lines(corpus / "corpus.tsv")]
+        for split in ("valid", "test"):
+            assert all(everything.count(line.casefold()) == 1 for line in held[split, language])
+        assert not set(held["valid", language]) & set(held["test", language])
+
+    tsv = ["--bitext", corpus / "corpus.tsv", "--source", "de", "--target", "en"]
+    run("encourage-mt", "prepare", corpus / "recipe.yaml", *tsv, "--reverse", "--work-dir", tmp_path / "turned")
+    assert sentences(tmp_path / "turned" / "data") == held, "the same pairs from either form"
+    assert (tmp_path / "turned" / "data" / "data-bin" / "test.en-de.en.bin").exists()
+
+
+def test_own_text_is_trained_on_and_scored(corpus, tmp_path):
+    files = ["--bitext", corpus / "corpus.de", corpus / "corpus.en.gz"]
+    done = run("encourage-mt", "run", corpus / "recipe.yaml", *files, "--arms", "el", cwd=tmp_path)
+    assert "BLEU signature" in done.stdout and (tmp_path / "runs" / "own_de_en" / "el.seed1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], "name your files with --bitext corpus.de corpus.en"),
+        (["--source", "de"], "--source and --target go with --bitext"),
+        (["--bitext", "corpus.tsv"], "--source and --target must be language codes such as de, got ''"),
+        (["--bitext", "corpus.de", "corpus.de"], "--source and --target are both de"),
+        (["--bitext", "corpus.de", "corpus.de", "corpus.de"], "two files or one tab-separated file, got 3"),
+        (["--bitext", "corpus.pt-br", "corpus.en"], "language codes such as de, got 'pt-br'"),
+        (["--bitext", "none.de", "none.en"], "none.de: no such file"),
+        (["--bitext", "few.de", "few.en"], "of 2 only 2 have sentences that stand nowhere else"),
+    ],
+)
+def test_own_text_named_wrongly(options, expected, corpus):
+    write(corpus / "few.de", "eins\nzwei\n")
+    write(corpus / "few.en", "one\ntwo\n")
+    done = run("encourage-mt", "prepare", "recipe.yaml", *options, "--work-dir", "work", cwd=corpus, code=2)
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not (corpus / "work" / "data").exists()
 
 
 # --- the bundled corpus

@@ -1,0 +1,144 @@
+"""Where a recipe's files come from: at hand, downloaded before, or downloaded now; alone or in archives."""
+
+import gzip
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pooch
+
+from .download import download, is_html, matches
+from .errors import UserError
+from .recipe import Recipe, split_files
+
+
+@dataclass
+class Sources:
+    """Finds the files that a recipe names, "FILE" or "ARCHIVE:MEMBER".
+
+    A file is taken from `raw_dir` (or its subfolder named after the recipe or its corpus) if that is given, else from
+    `download_dir`, where it is downloaded unless it is there. For the members of an archive that is not in `raw_dir`,
+    the extracted files will do. `found` tells what was used: {name: {"path", "bytes", "sha256", "checked"}}.
+    """
+
+    recipe: Recipe
+    raw_dir: "Path | None"
+    download_dir: Path
+
+    def __post_init__(self):
+        self.found = {}
+        self.data = self.recipe.data[0]
+        if self.raw_dir is not None and not self.raw_dir.is_dir():
+            raise UserError(f"{self.raw_dir}: no such folder")
+
+    def at_hand(self, name: str) -> "Path | None":
+        """The file in `raw_dir` (without it, and without addresses, by its own path), or None."""
+        if self.raw_dir is None:
+            path = Path(name)
+            return path if not self.data.get("urls") and path.is_file() else None
+        for folder in (self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus):
+            for relative in (name, PurePosixPath(name).name):
+                if (folder / relative).is_file():
+                    return folder / relative
+        return None
+
+    def choose(self) -> dict:
+        """The alternative of the recipe's data to be used: the first with all files at hand, else the first."""
+        for data in reversed(self.recipe.data):
+            names = {name for lists in split_files(data).values() for files in lists for name in files}
+            if all(self.at_hand(name.partition(":")[0]) for name in names):
+                self.data = data
+        return self.data
+
+    def files(self, names: "list[str]", extracted: Path) -> "dict[str, Path]":
+        """{name: file} for names as the recipe has them; members of archives are extracted below `extracted`.
+
+        Raises UserError if one is nowhere to be had, is not the published one, or if an archive is not to be trusted.
+        """
+        paths, members = {}, {}
+        for name in dict.fromkeys(names):
+            archive, _, member = name.partition(":")
+            if not member:
+                paths[name] = self._file(name)
+            elif self.at_hand(archive) is None and self.at_hand(member) is not None:
+                paths[name] = self._file(member)
+            else:
+                members.setdefault(archive, []).append(member)
+        for archive, wanted in members.items():
+            folder = extracted / archive
+            extract(self._file(archive), wanted, folder)
+            paths.update({f"{archive}:{member}": folder / member for member in wanted})
+        return paths
+
+    def _file(self, name):
+        if name in self.found:
+            return Path(self.found[name]["path"])
+        checksums = self.data.get("checksums", {}).get(name, [])
+        checksums = [checksums] if isinstance(checksums, str) else checksums
+        path = self.at_hand(name)
+        if path is None:
+            path = self._downloaded(name, checksums)
+        elif is_html(path):
+            raise UserError(f"{path}: a web page, not the file it is named after")
+        elif checksums and not matches(path, checksums):
+            raise UserError(f"{path}: is not the published file ({' or '.join(checksums)})")
+        digest = pooch.file_hash(str(path))
+        checked = " or ".join(checksums) if checksums else "no checksum is published"
+        self.found[name] = {"path": str(path), "bytes": path.stat().st_size, "sha256": digest, "checked": checked}
+        return path
+
+    def _downloaded(self, name, checksums):
+        urls = self.data.get("urls")
+        if not urls:
+            path = self.raw_dir / name if self.raw_dir else name
+            raise UserError(f"{path}: no such file; --raw-dir names the folder of the recipe's files")
+        if self.raw_dir is not None:
+            raise UserError(f"{self.raw_dir}: has no {name}; without --raw-dir it is downloaded")
+        path = self.download_dir / self.recipe.corpus / name
+        if path.is_file() and (not checksums or matches(path, checksums)):
+            print(f"{name}: reused {path}")
+            return path
+        download([f"{url.rstrip('/')}/{name}" for url in urls], path, checksums)
+        return path
+
+
+def extract(archive: Path, members: "list[str]", folder: Path) -> None:
+    """Write `members` of a .zip or (compressed) .tar file below `folder`.
+
+    Nothing is written if the archive has a member that is a link or a device, or whose path is absolute or has `..`:
+    UserError. So is an archive that is broken or lacks a member.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                entries = [(i.filename, not _is_special(i.external_attr >> 16), i) for i in file.infolist()]
+                _write(archive, entries, members, folder, file.open)
+        else:
+            with tarfile.open(archive) as file:
+                entries = [(i.name, i.isfile() or i.isdir(), i) for i in file]
+                _write(archive, entries, members, folder, file.extractfile)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive}: not a whole archive ({error}); remove it and run again") from None
+
+
+def _is_special(mode):
+    return stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
+def _write(archive, entries, members, folder, open_entry):
+    for name, is_plain, _ in entries:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if not is_plain or path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{archive}: refused, it has a link or a path that leads out of it: {name}")
+    wanted = {str(PurePosixPath(name)): entry for name, _, entry in entries}
+    for member in members:
+        if member not in wanted:
+            raise UserError(f"{archive}: has no {member}")
+    for member in sorted(members, key=list(wanted).index):  # in the archive's order: it is read through once
+        (folder / member).parent.mkdir(parents=True, exist_ok=True)
+        with open_entry(wanted[member]) as content, open(folder / member, "wb") as out:
+            shutil.copyfileobj(content, out, 1 << 20)

@@ -1,0 +1,185 @@
+"""What is done to every pair: tokenize, clean, encode; in chunks, by several processes, in order."""
+
+import gc
+import multiprocessing
+import re
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+
+from . import subwords
+from .errors import UserError
+from .recipe import Recipe
+from .tokenization import PunctuationNormalizer, Tokenizer
+
+CHUNK = 1000  # pairs
+WAITING = 4  # chunks under way for each worker: what bounds the memory
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def chunks(items: Iterable) -> "Iterator[list]":
+    items = iter(items)
+    while chunk := list(islice(items, CHUNK)):
+        yield chunk
+
+
+def ordered_map(stage: Callable, items: Iterable, workers: int) -> "Iterator[tuple[list, object]]":
+    """(chunk, stage(chunk)) for all chunks of `items`, in order; `stage` is picklable and keeps its caches by worker.
+
+    Only a few chunks are held at a time. Raises UserError if a worker dies (out of memory).
+    """
+    parts = chunks(items)
+    first = list(islice(parts, 2))
+    parts = chain(first, parts)
+    if workers == 1 or len(first) < 2:
+        for chunk in parts:
+            yield chunk, stage(chunk)
+        return
+    # forked, because a spawned worker would import torch and fairseq again
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _install, (stage,))
+    waiting = deque()
+    try:
+        for chunk in parts:
+            waiting.append((chunk, pool.submit(_apply, chunk)))
+            if len(waiting) > WAITING * workers:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        while waiting:
+            done, result = waiting.popleft()
+            yield done, result.result()
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, out of memory most likely; try --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _install(stage):
+    global _stage
+    gc.freeze()  # what was imported is never looked through again, nor copied for that
+    _stage = stage
+
+
+def _apply(chunk):
+    return _stage(chunk)
+
+
+def fault(source_length: int, target_length: int, clean: dict) -> str:
+    """Why a pair of these lengths is dropped ("empty", "too_long", "ratio"), or "". As Moses' clean-corpus-n.perl."""
+    shorter, longer = sorted((source_length, target_length))
+    if not shorter:
+        return "empty"
+    if longer > clean.get("max_length", longer):
+        return "too_long"
+    return "ratio" if longer / shorter > clean.get("max_ratio", longer) else ""
+
+
+@dataclass
+class TextStage:
+    """[(source, target)] -> [(fault, source, target)]: normalized, tokenized, checked by tokens, lowercased.
+
+    normalize: the text is train's (or valid's, held out of it); else it is a valid or test set of its own.
+    """
+
+    recipe: Recipe
+    is_train: bool
+
+    @cached_property
+    def sides(self):
+        return [self._side(language) for language in (self.recipe.source, self.recipe.target)]
+
+    def _side(self, language):
+        """Functions text -> text, one after the other."""
+        recipe = self.recipe
+        steps = []
+        if recipe.straight_apostrophes and not self.is_train:
+            steps.append(lambda line: line.replace("’", "'"))
+        if recipe.normalize_punctuation and self.is_train:
+            steps.append(PunctuationNormalizer(language))
+        if recipe.tokenizer == "moses":
+            steps.append(Tokenizer(language, recipe.aggressive_hyphens))
+        else:
+            steps.append(lambda line: CONTROL.sub(" ", line))
+        if recipe.lowercase:
+            steps.append(str.lower)
+        return steps
+
+    def __call__(self, pairs):
+        columns = []
+        for steps, lines in zip(self.sides, zip(*pairs, strict=True), strict=True):
+            for step in steps:
+                lines = map(step, lines)
+            columns.append(lines)
+        clean = self.recipe.clean if self.is_train and self.recipe.clean.get("unit") == "tokens" else None
+        if clean is None:
+            return [("", source, target) for source, target in zip(*columns, strict=True)]
+        return [
+            (fault(len(source.split()), len(target.split()), clean), source, target)
+            for source, target in zip(*columns, strict=True)
+        ]
+
+
+@dataclass
+class Encoded:
+    """A chunk in pieces: what of it is kept, as text and as one value for each pair kept."""
+
+    kept: bytearray  # for each pair of the chunk, whether it is
+    faults: Counter
+    text: "tuple[str, str]"  # lines of source and target
+    lengths: "tuple[array, array]"  # in pieces
+    hashes: "tuple[array, array, array]"  # of 64 bits: of source, target and pair before encoding
+    pieces: Counter  # empty unless asked for
+
+
+@dataclass
+class EncodeStage:
+    """[(source, target)] -> Encoded, cleaned by the number of pieces unless `clean` is None."""
+
+    options: dict
+    prefix: Path
+    clean: "dict | None"
+    count_pieces: bool
+
+    @cached_property
+    def encode(self):
+        return subwords.encoder(self.options, self.prefix)
+
+    def __call__(self, pairs):
+        kept, faults, pieces = bytearray(), Counter(), Counter()
+        text, lengths, hashes = ([], []), (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
+        for pair in pairs:
+            encoded = [self.encode(side) for side in pair]
+            length = [_length(side) for side in encoded]
+            reason = fault(*length, self.clean) if self.clean is not None else ""
+            kept.append(not reason)
+            if reason:
+                faults[reason] += 1
+                continue
+            for side in (0, 1):
+                text[side].append(encoded[side])
+                lengths[side].append(length[side])
+                hashes[side].append(hash64(pair[side]))
+            hashes[2].append((hashes[0][-1] * _ODD + hashes[1][-1]) % 2**64)
+        if self.count_pieces:
+            for side in text:
+                pieces.update(piece for line in side for piece in line.split(" "))
+        return Encoded(kept, faults, tuple("".join(f"{x}\n" for x in side) for side in text), lengths, hashes, pieces)
+
+
+_ODD = 0x9E3779B97F4A7C15
+
+
+def _length(pieces):
+    return pieces.count(" ") + 1 if pieces else 0
+
+
+def hash64(text: str) -> int:
+    """The same everywhere and always, unlike hash()."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
