@@ -12,7 +12,7 @@ from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
 from encourage_mt import safe_checkpoints
 from encourage_mt.commands import USER_DIR
-from encourage_mt.training import read_log
+from encourage_mt.runs import read_log
 
 
 def log_of(text, tmp_path):
