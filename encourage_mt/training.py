@@ -26,7 +26,8 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
     command += as_flags({"update-freq": 1, **recipe.train})
     command += ["--eval-bleu", "--eval-bleu-args", '{"beam": 1}', "--eval-bleu-remove-bpe", recipe.remove_bpe]
     command += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
-    command += ["--keep-last-epochs", str(recipe.average), "--save-dir", str(folder / "checkpoints")]
+    kept = max(recipe.average, Recipe.average)  # so that another number of them can be averaged later
+    command += ["--keep-last-epochs", str(kept), "--save-dir", str(folder / "checkpoints")]
     command += ["--log-format", "json", "--log-interval", "20", "--num-workers", "0"]
     command += ["--required-batch-size-multiple", "1", *as_flags(recipe.arms[arm])]
     line = shlex.join(command)

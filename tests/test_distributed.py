@@ -155,7 +155,7 @@ def test_the_commands_of_one_gpu_one_node_and_several(tmp_path):
         f"--user-dir {commands.USER_DIR} --source-lang de --target-lang en --seed 3 --update-freq FREQUENCY "
         "--arch transformer --max-epoch 9 --max-tokens 100 --eval-bleu --eval-bleu-args '{\"beam\": 1}' "
         "--eval-bleu-remove-bpe sentencepiece --best-checkpoint-metric bleu --maximize-best-checkpoint-metric "
-        "--keep-last-epochs 2 --save-dir /w/ce.seed3/checkpoints --log-format json --log-interval 20 --num-workers 0 "
+        "--keep-last-epochs 10 --save-dir /w/ce.seed3/checkpoints --log-format json --log-interval 20 --num-workers 0 "
         "--required-batch-size-multiple 1 --criterion label_smoothed_cross_entropy --label-smoothing 0.1"
     )
     fairseq = f"fairseq-train /w/data/data-bin {options}"
