@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prepare, train both arms, average, translate, score. Takes the options of `encourage-mt run`; see recipe.yaml.
+# Prepare, train, average, translate, score, compare, report. Takes the options of `encourage-mt run`, such as
+# --seeds 1 2 3 --criteria ce el --parallel 2; see recipe.yaml.
 set -euo pipefail
 source "$(dirname "$0")/../../scripts/environment.sh"
 ensure_environment
