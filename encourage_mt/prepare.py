@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import grammar, subwords
 from .bitext import iterate_pairs
-from .commands import cores, run_quietly, versions
+from .commands import cores, resolve, run_quietly, versions
 from .errors import UserError
 from .recipe import Recipe, split_files
 from .sources import Sources
@@ -48,6 +48,7 @@ def prepare(
     UserError on bad input, and if the folder holds data of other options, unless told to overwrite them.
     """
     final = work_dir / "data"
+    resolve(["fairseq-preprocess"])  # told now, not after the work
     sources = Sources(recipe, raw_dir, download_dir)
     if final.exists() and not overwrite:
         _check_same(final, recipe, sources)

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from encourage_mt import grammar, subwords
 from encourage_mt.bitext import iterate_pairs
-from encourage_mt.commands import cores
+from encourage_mt.commands import cores, machine
 from encourage_mt.recipe import MODERN_SUBWORD, Recipe
-from encourage_mt.scoring import machine
 from encourage_mt.stages import EncodeStage, TextStage, fault, ordered_map
 
 CLEAN = {"max_length": 175, "max_ratio": 1.5, "unit": "tokens"}

@@ -6,9 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+import yaml
+from conftest import TINY
 
-from encourage_mt import analysis
+from encourage_mt import analysis, grammar
 from encourage_mt.analysis import analyse, loss_options, measure, per_token
 from encourage_mt.averaging import load_checkpoint
 from encourage_mt.errors import UserError
@@ -182,13 +185,18 @@ def evaluated(el_run, tiny, tmp_path):
     return open_run(tmp_path, data=tiny[1])
 
 
+def pieces_of(lines, data):
+    encoder = sentencepiece.SentencePieceProcessor(model_file=str(data / "subword.model"))
+    return [encoder.encode(line, out_type=str) for line in lines]
+
+
 def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
     found = analyse(evaluated)
     logged = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
     assert found["nll"] / math.log(2) == pytest.approx(float(logged["valid_nll_loss"]), abs=0.002)
     assert 100 * found["accuracy"] == pytest.approx(float(logged["valid_accuracy"]), abs=0.01)
-    pieces = (evaluated.data / "pieces" / "valid.en").read_text(encoding="utf-8").splitlines()
-    assert found["tokens"] == sum(len(line.split()) + 1 for line in pieces)
+    text = (evaluated.data / "text" / "valid.en").read_text(encoding="utf-8").splitlines()
+    assert found["tokens"] == sum(len(line) + 1 for line in pieces_of(text, evaluated.data))
     assert sum(row["tokens"] for row in found["frequency"]) == found["tokens"]
     assert sum(found["calibration"]["tokens"]) == found["tokens"]
     assert 0 < found["gradient"]["well_classified"] < 1 or found["gradient"]["well_classified_tokens"] == 0
@@ -198,8 +206,10 @@ def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
 def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
     _, task = analysis.load(evaluated.folder / "average.pt", evaluated.data)
     counts = analysis.frequencies(task)
-    lines = (evaluated.data / "pieces" / "train.en").read_text(encoding="utf-8").splitlines()
-    expected = Counter(piece for line in lines for piece in line.split())
+    sizes = dict(yaml.safe_load(yaml.safe_dump(TINY["data"]["generate"])))  # in the order of the recipe's file
+    text = [target for _, target in grammar.generate(sizes.pop("seed"), sizes)["train"]]
+    lines = pieces_of(text, evaluated.data)
+    expected = Counter(piece for line in lines for piece in line)
     dictionary = task.target_dictionary
     assert len(counts) == len(dictionary) and counts[dictionary.eos()] == len(lines)
     assert {dictionary[i]: n for i, n in enumerate(counts) if n and i != dictionary.eos()} == expected

@@ -288,7 +288,7 @@ def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_
 
 def test_own_text_is_trained_on_and_scored(corpus, tmp_path):
     files = ["--bitext", corpus / "corpus.de", corpus / "corpus.en.gz"]
-    done = run("encourage-mt", "run", corpus / "recipe.yaml", *files, "--arms", "el", cwd=tmp_path)
+    done = run("encourage-mt", "run", corpus / "recipe.yaml", *files, "--criteria", "el", cwd=tmp_path)
     assert "BLEU signature" in done.stdout and (tmp_path / "runs" / "own_de_en" / "el.seed1").is_dir()
 
 
