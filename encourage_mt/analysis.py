@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from . import register
 from .commands import without_chatter
+from .errors import UserError
 from .evaluation import evaluated_checkpoint
 from .loss import loss_terms
 from .reference import LossOptions
@@ -51,6 +52,8 @@ def analyse(run: Run) -> dict:
         if found.get("source") == source:
             return found
     model, task = load(checkpoint, run.data)
+    if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
+        raise UserError(f"{run.folder}: a look inside is for fairseq's Transformers, not {type(model).__name__}")
     options = loss_options(read_json(run.folder / "scores.json")["criterion"])
     weight = model.decoder.output_projection.weight.detach()
     found = {"source": source, **measure(batches(model, task, run.name), frequencies(task), options, weight)}

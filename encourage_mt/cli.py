@@ -191,6 +191,7 @@ def run_recipe(arguments) -> None:
     if arguments.dry_run:
         show_commands(recipe, runs, cluster)
         return
+    cluster.check_machine(parallel)
     check_lot(recipe, cluster)
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings side by side")
     prepare_data(arguments, recipe, work_dir)
@@ -219,6 +220,7 @@ def train_one(arguments) -> None:
     if arguments.dry_run:
         show_commands(recipe, [run], cluster)
         return
+    cluster.check_machine()
     check_lot(recipe, cluster)
     if cluster.nodes == 1:
         prepare_data(arguments, recipe, work_dir)

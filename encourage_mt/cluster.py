@@ -1,5 +1,6 @@
 """One training on one GPU, many, or many machines: the same tokens per update, and the command that starts it."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,20 @@ class Cluster:
         host, _, port = (self.master or "").rpartition(":")
         if self.nodes > 1 and not (host and port.isdigit()):
             raise UserError(f"several nodes need --master HOST:PORT of the first, got {self.master}")
+
+    def check_machine(self, parallel: int = 1) -> None:
+        """Raises UserError if this machine has not the GPUs for `parallel` such trainings."""
         here = torch.cuda.device_count()
-        if here and self.gpus > here:
-            raise UserError(f"--gpus {self.gpus}: this machine has {here}")
+        if here and self.gpus * parallel > here and self.gpus > 1:
+            raise UserError(f"{parallel} x --gpus {self.gpus}: this machine has {here}")
+
+    def devices(self, place: int) -> "dict[str, str]":
+        """Environment that gives the training at `place` (from 0) its share of the machine's GPUs, in turn."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        here = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if not here:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(here[(place * self.gpus + k) % len(here)] for k in range(self.gpus))}
 
     @property
     def processes(self) -> int:
@@ -91,10 +103,14 @@ def launch_command(recipe: Recipe, command: "list[str]", cluster: Cluster, folde
     if cluster.precision == "bf16":
         words = ["fairseq-hydra-train", "--config-dir", str(folder), "--config-name", "train"]
         words += [f"optimization.update_freq=[{frequency}]", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+        # else fairseq takes all GPUs it sees
+        words += ["distributed_training.distributed_world_size=1"] if cluster.processes == 1 else []
         return [*cluster.launcher(), *words]
     place = command.index("--update-freq") + 1
     words = [*command[:place], frequency, *command[place + 1 :]]
-    return [*cluster.launcher(), *words, *(["--fp16"] if cluster.precision == "fp16" else [])]
+    words += ["--fp16"] if cluster.precision == "fp16" else []
+    words += ["--distributed-world-size", "1"] if cluster.processes == 1 else []
+    return [*cluster.launcher(), *words]
 
 
 def hydra_config(command: "list[str]") -> str:

@@ -41,7 +41,11 @@ def run_quietly(argv: "list[str]", log: Path) -> None:
 
 def failure(program: str, code: int, log: Path) -> str:
     """One line: which program failed, its last words, and where the rest is."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for line in lines if line.strip("=- ")]
+    # torchrun ends with a report of its own, after what the process itself had to say
+    told = [line for line in lines if _TELLING.search(line) and "torch.distributed.elastic" not in line]
+    lines = told if any("ChildFailedError" in line for line in lines) and told else lines
     return f"{program} failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
 
 
@@ -55,6 +59,9 @@ def without_chatter():
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+_TELLING = re.compile(r"\| ERROR \||^\w*(Error|Exception): ")
 
 
 def cores() -> int:
@@ -95,14 +102,14 @@ def git_revision() -> "str | None":
 
 
 @contextmanager
-def locked(folder: Path):
+def locked(folder: Path, node: int = 0):
     """Keep other processes out of `folder` (made if need be); gives the descriptor that holds the lock.
 
-    A child process that is handed the descriptor holds the lock too, until it ends. Raises UserError if another holds
-    it already.
+    Machines that share the folder have a lock each, by their number `node`. A child process that is handed the
+    descriptor holds the lock too, until it ends. Raises UserError if another holds it already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / f".lock{node or ''}", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -59,7 +59,7 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "arm": run.arm,
         "seed": run.seed,
         "command": run.command,
-        "criterion": state["cfg"]["criterion"],
+        "criterion": dict(_mapping(state["cfg"]["criterion"])),
         "evaluation": settings,
         "scores": scores,
         "training": training_settings(state),
@@ -70,6 +70,11 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
     }
     write_json(path, result)
     return result
+
+
+def _mapping(options):
+    """A section of a checkpoint's options; an old-style criterion's is a Namespace."""
+    return options if isinstance(options, dict) else vars(options)
 
 
 def subsets(text: dict) -> "dict[str, str]":

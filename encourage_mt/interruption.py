@@ -34,7 +34,6 @@ def install() -> None:
     checkpoint_utils.PathManager.copy = staticmethod(copy_whole)
     checkpoint_utils.load_checkpoint = resume_from_whole(checkpoint_utils.load_checkpoint)
     train.validate_and_save = stop_when_asked(train.validate_and_save)
-    signal.signal(signal.SIGTERM, note_the_wish)
 
 
 # --- saving
@@ -101,21 +100,31 @@ def resume_from_whole(load_checkpoint):
 
     @functools.wraps(load_checkpoint)
     def mend_and_load(cfg, trainer, **options):
+        signal.signal(signal.SIGTERM, note_the_wish)  # here, so that a parent of several ranks can still be ended
         if cfg.restore_file == "checkpoint_last.pt":
             if trainer.data_parallel_rank == 0:
                 mend_last(Path(cfg.save_dir), trainer.checkpoint_suffix)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
         if trainer.task.has_sharded_data("train"):  # another part of the data each epoch, so other batches anyway
-            return load_checkpoint(cfg, trainer, **options)
+            return check_length(load_checkpoint(cfg, trainer, **options), trainer)
         make_batches = trainer.get_train_iterator
         trainer.get_train_iterator = lambda epoch, **settings: make_batches(1, **settings)
         try:
-            return load_checkpoint(cfg, trainer, **options)
+            return check_length(load_checkpoint(cfg, trainer, **options), trainer)
         finally:
             del trainer.get_train_iterator
 
     return mend_and_load
+
+
+def check_length(loaded, trainer):
+    """`loaded`, unless the training has all its updates already: fairseq would add one before it looks."""
+    updates = trainer.get_num_updates()
+    if 0 < trainer.cfg.optimization.max_update <= updates:
+        logger.info("trained already: %d updates", updates)
+        sys.exit(0)
+    return loaded
 
 
 def mend_last(folder: Path, suffix: str = "") -> None:
@@ -188,14 +197,15 @@ def stop_when_asked(validate_and_save):
             result = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
         if not stop:
             return result
-        if not end_of_epoch:
+        if not end_of_epoch or epoch_itr.epoch % cfg.checkpoint.save_interval:
             from fairseq import checkpoint_utils
 
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if trainer.data_parallel_world_size > 1:
             torch.distributed.barrier()  # rank 0 has saved before another rank's end tears the group down
         updates = trainer.get_num_updates()
-        logger.warning("stopped by SIGTERM after %d updates, all saved: the same command goes on", updates)
+        saved = "not saved" if cfg.checkpoint.no_save else "all saved: the same command goes on"
+        logger.warning("stopped by SIGTERM after %d updates, %s", updates, saved)
         sys.exit(STOPPED)
 
     return save_and_stop

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import grammar, subwords
 from .bitext import iterate_pairs
-from .commands import cores, resolve, run_quietly, versions
+from .commands import cores, locked, resolve, run_quietly, versions
 from .errors import UserError
 from .recipe import Recipe, split_files
 from .sources import Sources
@@ -54,11 +54,18 @@ def prepare(
         _check_same(final, recipe, sources)
         print(f"data: {final} is prepared already")
         return final
-    partial = work_dir / "data.partial"
+    with locked(work_dir):
+        manifest = _prepare(recipe, sources, work_dir, workers or cores())
+    print(f"{summary(manifest)}\ndata: {final}")
+    return final
+
+
+def _prepare(recipe, sources, work_dir, workers):
+    final, partial = work_dir / "data", work_dir / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        manifest = _Preparation(recipe, sources, partial, workers or cores()).run(work_dir / "preprocess.log")
+        manifest = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except OSError as error:
@@ -67,8 +74,7 @@ def prepare(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{summary(manifest)}\ndata: {final}")
-    return final
+    return manifest
 
 
 def _check_same(final, recipe, sources):

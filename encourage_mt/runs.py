@@ -15,7 +15,7 @@ class Run:
     """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores.
 
     command is that of a training on one process; what starts it on several is derived from it (cluster.py).
-    provenance tells what it was started with: data_sha256, versions, git revision, machine.
+    provenance has data_sha256 and, of each start, the command as it ran, versions, git revision and machine.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Run:
                 raise UserError(
                     f"{self.folder}: holds a training with another {what} (run.json); choose another --work-dir"
                 )
-            self.provenance = before.provenance
+            self.provenance["starts"] = before.provenance.get("starts", []) + self.provenance["starts"]
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "data": str(self.data)})

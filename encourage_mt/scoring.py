@@ -43,10 +43,9 @@ def score(hypotheses: "list[str]", references: "list[str]", language: str, lower
     Raises UserError if the sides differ in length, all of one is empty, or a reference holds <<unk>>.
     """
     check(hypotheses, references)
-    result = {
+    return {
         name: _corpus_score(metric, hypotheses, references) for name, metric in metrics(language, lowercase).items()
     }
-    return result
 
 
 def tokenized_bleu(hypotheses: "list[str]", references: "list[str]") -> dict:
@@ -77,7 +76,7 @@ def comet_signature(model: Path) -> str:
     try:
         package = version("unbabel-comet")
     except PackageNotFoundError:
-        raise UserError("--comet needs the package unbabel-comet: pip install 'encourage-mt[comet]'") from None
+        raise UserError("--comet needs the package unbabel-comet: pip install unbabel-comet") from None
     if not model.is_file():
         raise UserError(f"{model}: no such COMET model (a .ckpt file)")
     return f"unbabel-comet:{package}|model:{model.name}|sha256:{pooch.file_hash(str(model))[:12]}"

@@ -85,7 +85,7 @@ def fault(source_length: int, target_length: int, clean: dict) -> str:
 class TextStage:
     """[(source, target)] -> [(fault, source, target)]: normalized, tokenized, checked by tokens, lowercased.
 
-    normalize: the text is train's (or valid's, held out of it); else it is a valid or test set of its own.
+    is_train: the text is train's (or valid's, held out of it); else it is a valid or test set of its own.
     """
 
     recipe: Recipe

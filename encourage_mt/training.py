@@ -34,14 +34,20 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
     return Run(folder, recipe.name, arm, seed, data, line, recipe.average, recipe.beam, recipe.lenpen, precision, {})
 
 
-def record(run: Run) -> None:
-    """Write the run.json of a run that is to be trained. Raises UserError if its folder holds another training."""
-    run.provenance = {
-        "data_sha256": data_checksum(run.data),
+def record(run: Run, recipe: Recipe, cluster: Cluster) -> None:
+    """Write run.json, with what is started now, and with what, unless the run is done.
+
+    Raises UserError if the folder holds another training.
+    """
+    start = {
+        "command": shlex.join(launch_command(recipe, shlex.split(run.command), cluster, run.folder)),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "processes": cluster.processes,
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": machine(),
     }
+    run.provenance = {"data_sha256": data_checksum(run.data), "starts": [] if run.is_done else [start]}
     run.save()
 
 
@@ -51,8 +57,9 @@ def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) ->
     Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
     trainings save and stop, and so does this process, with interruption.STOPPED.
     """
-    for run in runs:
-        record(run)
+    if cluster.node == 0:
+        for run in runs:
+            record(run, recipe, cluster)
     waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
@@ -61,8 +68,9 @@ def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) ->
         return
     length = recipe.length
     environment = threads_per_job(min(parallel, len(waiting)) * cluster.gpus)
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun gives its workers to save
     whole = progress_bar("all trainings", len(waiting) * length[0], length[1], 0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # by way of the finally below
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # by way of the finally below
     active, ended, failures, due = [], 0, [], 0.0
     try:
         while waiting or active:
@@ -98,6 +106,7 @@ def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) ->
             training.process.wait()
             training.close()
         whole.close()
+        signal.signal(signal.SIGTERM, before)
     if failures:
         raise UserError("; ".join(failures))
 
@@ -114,10 +123,14 @@ class Training:
     def __init__(self, run: Run, recipe: Recipe, cluster: Cluster, environment: "dict[str, str]", place: int):
         self.run, self.place = run, place
         command = shlex.split(run.command)
+        run.folder.mkdir(parents=True, exist_ok=True)
         if cluster.precision == "bf16":
-            (run.folder / "train.yaml").write_text(hydra_config(command), encoding="utf-8")
+            partial = run.folder / f"train.yaml.{cluster.node}"  # each node writes the same
+            partial.write_text(hydra_config(command), encoding="utf-8")
+            partial.replace(run.folder / "train.yaml")
         argv = launch_command(recipe, command, cluster, run.folder)
-        with locked(run.folder) as lock, open(run.log, "a", encoding="utf-8") as log:
+        environment = {**environment, **cluster.devices(place - 1)}
+        with locked(run.folder, cluster.node) as lock, open(run.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 resolve(argv), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
             )

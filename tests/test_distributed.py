@@ -162,7 +162,7 @@ def test_the_commands_of_one_gpu_one_node_and_several(tmp_path):
     worker = commands.USER_DIR / "worker.py"
     several = ("--gpus", 2, "--nodes", 4, "--node", 3, "--master", "n0:29500")
     for machines, frequency, launcher in (
-        ((), 8, ""),
+        ((), 8, ""),  # told to be one, or fairseq takes all GPUs it sees
         (("--gpus", 4), 2, f"torchrun --nproc-per-node 4 --standalone {worker} "),
         (
             several,
@@ -171,7 +171,8 @@ def test_the_commands_of_one_gpu_one_node_and_several(tmp_path):
         ),
     ):
         told, command = dry_run(recipe, "--criterion", "ce", "--seed", 3, *machines, "--precision", "fp16")
-        assert command == launcher + fairseq.replace("FREQUENCY", str(frequency)) + " --fp16"
+        alone = "" if launcher else " --distributed-world-size 1"
+        assert command == launcher + fairseq.replace("FREQUENCY", str(frequency)) + " --fp16" + alone
         assert told.startswith("800 tokens per update: ") and told.endswith(f"update-freq {frequency}, fp16")
     assert not Path("/w").exists()
 
@@ -217,11 +218,18 @@ def test_every_recipe_keeps_its_tokens_per_update(path):
 # --- SLURM
 
 
-def test_the_sbatch_script_finds_the_first_node_and_puts_a_stopped_job_back(tmp_path):
-    """With stand-ins for scontrol, srun and encourage-mt that write down how they are called."""
+@pytest.mark.parametrize(
+    "code, near_the_end, requeued",
+    [(143, True, True), (143, False, False), (0, True, False), (0, False, False), (2, False, False)],
+)
+def test_the_sbatch_script_finds_the_first_node_and_puts_a_job_back_whose_time_is_up(
+    code, near_the_end, requeued, tmp_path
+):
+    """With stand-ins for SLURM's commands and encourage-mt that write down how they are called."""
     for name, body in (
         ("scontrol", 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "scontrol $*" >>"$CALLS"; fi'),
-        ("srun", 'shift; SLURM_NODEID=1 exec "$@"'),
+        ("scancel", 'echo "scancel $*" >>"$CALLS"'),
+        ("srun", 'shift; [ -z "$NEAR" ] || { kill -USR1 $PPID; sleep 0.5; }; SLURM_NODEID=1 exec "$@"'),
         ("venv/bin/encourage-mt", 'echo "encourage-mt $*" >>"$CALLS"; exit "$CODE"'),
     ):
         path = tmp_path / name
@@ -239,14 +247,15 @@ def test_the_sbatch_script_finds_the_first_node_and_puts_a_stopped_job_back(tmp_
             "CALLS": str(tmp_path / "calls"),
         },
         **{"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_ID": "45678"},
-        **{"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+        **{"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "CODE": str(code), "NEAR": "yes" if near_the_end else ""},
     }
-    for code, requeued in ((143, ["scontrol requeue 45678"]), (0, []), (2, [])):
-        (tmp_path / "calls").write_text("")
-        argv = ["bash", str(ROOT / "scripts/train.sbatch"), "r.yaml", "--criterion", "el"]
-        done = subprocess.run(argv, env={**environment, "CODE": str(code)}, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        assert (tmp_path / "calls").read_text().splitlines() == [
+    argv = ["bash", str(ROOT / "scripts/train.sbatch"), "r.yaml", "--criterion", "el"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert sorted((tmp_path / "calls").read_text().splitlines()) == sorted(
+        [
             "encourage-mt train r.yaml --criterion el --gpus 8 --nodes 2 --node 1 --master n7:25678",
-            *requeued,
+            *["scancel --signal=TERM 45678"] * near_the_end,
+            *["scontrol requeue 45678"] * requeued,
         ]
+    )

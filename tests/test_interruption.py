@@ -246,7 +246,9 @@ def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
     assert "stopped by SIGTERM after" in (folder / "train.log").read_text()
     assert interruption.damage(folder / "checkpoints" / "checkpoint_last.pt") is None
     record = commands_of(folder)
-    assert record["provenance"]["data_sha256"] and record["provenance"]["versions"]["torch"] == torch.__version__
+    (first,) = record["provenance"]["starts"]
+    assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__
+    assert first["command"].endswith("--distributed-world-size 1") and first["processes"] == 1
 
 
 def commands_of(folder):
