@@ -176,7 +176,7 @@ def data_gone(folder):
     "spoil, options, expected",
     [
         (no_checkpoints, [], "checkpoints: 0 epoch checkpoints found, 2 asked for"),
-        (None, ["--average", 10], "checkpoints: 2 epoch checkpoints found, 10 asked for"),
+        (None, ["--average", 10], "checkpoints: 3 epoch checkpoints found, 10 asked for"),
         (None, ["--average", 0], "--average must be at least 1, got 0"),
         (None, ["--beam", 0], "--beam must be at least 1, got 0"),
         (nan_parameters, [], "checkpoint2.pt: encoder.embed_tokens.weight holds values that are no numbers"),
