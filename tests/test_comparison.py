@@ -30,7 +30,7 @@ def corrupt(rng, references, rate):
 
 
 EVALUATION = {"average": 10, "beam": 5, "lenpen": 1.0, "comet": None, "data_sha256": "d" * 64}
-TRAINING = {"tokens per update": 4000, "updates": 500, "lr": [0.002], "dropout": 0.2}
+TRAINING = {"tokens per update": 4000, "updates": 500, "max_update": 500, "lr": [0.002], "dropout": 0.2}
 CRITERIA = {
     "ce": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
     "el": {"_name": "label_smoothed_encouraging_loss", "label_smoothing": 0.1, "log_end": 0.5},
@@ -291,7 +291,7 @@ def pair_of(bench, **changes):
         ({"evaluation__comet": "m"}, "comet: None | m"),
         ({"training__tokens per update": 8000}, "tokens per update: 4000 | 8000"),
         ({"training__lr": [0.001]}, "lr: [0.002] | [0.001]"),
-        ({"training__updates": 501}, "updates: 500 | 501"),
+        ({"training__max_update": 600}, "max_update: 500 | 600"),
         ({"training__clip_norm": 1.0}, "clip_norm: None | 1.0"),
     ],
 )
@@ -303,6 +303,10 @@ def test_runs_that_differ_in_more_than_the_criterion_are_refused_unless_allowed(
     found = compare(*runs, allow_differences=True)
     assert found.differences == [expected]
     assert found.markdown().startswith(f"**These runs differ in more than the criterion**: {expected}.")
+
+
+def test_updates_that_overflowed_in_fp16_are_no_difference(bench, quick):
+    assert not compare(*pair_of(bench, training__updates=498)).differences
 
 
 def test_a_difference_far_into_a_long_value_counts_and_a_number_written_otherwise_does_not():

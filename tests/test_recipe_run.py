@@ -6,10 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
 from encourage_mt.recipe import load_recipe
@@ -198,19 +196,3 @@ def test_every_requirement_of_setup_is_pinned():
     setup = setup[setup.index("install_requires") : setup.index("extras_require")]
     asked = set(re.findall(r'^        "([\w-]+)', setup, re.MULTILINE))
     assert {name.lower() for name in asked} - {"fairseq", "fairseq-fixed"} <= {name.lower() for name in pinned}
-
-
-MULTI30K = ROOT.parent / "shared" / "data" / "multi30k"
-
-
-@pytest.mark.skipif(not MULTI30K.is_dir(), reason="no ../shared/data/multi30k to serve as --raw-dir")
-def test_multi30k_prepares_from_files_at_hand(tmp_path):
-    from encourage_mt.prepare import prepare
-
-    recipe = load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml")
-    data = prepare(recipe, tmp_path, MULTI30K)
-    counts = json.loads((data / "manifest.json").read_text())["pairs"]
-    assert counts == {"train": 29000, "valid": 1014, "test_2016_flickr": 1000, "test_2017_flickr": 1000}
-    assert {p.name for p in (data / "data-bin").glob("test1.*.bin")} == {"test1.de-en.de.bin", "test1.de-en.en.bin"}
-    assert yaml.safe_load((ROOT / "examples/multi30k_de_en/recipe.yaml").read_text())["beam"] == recipe.beam
-    assert Path(data / "subword.model").stat().st_size > 0
