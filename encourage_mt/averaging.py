@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import safe_checkpoints
-from .errors import UserError
+from .errors import UserError, first_line
 
 PATTERNS = {"epoch": r"checkpoint(\d+)\.pt", "update": r"checkpoint_\d+_(\d+)\.pt"}
 
@@ -89,6 +89,5 @@ def load_checkpoint(path: Path) -> dict:
         state = safe_checkpoints.load(path)
         state["model"].items()
     except Exception as error:  # what a damaged pickle raises is without end
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({first_line(error)})") from None
     return state

@@ -31,8 +31,7 @@ def parser() -> argparse.ArgumentParser:
     command = add(
         "prepare", prepare_recipe, "raw text to binarized data: check, learn joint subwords, encode, binarize"
     )
-    command.add_argument("recipe", type=Path, help="a recipe.yaml")
-    add_data_options(command)
+    add_recipe(command)
 
     command = add(
         "run",
@@ -40,8 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "prepare, train all criteria and seeds, average, translate, score, compare, report; what is done is kept, an "
         "interrupted training resumes",
     )
-    command.add_argument("recipe", type=Path, help="a recipe.yaml")
-    add_data_options(command)
+    add_recipe(command)
     add_cluster(command)
     command.add_argument(
         "--seeds",
@@ -63,8 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "one training on the GPUs of this machine or, started on each, of several; the tokens per update stay those of "
         "the recipe; an interrupted training resumes",
     )
-    command.add_argument("recipe", type=Path, help="a recipe.yaml")
-    add_data_options(command)
+    add_recipe(command)
     add_cluster(command)
     command.add_argument("--criterion", required=True, help="arm of the recipe")
     command.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
@@ -114,8 +111,9 @@ def add_cluster(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_options(command) -> None:
-    """Options that decide the data, and where it comes from and goes to."""
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    """The recipe, and the options that decide its data, and where that comes from and goes to."""
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
     data = command.add_argument_group("data")
     data.add_argument("--raw-dir", type=Path, help="folder of the recipe's files or archives (default: download them)")
     data.add_argument(

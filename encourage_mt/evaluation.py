@@ -15,7 +15,7 @@ from .bitext import read_lines
 from .commands import USER_DIR, failure, machine, resolve, versions
 from .errors import UserError
 from .prepare import data_checksum
-from .runs import Run, read_json, read_log, training_settings, write_json
+from .runs import Run, mapping, read_json, read_log, training_settings, write_json
 from .subwords import restore_bytes
 from .tokenization import detokenize
 
@@ -45,10 +45,12 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
             return result
     text = read_json(run.data / "manifest.json")["text"]
     averaged = run.folder / "average.pt"
-    check_dictionary(run.data, text, load_checkpoint(paths[-1]))
+    state = load_checkpoint(paths[-1])
+    check_dictionary(run.data, text, state)
+    training, criterion = training_settings(state), dict(mapping(state["cfg"]["criterion"]))
+    del state  # one checkpoint at a time is held
     average(paths, averaged)
     path.unlink(missing_ok=True)  # what it tells of is replaced from here on
-    state = load_checkpoint(averaged)
     scores = {}
     for split, subset in subsets(text).items():
         lines = translate(run, averaged, split, subset, text)
@@ -59,10 +61,10 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "arm": run.arm,
         "seed": run.seed,
         "command": run.command,
-        "criterion": dict(_mapping(state["cfg"]["criterion"])),
+        "criterion": criterion,
         "evaluation": settings,
         "scores": scores,
-        "training": training_settings(state),
+        "training": training,
         **speed(run.log),
         "machine": machine(),
         "versions": versions(),
@@ -70,11 +72,6 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
     }
     write_json(path, result)
     return result
-
-
-def _mapping(options):
-    """A section of a checkpoint's options; an old-style criterion's is a Namespace."""
-    return options if isinstance(options, dict) else vars(options)
 
 
 def subsets(text: dict) -> "dict[str, str]":

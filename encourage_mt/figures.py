@@ -49,6 +49,12 @@ def axes(xlabel: str, ylabel: str):
     return figure, ax
 
 
+def bars(ax, values: "list[float]", offset: float, style: dict, label: str) -> None:
+    """One side's bars, beside those of the other: the second side's are hatched."""
+    look = {"color": style["color"], "hatch": "" if offset < 0 else "//", "edgecolor": "white"}
+    ax.bar(np.arange(len(values)) + offset, values, 0.4, label=label, **look)
+
+
 def learning_curves(groups: "dict[str, list]") -> "list[Chart]":
     """Valid BLEU and nll over updates. groups: {label: runs}; runs without a log are left out."""
     charts = []
@@ -195,16 +201,7 @@ def inside(groups: "dict[str, list[dict]]") -> "list[Chart]":
                 )
                 for r in rows
             ]
-            hatch = "" if offset < 0 else "//"
-            ax.bar(
-                np.arange(len(rows)) + offset,
-                values,
-                0.4,
-                color=style["color"],
-                hatch=hatch,
-                edgecolor="white",
-                label=label,
-            )
+            bars(ax, values, offset, style, label)
         ax.set_xticks(range(len(rows)), [f"{_span(r)}\n({r['tokens']:,})" for r in rows], fontsize=8)
         caption = (
             "Subwords, teacher-forced, by how often the type stands in train; in brackets the tokens of the range."
@@ -225,16 +222,7 @@ def bleu_by_length(split: str, groups: "dict[str, list[list[str]]]", references:
             chosen = [i for i, n in enumerate(lengths) if low <= n < high]
             kept = [references[i] for i in chosen]
             values.append(statistics.mean(bleu.corpus_score([h[i] for i in chosen], [kept]).score for h in systems))
-        hatch = "" if offset < 0 else "//"
-        ax.bar(
-            np.arange(len(bins)) + offset,
-            values,
-            0.4,
-            color=style["color"],
-            hatch=hatch,
-            edgecolor="white",
-            label=label,
-        )
+        bars(ax, values, offset, style, label)
     counts = [int(((lengths >= low) & (lengths < high)).sum()) for low, high in bins]
     names = [f"{low}+" if high == np.inf else f"{low}-{high - 1}" for low, high in bins]
     ax.set_xticks(

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import first_line
+
 logger = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # exit code of a training that saved and stopped because it was asked to
@@ -82,10 +84,6 @@ class whole_file:
 def on_disk(out) -> None:
     out.flush()
     os.fsync(out.fileno())
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 # --- resuming

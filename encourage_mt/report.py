@@ -48,8 +48,10 @@ def write_report(comparison: Comparison, baseline: "list[Run]", candidate: "list
             for label, runs in groups.items()
         }
         lengths.append(bleu_by_length(split, systems, references, bleu))
-        outputs = [read_lines(run.folder / f"{split}.{text['target']}") for run in pair]
-        disagreements[split] = disagree(source, references, dict(zip(groups, outputs, strict=True)))
+        shown = {
+            label: systems[label][runs.index(run)] for (label, runs), run in zip(groups.items(), pair, strict=True)
+        }
+        disagreements[split] = disagree(source, references, shown)
     sections = [
         ("Seeds and sentence lengths", "", [*seed_scores(comparison), *lengths]),
         ("Learning curves", "", learning_curves(groups)),

@@ -132,11 +132,16 @@ def training_settings(state: dict) -> dict:
     for section in ("optimization", "optimizer", "lr_scheduler"):
         settings.update(_plain(options[section], section))
     elsewhere = {name for section in options if section != "model" for name in (options[section] or {})}
-    model = options["model"] if isinstance(options["model"], dict) else vars(options["model"])
-    settings.update(_plain({k: v for k, v in model.items() if k not in elsewhere | set(options)}, "model"))
+    model = mapping(options["model"]).items()
+    settings.update(_plain({k: v for k, v in model if k not in elsewhere | set(options)}, "model"))
     for name in ("update_freq", "no_seed_provided", "tpu", "debug_param_names"):
         settings.pop(name, None)
     return settings
+
+
+def mapping(options) -> dict:
+    """A section of a checkpoint's options; fairseq's command line leaves some as a Namespace."""
+    return options if isinstance(options, dict) else vars(options)
 
 
 def precision_of(options: dict) -> str:
