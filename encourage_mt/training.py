@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .cluster import Cluster, hydra_config, launch_command
-from .commands import USER_DIR, failure, git_revision, locked, machine, resolve, threads_per_job, versions
+from .commands import USER_DIR, failure, git_revision, job_environment, locked, machine, resolve, versions
 from .errors import UserError
 from .interruption import STOPPED
 from .prepare import data_checksum
@@ -67,7 +67,7 @@ def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) ->
     if not waiting:
         return
     length = recipe.length
-    environment = threads_per_job(min(parallel, len(waiting)) * cluster.gpus)
+    environment = job_environment(min(parallel, len(waiting)) * cluster.gpus)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun gives its workers to save
     whole = progress_bar("all trainings", len(waiting) * length[0], length[1], 0)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # by way of the finally below

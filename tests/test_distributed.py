@@ -124,7 +124,7 @@ def test_hydra_trains_the_same_from_a_yaml_of_the_recipe(two, tmp_path):
     for node in range(2):
         cluster = Cluster("bf16", gpus=1, nodes=2, node=node, master=f"127.0.0.1:{port}")
         argv = commands.resolve(launch_command(recipe, command, cluster, tmp_path))
-        environment = commands.threads_per_job(2)  # as in the other run: more threads would add in another order
+        environment = commands.job_environment(2)  # as in the other run: more threads would add in another order
         nodes.append(
             subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         )
