@@ -11,11 +11,12 @@ from .cluster import PRECISIONS, Cluster, hydra_config, launch_command, tokens_p
 from .commands import cores
 from .comparison import compare
 from .errors import UserError, exit_on_user_error
-from .evaluation import evaluate, table
+from .evaluation import evaluate
 from .prepare import DOWNLOADS, prepare
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .runs import Run, open_run
+from .summary import arms_table, published_table, runs_table
 from .training import make_run, train
 
 
@@ -195,13 +196,18 @@ def run_recipe(arguments) -> None:
     prepare_data(arguments, recipe, work_dir)
     train(runs, recipe, cluster, parallel)
     results = [evaluate(run) for run in runs]
-    print(f"\n{table(results)}\n")
+    print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
+    comparisons = []
     for arm in arms[1:]:
-        comparison = compare(groups[arms[0]], groups[arm])
+        comparisons.append(compare(groups[arms[0]], groups[arm]))
         output = work_dir / f"report-{arms[0]}-{arm}"
-        write_report(comparison, groups[arms[0]], groups[arm], output)
-        print(f"\n{comparison.markdown()}\nReport: {output / 'report.html'}")
+        write_report(comparisons[-1], groups[arms[0]], groups[arm], output)
+        print(f"\n{comparisons[-1].markdown()}\nReport: {output / 'report.html'}")
+    if len(seeds) > 1 or len(arms) > 2:  # else the comparison says it all
+        print(f"\n{arms_table(results, comparisons)}")
+    if recipe.published:
+        print(f"\n{published_table(recipe, results)}")
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nEverything lies in {work_dir}: data, logs, checkpoints, translations, scores.json, reports.")
     print(f"Took {minutes}:{seconds:02d} minutes.")
@@ -257,7 +263,7 @@ def evaluate_runs(arguments) -> None:
     changes = {name: getattr(arguments, name) for name in ("data", "average", "beam", "lenpen")}
     runs = [open_run(folder, **changes) for folder in arguments.runs]
     results = [evaluate(run, arguments.comet) for run in runs]
-    print(f"\n{table(results)}")
+    print(f"\n{runs_table(results)}")
 
 
 def compare_runs(arguments) -> None:

@@ -72,8 +72,8 @@ def cores() -> int:
 def job_environment(jobs: int) -> "dict[str, str]":
     """Environment of each of `jobs` processes running side by side: they share the cores.
 
-    On a CPU, glibc is told to keep what is freed: a batch's logits would else go back to the kernel and come again, zeroed
-    page by page, in every update. glibc's settings can be given otherwise from outside.
+    On a CPU, glibc is told to keep what is freed: a batch's logits would else go back to the kernel and come again,
+    zeroed page by page, in every update. glibc's settings can be given otherwise from outside.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from sacrebleu.significance import PairedTest
@@ -40,10 +41,9 @@ class Seeds:
     seeds_needed: "int | None" = None
 
     def __post_init__(self):
-        sign = -1 if self.metric == "TER" else 1
         shared = sorted(set(self.baseline) & set(self.candidate))
         if len(shared) > 1 or (shared and set(self.baseline) == set(self.candidate)):
-            gains = [sign * (self.candidate[seed] - self.baseline[seed]) for seed in shared]
+            gains = [self.improvement(seed) for seed in shared]
             self.gain = statistics.mean(gains)
             self.test = f"paired t-test over {len(shared)} seeds"
             if len(gains) > 1:
@@ -51,13 +51,22 @@ class Seeds:
                 self._test(stats.ttest_1samp, gains, 0.0, spread=spread)
                 self.seeds_needed = seeds_needed(self.gain, spread)
             return
-        sides = [[sign * score for score in side.values()] for side in (self.candidate, self.baseline)]
+        sides = [[self.sign * score for score in side.values()] for side in (self.candidate, self.baseline)]
         self.gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
         self.test = f"Welch's t-test, {len(sides[0])} against {len(sides[1])} seeds"
         if min(map(len, sides)) > 1:
             spread = math.sqrt(sum(statistics.variance(side) for side in sides))
             self._test(stats.ttest_ind, *sides, spread=spread, equal_var=False)
             self.seeds_needed = seeds_needed(self.gain, spread, groups=2)
+
+    @property
+    def sign(self) -> int:
+        """-1 where less is better."""
+        return -1 if self.metric == "TER" else 1
+
+    def improvement(self, seed: int) -> float:
+        """Of a seed that both sides have; positive where the candidate is better."""
+        return self.sign * (self.candidate[seed] - self.baseline[seed])
 
     def _test(self, test, *samples, spread, **options):
         if spread == 0:  # where all gains are equal, t is infinite or undefined
@@ -69,19 +78,22 @@ class Seeds:
 
     def rows(self) -> "list[list[str]]":
         """Cells of a table: metric, seed, baseline, candidate, gain, p of both sentence-level tests; the mean last."""
-        rows, sign = [], -1 if self.metric == "TER" else 1
+        rows = []
         for seed in sorted(set(self.baseline) | set(self.candidate)):
             pair = [side.get(seed) for side in (self.baseline, self.candidate)]
             figures = ["" if score is None else f"{score:.2f}" for score in pair]
-            gain = "" if None in pair else f"{sign * (pair[1] - pair[0]):+.2f}"
+            gain = "" if None in pair else f"{self.improvement(seed):+.2f}"
             p = self.sentence_p.get(seed, {})
             rows.append(
                 [self.metric, str(seed), *figures, gain, *(f"{p[n]:.3f}" if n in p else "" for n in ("bs", "ar"))]
             )
-        interval = f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else ""
-        means = [_mean(side.values()) for side in (self.baseline, self.candidate)]
-        rows.append([self.metric, "mean", *means, f"{self.gain:+.2f}{interval}", "", ""])
+        means = [mean(list(side.values())) for side in (self.baseline, self.candidate)]
+        rows.append([self.metric, "mean", *means, self.summary(), "", ""])
         return rows
+
+    def summary(self) -> str:
+        """The gain with its confidence interval."""
+        return f"{self.gain:+.2f}" + (f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else "")
 
     def verdict(self, baseline: str, candidate: str) -> str:
         """One line: better, worse, or not enough evidence and what it would take."""
@@ -141,28 +153,53 @@ class Comparison:
             lines += [f"**These runs differ in more than the criterion**: {'; '.join(self.differences)}.", ""]
         for split, metrics in self.tests.items():
             lines += [f"### {split}", ""]
-            lines += [
-                f"| metric | seed | {self.baseline} | {self.candidate} | gain | p (bootstrap) | p (randomization) |"
-            ]
-            lines += ["|---|---|---|---|---|---|---|"]
-            lines += [f"| {' | '.join(row)} |" for result in metrics.values() for row in result.rows()]
+            header = ["metric", "seed", self.baseline, self.candidate, "gain", "p (bootstrap)", "p (randomization)"]
+            lines += [markdown(header, [row for result in metrics.values() for row in result.rows()])]
             headline = metrics[HEADLINE].verdict(self.baseline, self.candidate)
             lines += ["", f"**{headline}**", ""]
             lines += [
                 f"{r.verdict(self.baseline, self.candidate)}  " for name, r in metrics.items() if name != HEADLINE
             ]
             lines += [""]
-        lines += [
-            self.explanation,
-            "",
-            *(f"{name} signature: `{signature}`  " for name, signature in self.signatures.items()),
-        ]
+        lines += [self.explanation, "", *as_lines(self.signatures)]
         return "\n".join(lines)
 
 
-def _mean(scores):
-    scores = list(scores)
-    return f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
+def markdown(header: "list[str]", rows: "list[list[str]]") -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def as_lines(signatures: "dict[str, str]") -> "list[str]":
+    """{metric: signature} as lines of Markdown."""
+    return [f"{name} signature: `{signature}`  " for name, signature in signatures.items()]
+
+
+def mean(scores: "list[float]", digits: int = 2) -> str:
+    """Mean ± standard deviation; no deviation for one score."""
+    spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.{digits}f}{spread}"
+
+
+def read_comparison(path: Path) -> Comparison:
+    """The content of a comparison.json; gains, intervals and p over seeds are computed from its scores anew.
+
+    Raises UserError if it is missing or is not JSON.
+    """
+    content = read_json(path)
+
+    def by_seed(values):
+        return {int(seed): value for seed, value in values.items()}
+
+    tests = {
+        split: {
+            metric: Seeds(metric, *(by_seed(kept[name]) for name in ("baseline", "candidate", "sentence_p")))
+            for metric, kept in metrics.items()
+        }
+        for split, metrics in content["tests"].items()
+    }
+    return Comparison(**{**content, "tests": tests})
 
 
 def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bool = False) -> Comparison:

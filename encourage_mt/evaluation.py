@@ -164,26 +164,6 @@ def speed(log: Path) -> dict:
     }
 
 
-def table(results: "list[dict]") -> str:
-    """Results as a Markdown table, a row for each run and set, signatures beneath."""
-    names = list(dict.fromkeys(name for result in results for scores in result["scores"].values() for name in scores))
-    rows = [f"| run | set | {' | '.join(names)} | length ratio | target tokens/s | training time |"]
-    rows.append("|---" * (len(names) + 5) + "|")
-    signatures = {}
-    for result in results:
-        for split, scores in result["scores"].items():
-            figures = [f"{scores[name]['score']:.2f}" if name in scores else "" for name in names]
-            signatures.update({name: scores[name]["signature"] for name in scores})
-            ratio = f"{scores['sacreBLEU']['length_ratio']:.3f}"
-            pace = ["", ""]
-            if "train_seconds" in result:
-                minutes, seconds = divmod(round(result["train_seconds"]), 60)
-                pace = [f"{result['target_tokens_per_second']:,.0f}", f"{minutes}:{seconds:02d}"]
-            rows.append(f"| {' | '.join([result['name'], split, *figures, ratio, *pace])} |")
-    rows += ["", *(f"{name} signature: `{signature}`  " for name, signature in signatures.items())]
-    return "\n".join(rows)
-
-
 def evaluated_checkpoint(run: Run) -> Path:
     """The averaged checkpoint that was scored. Raises UserError if it is gone or the run is not evaluated."""
     path = run.folder / "average.pt"

@@ -8,6 +8,7 @@ import yaml
 
 from . import subwords
 from .errors import UserError
+from .scoring import METRICS
 
 CRITERION_OPTIONS = {
     "label-smoothing",
@@ -22,7 +23,9 @@ CRITERION_OPTIONS = {
     "ignore-prefix-size",
 }
 KINDS = {"name": str, "source": str, "target": str, "average": int, "beam": int, "lenpen": (int, float)}
-KINDS.update(dict.fromkeys(("subword", "train", "arms"), dict), data=(dict, list), clean=dict, expected=dict)
+KINDS.update(
+    dict.fromkeys(("subword", "train", "arms"), dict), data=(dict, list), clean=dict, expected=dict, published=dict
+)
 KINDS["tokenizer"] = str
 KINDS.update(
     dict.fromkeys(
@@ -68,6 +71,8 @@ class Recipe:
     subword               {"merges": N} for subword-nmt, else options of SentencePiece's trainer
     joined_dictionary     one dictionary for both sides
     expected              {split: {stage: pairs, or a list of such}}, published counts to compare with
+
+    published: {"source": text, "metric": its name, "scores": {arm: [mean, standard deviation]}}, what a paper reports.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Recipe:
     clean: dict = field(default_factory=lambda: {"max_length": 1000})
     joined_dictionary: bool = True
     expected: dict = field(default_factory=dict)
+    published: dict = field(default_factory=dict)
     tests: list = field(init=False)
 
     def __post_init__(self):
@@ -106,7 +112,7 @@ class Recipe:
     @property
     def preparation(self) -> dict:
         """All options that decide the prepared data."""
-        other = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "tests"}
+        other = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published", "tests"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in other}
 
     def turned_round(self) -> "Recipe":
@@ -117,6 +123,7 @@ class Recipe:
             source=self.target,
             target=self.source,
             data=[_turned_round(data) for data in self.data],
+            published={},
         )
 
     def modern(self) -> "Recipe":
@@ -130,6 +137,7 @@ class Recipe:
             clean={"max_length": 250, "max_ratio": 3},
             subword={"vocab_size": size, **MODERN_SUBWORD},
             expected={},
+            published={},
         )
 
     @property
@@ -211,6 +219,7 @@ def load_recipe(
         if "criterion" not in options or foreign:
             what = f"sets {', '.join(sorted(foreign))}" if foreign else "names no criterion"
             raise UserError(f"{path}: arm {arm} {what}; arms differ by criterion and its options alone")
+    _check_published(path, recipe)
     return recipe
 
 
@@ -307,6 +316,28 @@ def _check_preparation(path, recipe):
         raise UserError(f"{path}: unit of clean must be tokens or pieces, got {clean['unit']!r}")
     if "merges" in recipe.subword and (set(recipe.subword) != {"merges"} or not _is_count(recipe.subword["merges"])):
         raise UserError(f"{path}: subword with merges takes their number alone, got {recipe.subword!r}")
+
+
+def _check_published(path, recipe):
+    published = recipe.published
+    if not published:
+        return
+    scores = published.get("scores")
+    good = (
+        set(published) == {"source", "metric", "scores"}
+        and isinstance(published["source"], str)
+        and published["metric"] in METRICS
+        and isinstance(scores, dict)
+        and len(scores) > 1
+        and set(scores) <= set(recipe.arms)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in scores.values())
+        and all(isinstance(figure, (int, float)) for pair in scores.values() for figure in pair)
+    )
+    if not good:
+        raise UserError(
+            f"{path}: published takes source (text), metric ({', '.join(METRICS)}) and scores of two arms or more "
+            f"({{arm: [mean, deviation]}}), got {published!r}"
+        )
 
 
 def as_flags(options: dict) -> "list[str]":

@@ -11,6 +11,7 @@ from sacrebleu.metrics.base import Metric
 from .errors import UserError
 
 TOKENIZED_BLEU = "BLEU on tokenized text"
+METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
 

@@ -1,56 +1,129 @@
-"""Keep docs/results.md in step with the scores in docs/results/.
+"""Keep the tables of docs/results.md and README.md in step with the runs in docs/results/.
 
-    python scripts/results.py                  write the tables of docs/results.md anew
-    python scripts/results.py --add RUN ...    first take over the scores.json of evaluated runs
+    python scripts/results.py                  write the tables anew
+    python scripts/results.py --add FOLDER     first take over what `encourage-mt run` left in FOLDER: the scores of its
+                                               runs, what was seen inside them, its comparisons, the learning curve
 
-A table stands between <!-- scores: RECIPE --> and <!-- end -->; it has the runs of docs/results/RECIPE/*.json.
+A table stands between <!-- KIND: RECIPE [ARM ...] --> and <!-- end -->. KIND is arms, runs, inside, curve, or
+published, the figures of a paper beside ours; RECIPE the folder of its runs in docs/results/; without ARM all arms are
+shown, baselines first.
 """
 
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
-from encourage_mt.comparison import results_of
-from encourage_mt.errors import UserError, exit_on_user_error
-from encourage_mt.evaluation import table
-from encourage_mt.runs import open_run, write_json
+import pooch
 
-DOCS = Path(__file__).parent.parent / "docs"
+from encourage_mt.comparison import read_comparison, results_of
+from encourage_mt.errors import UserError, exit_on_user_error
+from encourage_mt.recipe import load_recipe
+from encourage_mt.runs import open_run, read_json, read_log, write_json
+from encourage_mt.summary import (
+    arms_table,
+    curve,
+    curve_table,
+    inside_figures,
+    inside_table,
+    published_table,
+    runs_table,
+)
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+TABLE = re.compile(r"<!-- (arms|runs|inside|curve|published): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
+CURVE = "valid_bleu.svg"
 
 
 def add(folder: Path) -> None:
-    """Copy the scores of a run, with the project's folder left out of its paths."""
-    run = open_run(folder)
-    text = json.dumps(results_of(run), ensure_ascii=False).replace(f"{DOCS.parent.resolve()}/", "")
-    if "/" in re.sub(r"(runs|encourage_mt)/\S*", "", json.loads(text)["command"]):
-        raise UserError(f"{folder}: its command has paths outside the project; results are of runs in runs/")
-    target = DOCS / "results" / run.recipe / f"{run.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, json.loads(text))
+    """Take over the runs and comparisons of a work directory, with the project's folder left out of their paths.
+
+    Raises UserError, and takes nothing, if there is no evaluated run, a run is of another recipe or outside the
+    project, or what was seen inside it or a comparison is of other checkpoints than the scores.
+    """
+    runs = [open_run(path.parent) for path in sorted(folder.glob("*/scores.json"))]
+    if not runs:
+        raise UserError(f"{folder}: no evaluated runs")
+    recipe, contents = runs[0].recipe, {}
+    for run in runs:
+        if not run.recipe or run.recipe != recipe:
+            raise UserError(f"{run.folder}: not a run of the recipe {recipe or 'that has a name'}")
+        result = results_of(run)
+        analysis = run.folder / "analysis.json"
+        if analysis.exists():
+            found = read_json(analysis)
+            if found["source"]["checkpoint_sha256"] != pooch.file_hash(str(run.folder / "average.pt")):
+                raise UserError(f"{analysis}: of another average than the scores; make the report again")
+            result["inside"] = inside_figures(found)
+        result["curve"] = curve(read_log(run.log))
+        contents[run.name] = result
+    for path in sorted(folder.glob("report-*/comparison.json")):
+        for score, result, name in scores_of(read_comparison(path), contents.values()):
+            if score != result:
+                raise UserError(f"{path}: not of the present scores of {name}; make the report again")
+        contents[f"{path.parent.name.removeprefix('report-')}.comparison"] = read_json(path)
+    text = json.dumps(contents, ensure_ascii=False).replace(f"{ROOT.resolve()}/", "")
+    contents = json.loads(text)
+    for name, content in contents.items():
+        if "/" in re.sub(r"(runs|encourage_mt)/\S*", "", content.get("command", "")):
+            raise UserError(f"{folder / name}: its command has paths outside the project; results are of runs in runs/")
+    target = RESULTS / recipe
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_json(target / f"{name}.json", content)
+    picture = folder / "report-ce-el" / "figures" / CURVE
+    if picture.exists():
+        shutil.copy(picture, target / CURVE)
 
 
-def page(text: str) -> str:
-    """`text` with its tables made from the JSONs. Raises UserError if a table has no runs."""
+def scores_of(comparison, results) -> "list[tuple[float, float, str]]":
+    """(score in the comparison, score of the run, name of the run) of all sets, metrics and seeds that both have."""
+    sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
+    return [
+        (getattr(seeds, sides[result["arm"]])[result["seed"]], result["scores"][split][metric]["score"], result["name"])
+        for result in results
+        if result["arm"] in sides
+        for split, metrics in comparison.tests.items()
+        for metric, seeds in metrics.items()
+        if result["seed"] in getattr(seeds, sides[result["arm"]])
+    ]
 
-    def scores(match):
-        results = [json.loads(path.read_text()) for path in sorted((DOCS / "results" / match[1]).glob("*.json"))]
-        if not results:
-            raise UserError(f"docs/results/{match[1]}: no runs")
-        return f"<!-- scores: {match[1]} -->\n{table(results)}\n<!-- end -->"
 
-    return re.sub(r"<!-- scores: (\w+) -->\n.*?<!-- end -->", scores, text, flags=re.DOTALL)
+def table(match: "re.Match") -> str:
+    """The table of one place. Raises UserError if an arm it names has no runs."""
+    kind, recipe, arms = match[1], match[2], match[3].split()
+    folder = RESULTS / recipe
+    results = [read_json(path) for path in sorted(folder.glob("*.seed*.json"))]
+    comparisons = [read_comparison(path) for path in sorted(folder.glob("*.comparison.json"))]
+    if kind == "published":
+        lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
+    else:
+        baselines = list(dict.fromkeys(comparison.baseline for comparison in comparisons))
+        arms = arms or list(dict.fromkeys([*baselines, *(result["arm"] for result in results)]))
+        missing = set(arms) - {result["arm"] for result in results}
+        if missing or not arms:
+            raise UserError(f"{folder}: no runs of {' '.join(sorted(missing)) or 'any arm'}")
+        results = [result for arm in arms for result in results if result["arm"] == arm]
+        if kind == "arms":
+            lines = arms_table(results, [c for c in comparisons if {c.baseline, c.candidate} <= set(arms)])
+        else:
+            lines = {"runs": runs_table, "inside": inside_table, "curve": curve_table}[kind](results)
+    return f"<!-- {kind}: {recipe}{match[3]} -->\n{lines}\n<!-- end -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=Path, nargs="+", metavar="RUN", default=[], help="runs to take over")
+    parser.add_argument("--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run (default: none)")
     arguments = parser.parse_args()
     with exit_on_user_error("results.py"):
-        for folder in arguments.add:
-            add(folder)
-        path = DOCS / "results.md"
-        path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
+        if arguments.add:
+            add(arguments.add)
+        pages = {path: TABLE.sub(table, path.read_text(encoding="utf-8")) for path in PAGES}
+        for path, text in pages.items():
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -127,19 +127,6 @@ def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
         assert not {"criterion", "label-smoothing"} & set(recipe.train)
 
 
-def test_the_results_page_shows_the_figures_of_its_runs(tmp_path):
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts/results.py", tmp_path / "scripts")
-    run(sys.executable, tmp_path / "scripts/results.py")
-    assert (tmp_path / "docs/results.md").read_text(encoding="utf-8") == page, "python scripts/results.py"
-    for path in (ROOT / "docs/results").glob("*/*.json"):
-        scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-        for split, figures in scores.items():
-            assert f"| {path.stem} | {split} | {figures['sacreBLEU']['score']:.2f} |" in page
-
-
 # --- the scripts
 
 
