@@ -3,10 +3,12 @@
     python scripts/results.py                  write the tables anew
     python scripts/results.py --add FOLDER     first take over what `encourage-mt run` left in FOLDER: the scores of its
                                                runs, what was seen inside them, its comparisons, the learning curve
+    ... --into NAME                            into docs/results/NAME in place of the recipe's name, where the same runs
+                                               were evaluated otherwise
 
-A table stands between <!-- KIND: RECIPE [ARM ...] --> and <!-- end -->. KIND is arms, runs, inside, curve, or
-published, the figures of a paper beside ours; RECIPE the folder of its runs in docs/results/; without ARM all arms are
-shown, baselines first.
+A table stands between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, inside, curve, or
+published, the figures of a paper beside ours; NAME their folder in docs/results/; without ARM all arms are shown,
+baselines first.
 """
 
 import argparse
@@ -38,8 +40,10 @@ TABLE = re.compile(r"<!-- (arms|runs|inside|curve|published): ([\w.]+)((?: [\w.-
 CURVE = "valid_bleu.svg"
 
 
-def add(folder: Path) -> None:
+def add(folder: Path, name: "str | None") -> None:
     """Take over the runs and comparisons of a work directory, with the project's folder left out of their paths.
+
+    They go into docs/results/NAME, without a name into that of their recipe.
 
     Raises UserError, and takes nothing, if there is no evaluated run, a run is of another recipe or outside the
     project, or what was seen inside it or a comparison is of other checkpoints than the scores.
@@ -60,20 +64,21 @@ def add(folder: Path) -> None:
             result["inside"] = inside_figures(found)
         result["curve"] = curve(read_log(run.log))
         contents[run.name] = result
+    results = list(contents.values())
     for path in sorted(folder.glob("report-*/comparison.json")):
-        for score, result, name in scores_of(read_comparison(path), contents.values()):
+        for score, result, run in scores_of(read_comparison(path), results):
             if score != result:
-                raise UserError(f"{path}: not of the present scores of {name}; make the report again")
+                raise UserError(f"{path}: not of the present scores of {run}; make the report again")
         contents[f"{path.parent.name.removeprefix('report-')}.comparison"] = read_json(path)
     text = json.dumps(contents, ensure_ascii=False).replace(f"{ROOT.resolve()}/", "")
     contents = json.loads(text)
-    for name, content in contents.items():
+    for stem, content in contents.items():
         if "/" in re.sub(r"(runs|encourage_mt)/\S*", "", content.get("command", "")):
-            raise UserError(f"{folder / name}: its command has paths outside the project; results are of runs in runs/")
-    target = RESULTS / recipe
+            raise UserError(f"{folder / stem}: its command has paths outside the project; results are of runs in runs/")
+    target = RESULTS / (name or recipe)
     target.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_json(target / f"{name}.json", content)
+    for stem, content in contents.items():
+        write_json(target / f"{stem}.json", content)
     picture = folder / "report-ce-el" / "figures" / CURVE
     if picture.exists():
         shutil.copy(picture, target / CURVE)
@@ -117,10 +122,15 @@ def table(match: "re.Match") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run (default: none)")
+    parser.add_argument(
+        "--into", metavar="NAME", help="folder of docs/results to write to (default: the recipe's name)"
+    )
     arguments = parser.parse_args()
     with exit_on_user_error("results.py"):
         if arguments.add:
-            add(arguments.add)
+            add(arguments.add, arguments.into)
+        elif arguments.into:
+            raise UserError("--into goes with --add")
         pages = {path: TABLE.sub(table, path.read_text(encoding="utf-8")) for path in PAGES}
         for path, text in pages.items():
             path.write_text(text, encoding="utf-8")

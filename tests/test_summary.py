@@ -227,6 +227,7 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
     for path in folder.glob("*/*.json"):
         text = path.read_text(encoding="utf-8").replace(str(work.folder), str(folder))
         path.write_text(text.replace(f"{ROOT}/", f"{project}/"), encoding="utf-8")
+    shutil.copytree(folder / "report-ce-el", folder / "report-again")
     page = project / "docs/results.md"
     page.write_text(page.read_text(encoding="utf-8") + "\n<!-- arms: tiny ce el -->\n<!-- end -->\n")
     run(*add)
@@ -237,6 +238,7 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
         "el.seed1.json",
         "el.seed2.json",
         "ce-el.comparison.json",
+        "again.comparison.json",
         "valid_bleu.svg",
     }
     result = read_json(project / "docs/results/tiny/el.seed2.json")
@@ -246,6 +248,9 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
         ["ce", "test", "2"],
         ["el", "test", "2"],
     ]
+    run(*add, "--into", "tiny.again")
+    assert (project / "docs/results/tiny.again/ce.seed1.json").exists()
+    assert "--into goes with --add" in run(*add[:2], "--into", "x", code=2).stderr
     assert "no evaluated runs" in run(*add[:3], project / "docs", code=2).stderr
     before = {path: path.read_text() for path in (project / "docs").rglob("*.*") if path.suffix in (".json", ".md")}
     scores = folder / "ce.seed1" / "scores.json"
