@@ -85,8 +85,8 @@ def setting(results: "list[dict]") -> "list[str]":
         f"Setting: {results[0]['recipe']}, {source} to {target}; {each('training', 'arch')}, "
         f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers, "
         f"{each('training', 'encoder_embed_dim')} wide; {each('training', 'tokens per update')} tokens per "
-        f"update, {each('training', 'updates')} updates; mean of the last {each('evaluation', 'average')} "
-        f"epoch checkpoints, beam {each('evaluation', 'beam')}, length penalty {each('evaluation', 'lenpen')}.  ",
+        f"update, {each('training', 'updates')} updates; last epoch checkpoints averaged: "
+        f"{each('evaluation', 'average')}, beam {each('evaluation', 'beam')}, length penalty {each('evaluation', 'lenpen')}.  ",
         f"Trained on: {' or '.join(sorted(machines))}{spent}.  ",
     ]
 

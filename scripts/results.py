@@ -80,7 +80,7 @@ def add(folder: Path, name: "str | None") -> None:
     for stem, content in contents.items():
         write_json(target / f"{stem}.json", content)
     picture = folder / "report-ce-el" / "figures" / CURVE
-    if picture.exists():
+    if picture.exists() and not name:  # the trainings, and so their curves, are the same
         shutil.copy(picture, target / CURVE)
 
 

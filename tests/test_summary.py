@@ -87,7 +87,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     assert rows[3] == ["ce_ls000", "test", "1", "29.00", "", "", ""]
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
-        "mean of the last 5 epoch checkpoints, beam 4, length penalty 1.0.  ",
+        "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
         "Trained on: CPU; python 3.11.7, torch 2.13.0; 0.1 hours in updates, 0.02 a run.  ",
     ]
     assert "el: `--criterion el --log-end 0.1`" in table and table.count("signature") == 1
