@@ -86,7 +86,8 @@ def setting(results: "list[dict]") -> "list[str]":
         f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers, "
         f"{each('training', 'encoder_embed_dim')} wide; {each('training', 'tokens per update')} tokens per "
         f"update, {each('training', 'updates')} updates; last epoch checkpoints averaged: "
-        f"{each('evaluation', 'average')}, beam {each('evaluation', 'beam')}, length penalty {each('evaluation', 'lenpen')}.  ",
+        f"{each('evaluation', 'average')}, beam {each('evaluation', 'beam')}, length penalty "
+        f"{each('evaluation', 'lenpen')}.  ",
         f"Trained on: {' or '.join(sorted(machines))}{spent}.  ",
     ]
 
