@@ -132,7 +132,8 @@ def work(tmp_path_factory):
     folder: the work directory; recipe: its file; interrupted: the process that was; done: the one that finished.
     """
     folder = tmp_path_factory.mktemp("work")
-    recipe = write_recipe(folder, train={**TINY["train"], "max-epoch": 3})
+    published = {"source": "A paper", "metric": "sacreBLEU", "scores": {"ce": [30.0, 0.1], "el": [31.0, 0.1]}}
+    recipe = write_recipe(folder, train={**TINY["train"], "max-epoch": 3}, published=published)
     argv = ["encourage-mt", "run", recipe, "--work-dir", folder / "work"]
     interrupted = interrupt([*argv, "--criteria", "ce"], folder / "work" / "ce.seed1" / "train.log")
     done = run(*argv, "--seeds", 1, 2, "--parallel", 2)

@@ -49,6 +49,8 @@ def test_seeds_and_criteria_are_all_trained_scored_and_compared(work):
         assert {"torch", "sacrebleu", "encourage-mt"} <= set(result["versions"])
         assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result["seed"]
     assert "paired t-test over 2 seeds" in work.done.stdout
+    assert "| el | test | 2 |" in work.done.stdout, "the table over arms"
+    assert "| A paper | 30.00 ± 0.10 | 31.00 ± 0.10 | +1.00 |" in work.done.stdout
     for words in ("ce.seed1 valid", "el.seed2 test", "valid BLEU", "/3 epochs", "all trainings"):
         assert words in work.done.stderr, "the progress"
     assert "DEBUG" not in work.done.output and "Warning" not in work.done.output
