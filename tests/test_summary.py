@@ -219,7 +219,9 @@ def test_an_edited_figure_is_put_right(project):
 
 def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, work):
     folder = project / "runs" / "tiny"
-    shutil.copytree(work.folder, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(work.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "report-*"))
+    for report in ("report-ce-el", "report-again"):
+        shutil.copytree(work.folder / "report-ce-el", folder / report)
     (project / "examples" / "tiny").mkdir()
     (project / "examples" / "tiny" / "recipe.yaml").write_text(json.dumps(TINY))  # JSON is YAML
     add = (sys.executable, project / "scripts/results.py", "--add", folder)
@@ -227,7 +229,6 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
     for path in folder.glob("*/*.json"):
         text = path.read_text(encoding="utf-8").replace(str(work.folder), str(folder))
         path.write_text(text.replace(f"{ROOT}/", f"{project}/"), encoding="utf-8")
-    shutil.copytree(folder / "report-ce-el", folder / "report-again")
     page = project / "docs/results.md"
     page.write_text(page.read_text(encoding="utf-8") + "\n<!-- arms: tiny ce el -->\n<!-- end -->\n")
     run(*add)
