@@ -3,7 +3,7 @@
 import shlex
 import statistics
 
-from .comparison import HEADLINE, Comparison, as_lines, markdown, mean
+from .comparison import HEADLINE, Comparison, Seeds, as_lines, markdown, mean
 from .recipe import Recipe
 
 INSIDE = {
@@ -34,34 +34,53 @@ def runs_table(results: "list[dict]") -> str:
 
 
 def arms_table(results: "list[dict]", comparisons: "list[Comparison]") -> str:
-    """A row for each arm and test set: mean ± standard deviation over seeds, gain and p where the arm was compared.
+    """A row for each arm and test set: mean ± standard deviation over seeds, gain and p where the arm is a candidate.
 
-    Each of `comparisons` of which the arm is the candidate gives a gain, with the seeds it is of where those are not
-    all, and a p; p over sentences is of approximate randomization. The sets are those of the comparisons, or all, valid
-    among them, if there are none. Criterion flags, signatures and setting stand beneath. results (scores.json) are of
-    `encourage-mt run`.
+    Gains are over the first arm and the baselines of `comparisons` of which the arm is the candidate: of the seeds that
+    both have, named where those are not all, or of all if they share none. p over sentences is of approximate
+    randomization, from the comparisons, with the seeds named where some were not compared. The sets are those of the
+    comparisons, or all, valid among them, if there are none. Criterion flags, signatures and setting stand beneath.
+    results (scores.json) are of `encourage-mt run`, and differ by criterion and seed alone.
     """
     arms = by_arm(results)
     splits = list(comparisons[0].tests) if comparisons else list(results[0]["scores"])
     names = metric_names(results)
+    first = next(iter(arms))
     rows = []
     for arm, group in arms.items():
+        compared = {c.baseline: c for c in comparisons if c.candidate == arm and c.baseline in arms}
+        baselines = list(dict.fromkeys([*([first] if arm != first else []), *compared]))
         for split in splits:
             sides = [[r["scores"][split][name]["score"] for r in group if name in r["scores"][split]] for name in names]
-            against = [(c.baseline, c.tests[split][HEADLINE]) for c in comparisons if c.candidate == arm]
             gains, over_seeds, over_sentences = [], [], []
-            for baseline, gain in against:
-                shared = sorted(set(gain.baseline) & set(gain.candidate))
-                all_of_them = {r["seed"] for r in (*arms.get(baseline, []), *group)} == set(shared)
-                of = "" if all_of_them else f", seed {', '.join(map(str, shared))}"
-                gains.append(f"{baseline}{of}: {gain.summary()}")
+            for baseline in baselines:
+                tests = compared[baseline].tests[split] if baseline in compared else {}
+                gain, seeds = gain_over(arms[baseline], group, split)
+                gains.append(f"{baseline}{seeds}: {gain.summary()}")
                 over_seeds.append("-" if gain.p is None else f"{gain.p:.3f}")
-                over_sentences.append(", ".join(f"{p['ar']:.3f}" for _, p in sorted(gain.sentence_p.items())))
+                over_sentences.append(sentence_tests(tests[HEADLINE].sentence_p if tests else {}, gain))
             cells = [arm, split, str(len(group)), *(mean(side) if side else "" for side in sides)]
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
     header = ["arm", "set", "seeds", *names, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
     flags = [f"{arm}: `{criterion_flags(group[0])}`  " for arm, group in arms.items()]
     return "\n".join([markdown(header, rows), "", *flags, *signature_lines(results), *setting(results)])
+
+
+def gain_over(baseline: "list[dict]", candidate: "list[dict]", split: str) -> "tuple[Seeds, str]":
+    """The gain of the seeds that both arms have, or of all if they share none, and ", seed ..." where not all count."""
+    sides = [{r["seed"]: r["scores"][split][HEADLINE]["score"] for r in group} for group in (baseline, candidate)]
+    shared = sorted(set(sides[0]) & set(sides[1]))
+    if not shared or set(sides[0]) == set(sides[1]):
+        return Seeds(HEADLINE, *sides), ""
+    common = Seeds(HEADLINE, *({seed: side[seed] for seed in shared} for side in sides))
+    return common, f", seed {', '.join(map(str, shared))}"
+
+
+def sentence_tests(p: "dict[int, dict[str, float]]", gain: Seeds) -> str:
+    """p by seed; with the seeds named where not all that the gain is of were tested."""
+    tested = sorted(set(p) & set(gain.baseline) & set(gain.candidate))
+    of = "" if set(tested) == set(gain.baseline) or not tested else f"seed {', '.join(map(str, tested))}: "
+    return of + ", ".join(f"{p[seed]['ar']:.3f}" for seed in tested)
 
 
 def setting(results: "list[dict]") -> "list[str]":

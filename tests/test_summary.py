@@ -82,9 +82,9 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
         "32.00 ± 1.32",
         f"ce: +1.00 [{low:+.2f}, {high:+.2f}]",
         "0.074",
-        "0.400, 0.020",
+        "seed 1, 2: 0.400, 0.020",
     ]
-    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "", "", ""]
+    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce, seed 1: -1.00", "-", ""]
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
@@ -99,7 +99,16 @@ def test_each_comparison_gives_a_gain_with_its_seeds_where_they_are_not_all(resu
     fair = Comparison("ce_ls000", "el", {"test": {"sacreBLEU": control}}, {}, [])
     row = rows_of(arms_table(results, [comparison, fair]))[2]
     assert row[4].startswith("ce: +1.00 [") and row[4].endswith("]; ce_ls000, seed 1: +2.00")
-    assert row[5:] == ["0.074; -", "0.400, 0.020; 0.200"]
+    assert row[5:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; 0.200"]
+    comparison.tests["test"]["sacreBLEU"].sentence_p[3] = {"bs": 0.1, "ar": 0.3}
+    assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; 0.200"
+
+
+def test_arms_that_share_no_seed_are_compared_all_the_same(results):
+    others = [{**result, "seed": result["seed"] + 10} for result in results[3:6]]
+    row = rows_of(arms_table(results[:3] + others, []))[4]
+    welch = Seeds("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
+    assert row[4:] == [f"ce: {welch.summary()}", f"{welch.p:.3f}", ""] and welch.test.startswith("Welch")
 
 
 def test_what_is_inside_is_a_mean_over_the_seeds_that_were_looked_into(results, monkeypatch):
