@@ -66,14 +66,18 @@ def arms_table(results: "list[dict]", comparisons: "list[Comparison]") -> str:
     return "\n".join([markdown(header, rows), "", *flags, *signature_lines(results), *setting(results)])
 
 
+def of_shared_seeds(*sides: "dict[int, float]") -> "list[dict[int, float]]":
+    """Figures by seed of two arms, of the seeds that both have; as they are if they share none."""
+    shared = sorted(set(sides[0]) & set(sides[1]))
+    return [{seed: side[seed] for seed in shared} for side in sides] if shared else list(sides)
+
+
 def gain_over(baseline: "list[dict]", candidate: "list[dict]", split: str) -> "tuple[Seeds, str]":
     """The gain of the seeds that both arms have, or of all if they share none, and ", seed ..." where not all count."""
     sides = [{r["seed"]: r["scores"][split][HEADLINE]["score"] for r in group} for group in (baseline, candidate)]
-    shared = sorted(set(sides[0]) & set(sides[1]))
-    if not shared or set(sides[0]) == set(sides[1]):
-        return Seeds(HEADLINE, *sides), ""
-    common = Seeds(HEADLINE, *({seed: side[seed] for seed in shared} for side in sides))
-    return common, f", seed {', '.join(map(str, shared))}"
+    compared = of_shared_seeds(*sides)
+    of = "" if list(map(len, compared)) == list(map(len, sides)) else f", seed {', '.join(map(str, compared[0]))}"
+    return Seeds(HEADLINE, *compared), of
 
 
 def sentence_tests(p: "dict[int, dict[str, float]]", gain: Seeds) -> str:
@@ -133,20 +137,23 @@ def curve(records: "list[dict]") -> "list[dict]":
 def curve_table(results: "list[dict]") -> str:
     """A row for each epoch that all have: mean ± deviation of each arm's `curve`, gap of BLEU to the first arm.
 
-    Results without a "curve" are left out.
+    The gap is of the seeds that both arms have, or of all if they share none. Results without a "curve" are left out.
     """
     arms = by_arm([result for result in results if result.get("curve")])
     by_epoch = {
-        arm: [{point["epoch"]: point for point in result["curve"]} for result in group] for arm, group in arms.items()
+        arm: {r["seed"]: {point["epoch"]: point for point in r["curve"]} for r in group} for arm, group in arms.items()
     }
-    epochs = [set(points) for side in by_epoch.values() for points in side]
+    epochs = [set(points) for side in by_epoch.values() for points in side.values()]
     rows = []
     for epoch in sorted(set.intersection(*epochs) if epochs else ()):
-        sides = [[points[epoch] for points in side] for side in by_epoch.values()]
-        bleu, nll = ([[point[name] for point in side] for side in sides] for name in ("bleu", "nll"))
-        first, *others = map(statistics.mean, bleu)
-        gaps = [f"{other - first:+.2f}" for other in others]
-        rows.append([f"{epoch:.0f}", f"{sides[0][0]['updates']:,.0f}", *map(mean, bleu), *gaps, *map(mean, nll)])
+        sides = [{seed: points[epoch] for seed, points in side.items()} for side in by_epoch.values()]
+        bleu, nll = ([{seed: p[name] for seed, p in side.items()} for side in sides] for name in ("bleu", "nll"))
+        first, *others = bleu
+        pairs = [[statistics.mean(side.values()) for side in of_shared_seeds(first, other)] for other in others]
+        gaps = [f"{ours - theirs:+.2f}" for theirs, ours in pairs]
+        updates = next(iter(sides[0].values()))["updates"]
+        means = [[mean(list(side.values())) for side in figures] for figures in (bleu, nll)]
+        rows.append([f"{epoch:.0f}", f"{updates:,.0f}", *means[0], *gaps, *means[1]])
     names = list(arms)
     header = [f"greedy BLEU {arm}" for arm in names] + [f"gap {arm}" for arm in names[1:]]
     return markdown(["epoch", "updates", *header, *(f"nll {arm} (bits)" for arm in names)], rows)

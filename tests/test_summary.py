@@ -127,6 +127,7 @@ def test_a_row_for_each_epoch_with_the_gap_between_the_arms(results):
         ["epoch", "updates", "greedy BLEU ce", "greedy BLEU el", "gap el", "nll ce (bits)", "nll el (bits)"],
         ["1", "1,200", "11.00 ± 1.00", "13.00 ± 1.00", "+2.00", "3.50 ± 0.00", "3.50 ± 0.00"],
     ]
+    assert rows_of(curve_table(results[:4]))[1][3:5] == ["12.00", "+2.00"], "of the one seed that both have"
 
 
 def test_a_paper_stands_beside_what_was_run_or_not_yet(results, tmp_path):
