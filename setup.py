@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 init = Path(__file__).with_name("encourage_mt") / "__init__.py"
 version = next(
@@ -15,8 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["encourage_mt"],
-    package_data={"encourage_mt": ["*.j2"]},
+    packages=find_packages(include=["encourage_mt", "encourage_mt.*"]),
+    package_data={"encourage_mt.report": ["*.j2"]},
     install_requires=[
         "fairseq==0.12.2; python_version < '3.11'",
         "fairseq-fixed==0.12.3.1; python_version >= '3.11'",

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from encourage_mt import chunked
-from encourage_mt.commands import machine
-from encourage_mt.loss import loss_terms, projected_loss_terms
-from encourage_mt.reference import LossOptions
+from encourage_mt.environment import describe_hardware
+from encourage_mt.loss import chunked
+from encourage_mt.loss.functional import loss_terms, projected_loss_terms
+from encourage_mt.loss.options import LossOptions
 
 EL = LossOptions(label_smoothing=0.1)
 CE = LossOptions(bonus="none", label_smoothing=0.1)
@@ -223,7 +223,7 @@ def build(architecture, vocabulary, options):
     from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
-    from encourage_mt import criterion
+    from encourage_mt.plugin import criterion
 
     dictionary = Dictionary()
     for index in range(vocabulary - len(dictionary)):
@@ -331,7 +331,7 @@ def main():
             dtypes = [torch.bfloat16, torch.float16]
         rows = [row for size in sizes for dtype in dtypes for row in bench_loss(*size, dtype, args.device, repeats)]
     result = {
-        "machine": machine(args.device),
+        "machine": describe_hardware(args.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,

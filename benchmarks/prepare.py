@@ -4,8 +4,8 @@
 The published (Moses) pipeline stands against sacremoses line by line, then subword-nmt, in one process; the output has
 to be identical. The machine may be noisy: compare ratios within one table only.
 
-The pairs are those of encourage_mt/grammar.py with its words respelled by a Zipf-distributed choice of endings, so that
-the vocabulary grows with the text as that of real text does.
+The pairs come from examples/bundled_de_en/grammar.py. Its words get Zipf-distributed endings, so that the vocabulary
+grows with the text as it does in real text.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import resource
+import sys
 import tempfile
 import threading
 import time
@@ -24,11 +25,14 @@ from sacremoses import MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 from tqdm import tqdm
 
-from encourage_mt import grammar, subwords
-from encourage_mt.bitext import iterate_pairs
-from encourage_mt.commands import cores, machine
+from encourage_mt.data import subwords
+from encourage_mt.data.bitext import iterate_pairs
+from encourage_mt.data.stages import EncodeStage, TextStage, fault, ordered_map
+from encourage_mt.environment import cores, describe_hardware
 from encourage_mt.recipe import MODERN_SUBWORD, Recipe
-from encourage_mt.stages import EncodeStage, TextStage, fault, ordered_map
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "bundled_de_en"))
+import grammar  # noqa: E402
 
 CLEAN = {"max_length": 175, "max_ratio": 1.5, "unit": "tokens"}
 PUBLISHED = {"tokenizer": "moses", "lowercase": True, "clean": CLEAN, "subword": {"merges": 10000}}
@@ -209,9 +213,9 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, text = measure(arguments.pairs, arguments.baseline_pairs, arguments.workers, Path(folder))
-    print(f"{machine('cpu')}; {text['tokens']:,} tokens, {text['types']:,} types\n\n{table(rows)}")
+    print(f"{describe_hardware('cpu')}; {text['tokens']:,} tokens, {text['types']:,} types\n\n{table(rows)}")
     if arguments.json:
-        content = {"machine": machine("cpu"), **text, "rows": rows}
+        content = {"machine": describe_hardware("cpu"), **text, "rows": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

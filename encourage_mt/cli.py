@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from .cluster import PRECISIONS, Cluster, hydra_config, launch_command, tokens_per_update, update_freq
-from .commands import cores
-from .comparison import compare
+from .data.prepare import DOWNLOADS, prepare
+from .environment import cores
 from .errors import UserError, exit_on_user_error
-from .evaluation import evaluate
-from .prepare import DOWNLOADS, prepare
+from .evaluation.comparison import compare
+from .evaluation.evaluate import evaluate
 from .recipe import Recipe, load_recipe
-from .report import write_report
-from .runs import Run, open_run
-from .summary import arms_table, published_table, runs_table
-from .training import make_run, train
+from .report.page import write_report
+from .report.tables import arms_table, published_table, runs_table
+from .training.launch import PRECISIONS, Cluster, hydra_config, launch_command, tokens_per_update, update_freq
+from .training.run_folder import Run, open_run
+from .training.train import make_run, train
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,7 +156,7 @@ def main(argv=None) -> None:
         arguments.action(arguments)
 
 
-def open_recipe(arguments) -> "tuple[Recipe, Path]":
+def open_recipe(arguments) -> tuple[Recipe, Path]:
     """The recipe, checked, and its work directory, not made yet."""
     recipe = load_recipe(arguments.recipe, arguments.source, arguments.target, arguments.bitext)
     recipe = recipe.turned_round() if arguments.reverse else recipe
@@ -245,7 +245,7 @@ def check_lot(recipe: Recipe, cluster: Cluster) -> None:
     print(f"{tokens_per_update(recipe):,} tokens per update: {lot}, {cluster.precision}")
 
 
-def show_commands(recipe: Recipe, runs: "list[Run]", cluster: Cluster) -> None:
+def show_commands(recipe: Recipe, runs: list[Run], cluster: Cluster) -> None:
     check_lot(recipe, cluster)
     for run in runs:
         command = shlex.split(run.command)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from . import subwords
+from .data import subwords
 from .errors import UserError
-from .scoring import METRICS
+from .evaluation.scoring import METRICS
 
 CRITERION_OPTIONS = {
     "label-smoothing",
@@ -49,8 +49,7 @@ class Recipe:
     The last `average` epoch checkpoints are averaged, and the mean translates with `beam` and length penalty `lenpen`.
 
     data lists alternatives (in the file, a single one needs no list): the first whose files are all at hand is taken,
-    else the first. Each is {"generate": {"seed": int, split: pairs, ...}}, the bundled corpus, or {split: files, ...},
-    with options:
+    else the first. Each is {split: files, ...}, with options:
     files     [source, target] or [tab-separated file], or a list of such lists, which are joined. "a.tgz:b/c" is the
               member b/c of the archive a.tgz. Every split but train and valid is a test set
     urls      folders to download the files from, tried in order
@@ -78,7 +77,7 @@ class Recipe:
     name: str
     source: str
     target: str
-    data: "list[dict]"
+    data: list[dict]
     subword: dict
     train: dict
     arms: dict
@@ -94,6 +93,7 @@ class Recipe:
     joined_dictionary: bool = True
     expected: dict = field(default_factory=dict)
     published: dict = field(default_factory=dict)
+    folder: Path = Path()  # of the recipe file; files that are not downloaded may lie there
     tests: list = field(init=False)
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class Recipe:
     @property
     def preparation(self) -> dict:
         """All options that decide the prepared data."""
-        other = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published", "tests"}
+        other = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published", "folder", "tests"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in other}
 
     def turned_round(self) -> "Recipe":
@@ -141,21 +141,18 @@ class Recipe:
         )
 
     @property
-    def length(self) -> "tuple[int, str]":
+    def length(self) -> tuple[int, str]:
         """(how many, of what) a training lasts: epochs or, where max-update is set, updates."""
         updates = self.train.get("max-update")
         return (updates, "update") if updates else (self.train["max-epoch"], "epoch")
 
 
 def _tests(data):
-    splits = data.get("generate", data)
-    names = [*splits, *data.get("held_out", {})]
-    return [name for name in names if name not in {"train", "valid", "seed", *DATA_OPTIONS}]
+    names = [*data, *data.get("held_out", {})]
+    return [name for name in names if name not in {"train", "valid", *DATA_OPTIONS}]
 
 
 def _turned_round(data):
-    if "generate" in data:
-        return data
     turned = {}
     for key, value in data.items():
         is_files = key not in DATA_OPTIONS
@@ -163,18 +160,18 @@ def _turned_round(data):
     return turned | {"columns": data.get("columns", [1, 2])[::-1]}
 
 
-def file_lists(files) -> "list[list[str]]":
+def file_lists(files) -> list[list[str]]:
     """A split's files as a list of [source, target] or [tab-separated file]; a single one needs no list around it."""
     return [files] if isinstance(files[0], str) else files
 
 
-def split_files(data: dict) -> "dict[str, list[list[str]]]":
+def split_files(data: dict) -> dict[str, list[list[str]]]:
     """{split: its lists of files} of one alternative of a recipe's data."""
-    return {split: file_lists(files) for split, files in data.items() if split not in {"generate", *DATA_OPTIONS}}
+    return {split: file_lists(files) for split, files in data.items() if split not in DATA_OPTIONS}
 
 
 def load_recipe(
-    path: Path, source: "str | None" = None, target: "str | None" = None, bitext: "list[str] | None" = None
+    path: Path, source: str | None = None, target: str | None = None, bitext: list[str] | None = None
 ) -> Recipe:
     """Read and check a recipe; source, target and the files of train may be given here where it names none.
 
@@ -191,7 +188,7 @@ def load_recipe(
     if bitext or source or target:
         _insert_own(path, content, source, target, bitext)
     required = {"name", "source", "target", "data", "subword", "train", "arms"}
-    allowed = {f.name for f in fields(Recipe) if f.init}
+    allowed = {f.name for f in fields(Recipe) if f.init and f.name != "folder"}
     for what, names in (("unknown", set(content) - allowed), ("missing", required - set(content))):
         if names == {"source", "target"} and what == "missing":
             raise UserError(f"{path}: is for your own text: name your files with --bitext corpus.de corpus.en")
@@ -204,7 +201,7 @@ def load_recipe(
         _check_data(path, data)
     if len({tuple(_tests(data)) for data in content["data"]}) > 1:
         raise UserError(f"{path}: the alternatives of data have different test sets")
-    recipe = Recipe(**content)
+    recipe = Recipe(**content, folder=path.parent)
     _check_preparation(path, recipe)
     if not recipe.tests:
         raise UserError(f"{path}: data has no test set")
@@ -257,20 +254,15 @@ def _is_count(value):
 def _check_data(path, data):
     if not isinstance(data, dict):
         raise UserError(f"{path}: data must be a mapping, got {data!r}")
-    if "generate" in data:
-        if not isinstance(data["generate"], dict) or "seed" not in data["generate"]:
-            raise UserError(f"{path}: generate must be a mapping with a seed and the number of pairs of each split")
-        splits = list(data["generate"])
-    else:
-        splits = [name for name in data if name not in DATA_OPTIONS]
-        for split in splits:
-            files = data[split]
-            lists = files if isinstance(files, list) and files and isinstance(files[0], list) else [files]
-            for names in lists:
-                good = isinstance(names, list) and len(names) in (1, 2) and all(isinstance(n, str) for n in names)
-                if not good:
-                    raise UserError(f"{path}: {split} must be [source file, target file], got {names!r}")
-        splits += ["valid"] * ("valid_every" in data) + list(data.get("held_out", {}))
+    splits = [name for name in data if name not in DATA_OPTIONS]
+    for split in splits:
+        files = data[split]
+        lists = files if isinstance(files, list) and files and isinstance(files[0], list) else [files]
+        for names in lists:
+            good = isinstance(names, list) and len(names) in (1, 2) and all(isinstance(n, str) for n in names)
+            if not good:
+                raise UserError(f"{path}: {split} must be [source file, target file], got {names!r}")
+    splits += ["valid"] * ("valid_every" in data) + list(data.get("held_out", {}))
     for split in ("train", "valid"):
         if split not in splits:
             raise UserError(f"{path}: data has no {split}")
@@ -340,7 +332,7 @@ def _check_published(path, recipe):
         )
 
 
-def as_flags(options: dict) -> "list[str]":
+def as_flags(options: dict) -> list[str]:
     """{"max-epoch": 3, "share-all-embeddings": True, "adam-betas": "(0.9, 0.98)"} as command-line words."""
     words = []
     for name, value in options.items():

@@ -4,8 +4,9 @@
 import argparse
 from pathlib import Path
 
-from encourage_mt.averaging import average, last_checkpoints
 from encourage_mt.errors import UserError, exit_on_user_error
+from encourage_mt.evaluation.averaging import average
+from encourage_mt.plugin.checkpoints import last_checkpoints
 
 
 def main():

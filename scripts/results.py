@@ -1,13 +1,13 @@
-"""Keep the tables of docs/results.md and README.md in step with the runs in docs/results/.
+"""Keep the tables of docs/results.md and README.md in step with the runs in results/.
 
     python scripts/results.py                  write the tables anew
     python scripts/results.py --add FOLDER     first take over what `encourage-mt run` left in FOLDER: the scores of its
                                                runs, what was seen inside them, its comparisons, the learning curve
-    ... --into NAME                            into docs/results/NAME in place of the recipe's name, where the same runs
+    ... --into NAME                            into results/NAME in place of the recipe's name, where the same runs
                                                were evaluated otherwise
 
 A table stands between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, inside, curve, or
-published, the figures of a paper beside ours; NAME their folder in docs/results/; without ARM all arms are shown,
+published, the figures of a paper beside ours; NAME their folder in results/; without ARM all arms are shown,
 baselines first.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pooch
 
-from encourage_mt.comparison import read_comparison, results_of
 from encourage_mt.errors import UserError, exit_on_user_error
+from encourage_mt.evaluation.comparison import read_comparison, results_of
+from encourage_mt.files import read_json, write_json
 from encourage_mt.recipe import load_recipe
-from encourage_mt.runs import open_run, read_json, read_log, write_json
-from encourage_mt.summary import (
+from encourage_mt.report.tables import (
     arms_table,
     curve,
     curve_table,
@@ -32,18 +32,19 @@ from encourage_mt.summary import (
     published_table,
     runs_table,
 )
+from encourage_mt.training.run_folder import open_run, read_log
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results"
+RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 TABLE = re.compile(r"<!-- (arms|runs|inside|curve|published): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 CURVE = "valid_bleu.svg"
 
 
-def add(folder: Path, name: "str | None") -> None:
+def add(folder: Path, name: str | None) -> None:
     """Take over the runs and comparisons of a work directory, with the project's folder left out of their paths.
 
-    They go into docs/results/NAME, without a name into that of their recipe.
+    They go into results/NAME, without a name into that of their recipe.
 
     Raises UserError, and takes nothing, if there is no evaluated run, a run is of another recipe or outside the
     project, or what was seen inside it or a comparison is of other checkpoints than the scores.
@@ -81,10 +82,10 @@ def add(folder: Path, name: "str | None") -> None:
         write_json(target / f"{stem}.json", content)
     picture = folder / "report-ce-el" / "figures" / CURVE
     if picture.exists() and not name:  # the trainings, and so their curves, are the same
-        shutil.copy(picture, target / CURVE)
+        shutil.copy(picture, ROOT / "docs" / "pictures" / f"{recipe.split('_')[0]}_{CURVE}")
 
 
-def scores_of(comparison, results) -> "list[tuple[float, float, str]]":
+def scores_of(comparison, results) -> list[tuple[float, float, str]]:
     """(score in the comparison, score of the run, name of the run) of all sets, metrics and seeds that both have."""
     sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
     return [
@@ -97,7 +98,7 @@ def scores_of(comparison, results) -> "list[tuple[float, float, str]]":
     ]
 
 
-def table(match: "re.Match") -> str:
+def table(match: re.Match) -> str:
     """The table of one place. Raises UserError if an arm it names has no runs."""
     kind, recipe, arms = match[1], match[2], match[3].split()
     folder = RESULTS / recipe

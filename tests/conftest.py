@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import grammar
 import pytest
 import torch
 import yaml
 
-from encourage_mt import commands
+from encourage_mt import processes
 from encourage_mt.cli import main
-from encourage_mt.prepare import prepare
+from encourage_mt.data.prepare import prepare
 from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -34,11 +35,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
 
 
+PAIRS = grammar.generate(3, {"train": 300, "valid": 20, "test": 21})
 TINY = {
     "name": "tiny",
     "source": "de",
     "target": "en",
-    "data": {"generate": {"seed": 3, "train": 300, "valid": 20, "test": 21}},
+    "data": {split: [f"{split}.tsv"] for split in ("train", "valid", "test")},
     "subword": {"vocab_size": 300, "model_type": "bpe"},
     "train": {
         "arch": "transformer",
@@ -66,7 +68,11 @@ TINY = {
 
 
 def write_recipe(folder, **changes):
+    """Write TINY with `changes` as folder/recipe.yaml, and its data beside it; return the recipe's path."""
     path = folder / "recipe.yaml"
+    for split, pairs in PAIRS.items():
+        lines = "".join(f"{german}\t{english}\n" for german, english in pairs)
+        (folder / f"{split}.tsv").write_text(lines, encoding="utf-8")
     path.write_text(yaml.safe_dump({**TINY, **changes}, allow_unicode=True), encoding="utf-8")
     return path
 
@@ -78,7 +84,7 @@ def run(*argv, code=0, stdin=None, **options):
     """
     argv = [str(word) for word in argv]
     if (Path(sys.executable).parent / argv[0]).exists():
-        argv = commands.resolve(argv)
+        argv = processes.resolve(argv)
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, encoding="utf-8", **options)
     done.output = done.stdout + done.stderr
     assert done.returncode == code, done.output[-6000:]
@@ -99,7 +105,7 @@ def train(tiny):
     recipe, data = tiny
 
     def start(save_dir, *options, code=0):
-        argv = ["fairseq-train", data / "data-bin", "--user-dir", commands.USER_DIR, "--save-dir", save_dir]
+        argv = ["fairseq-train", data / "data-bin", "--user-dir", processes.USER_DIR, "--save-dir", save_dir]
         argv += ["--cpu", "--log-format", "json", "--num-workers", "0", "--required-batch-size-multiple", "1"]
         for name, value in recipe.train.items():
             if f"--{name}" not in options:
@@ -143,7 +149,7 @@ def work(tmp_path_factory):
 def interrupt(argv, log):
     """Start a command, press Ctrl-C after the first epoch told in `log`; returns the finished process."""
     process = subprocess.Popen(
-        commands.resolve([str(word) for word in argv]),
+        processes.resolve([str(word) for word in argv]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

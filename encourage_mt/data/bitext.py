@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 
-def iterate_lines(path: Path) -> "Iterator[str]":
+def iterate_lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, plain or .gz, without line ends (\\n or \\r\\n) and without a byte order mark.
 
     Raises UserError on a file that is missing, empty, not gzip, or not UTF-8 (naming line and byte).
@@ -34,12 +34,12 @@ def iterate_lines(path: Path) -> "Iterator[str]":
         raise UserError(f"{path}: empty file")
 
 
-def read_lines(path: Path) -> "list[str]":
+def read_lines(path: Path) -> list[str]:
     """All lines of a file; see `iterate_lines`."""
     return list(iterate_lines(path))
 
 
-def iterate_segments(path: Path) -> "Iterator[str]":
+def iterate_segments(path: Path) -> Iterator[str]:
     """The text of the <seg> elements, one a line, of an .xml file of IWSLT or an .sgm file of WMT; escapes are kept.
 
     Raises UserError if there is none, or one goes on in a further line.
@@ -58,7 +58,7 @@ def iterate_segments(path: Path) -> "Iterator[str]":
 _SEGMENT = re.compile(r'<seg id="[0-9]*">\s*|\s*</seg>\s*')
 
 
-def iterate_talks(path: Path, dropped: "list[str]") -> "Iterator[str]":
+def iterate_talks(path: Path, dropped: list[str]) -> Iterator[str]:
     """Lines of a train.tags file of IWSLT but those with one of the `dropped` tags; titles and descriptions stay."""
     drop = re.compile("|".join(f"</?{tag}[ >]" for tag in dropped))
     for line in iterate_lines(path):
@@ -69,7 +69,7 @@ def iterate_talks(path: Path, dropped: "list[str]") -> "Iterator[str]":
 _KEPT_TAGS = re.compile(r"</?(?:title|description)>")
 
 
-def iterate_columns(path: Path, columns: "list[int]") -> "Iterator[tuple[str, str]]":
+def iterate_columns(path: Path, columns: list[int]) -> Iterator[tuple[str, str]]:
     """Two columns, counted from 1, of a tab-separated file. Raises UserError naming a line that has fewer."""
     source, target = columns
     for number, line in enumerate(iterate_lines(path), start=1):
@@ -79,7 +79,7 @@ def iterate_columns(path: Path, columns: "list[int]") -> "Iterator[tuple[str, st
         yield fields[source - 1], fields[target - 1]
 
 
-def iterate_pairs(files: "list[Path]", columns: "list[int]", dropped_tags: "list[str]") -> "Iterator[tuple[str, str]]":
+def iterate_pairs(files: list[Path], columns: list[int], dropped_tags: list[str]) -> Iterator[tuple[str, str]]:
     """Pairs of lines of a source and a target file, or of one tab-separated file.
 
     The name tells what a file is: .xml and .sgm have segments, train.tags.* has talks, others plain lines. Raises

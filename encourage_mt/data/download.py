@@ -8,7 +8,7 @@ import pooch
 import requests
 from tqdm import tqdm
 
-from .errors import UserError
+from ..errors import UserError
 
 ATTEMPTS = 5  # per address
 FIRST_PAUSE = 1.0  # seconds, doubled with every further attempt
@@ -21,7 +21,7 @@ class _Refused(Exception):
     """An address that more attempts will not mend."""
 
 
-def download(urls: "list[str]", path: Path, checksums: "list[str]") -> str:
+def download(urls: list[str], path: Path, checksums: list[str]) -> str:
     """Fetch the first of `urls` that serves a file with one of `checksums` ("sha256:..." or "md5:...") to `path`.
 
     Without checksums any file is taken that is no HTML page. What is unfinished lies beside as *.part; where there is a
@@ -45,7 +45,7 @@ def download(urls: "list[str]", path: Path, checksums: "list[str]") -> str:
     raise UserError(f"{path.name} cannot be downloaded ({'; '.join(reasons)}); with the file at hand, use --raw-dir")
 
 
-def matches(path: Path, checksums: "list[str]") -> bool:
+def matches(path: Path, checksums: list[str]) -> bool:
     """Whether the file has one of the checksums."""
     return any(pooch.file_hash(str(path), alg=c.split(":")[0]) == c.split(":")[1] for c in checksums)
 

@@ -19,11 +19,12 @@ import numpy as np
 import pooch
 from tqdm import tqdm
 
-from . import grammar, subwords
+from ..environment import cores, versions
+from ..errors import UserError
+from ..processes import locked, resolve, run_quietly
+from ..recipe import Recipe, split_files
+from . import subwords
 from .bitext import iterate_pairs
-from .commands import cores, locked, resolve, run_quietly, versions
-from .errors import UserError
-from .recipe import Recipe, split_files
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
@@ -34,9 +35,9 @@ DROP_TAGS = ["url", "talkid", "keywords"]
 def prepare(
     recipe: Recipe,
     work_dir: Path,
-    raw_dir: "Path | None" = None,
+    raw_dir: Path | None = None,
     download_dir: Path = DOWNLOADS,
-    workers: "int | None" = None,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The prepared data of `recipe` in `work_dir`/data, made there unless it is there already.
@@ -121,7 +122,7 @@ class _Preparation:
         duplicates, leakage = self._repetitions()
         manifest = {
             "options": self.recipe.preparation,
-            "sources": self.sources.found or {"grammar": {"sha256": hash_text(self.recipe.data)}},
+            "sources": self.sources.found,
             "pairs": {split: counts["kept"] for split, counts in self.counts.items()},
             "counts": self.counts,
             "text": {
@@ -157,15 +158,6 @@ class _Preparation:
         data = self.sources.choose()
         self.valid_every = data.get("valid_every")
         self.held_out = {}
-        if "generate" in data:
-            sizes = dict(data["generate"])
-            splits = grammar.generate(sizes.pop("seed"), sizes)
-            turned = self.languages == ("en", "de")
-            self.available = {
-                split: lambda pairs=pairs: (pair[::-1] if turned else pair for pair in pairs)
-                for split, pairs in splits.items()
-            }
-            return
         files = split_files(data)
         names = [name for lists in files.values() for pair in lists for name in pair]
         paths = self.sources.files(names, self.folder / "raw")
@@ -365,7 +357,7 @@ def _faults(counts):
     )
 
 
-def hold_out(pairs, sizes: "dict[str, int]") -> "dict[int, str]":
+def hold_out(pairs, sizes: dict[str, int]) -> dict[int, str]:
     """{place: split}: as many pairs for each split as `sizes` says, the same whenever the pairs are the same.
 
     Taken are pairs whose source and whose target each stand once in the whole corpus (case and white space aside), so

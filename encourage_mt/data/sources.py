@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 import pooch
 
+from ..errors import UserError
+from ..recipe import Recipe, split_files
 from .download import download, is_html, matches
-from .errors import UserError
-from .recipe import Recipe, split_files
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Sources:
     """
 
     recipe: Recipe
-    raw_dir: "Path | None"
+    raw_dir: Path | None
     download_dir: Path
 
     def __post_init__(self):
@@ -35,11 +35,11 @@ class Sources:
         if self.raw_dir is not None and not self.raw_dir.is_dir():
             raise UserError(f"{self.raw_dir}: no such folder")
 
-    def at_hand(self, name: str) -> "Path | None":
-        """The file in `raw_dir` (without it, and without addresses, by its own path), or None."""
+    def at_hand(self, name: str) -> Path | None:
+        """The file in `raw_dir` (without it, and without addresses, by its own path or beside the recipe), or None."""
         if self.raw_dir is None:
-            path = Path(name)
-            return path if not self.data.get("urls") and path.is_file() else None
+            paths = [] if self.data.get("urls") else [Path(name), self.recipe.folder / name]
+            return next((path for path in paths if path.is_file()), None)
         for folder in (self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus):
             for relative in (name, PurePosixPath(name).name):
                 if (folder / relative).is_file():
@@ -54,7 +54,7 @@ class Sources:
                 self.data = data
         return self.data
 
-    def files(self, names: "list[str]", extracted: Path) -> "dict[str, Path]":
+    def files(self, names: list[str], extracted: Path) -> dict[str, Path]:
         """{name: file} for names as the recipe has them; members of archives are extracted below `extracted`.
 
         Raises UserError if one is nowhere to be had, is not the published one, or if an archive is not to be trusted.
@@ -106,7 +106,7 @@ class Sources:
         return path
 
 
-def extract(archive: Path, members: "list[str]", folder: Path) -> None:
+def extract(archive: Path, members: list[str], folder: Path) -> None:
     """Write `members` of a .zip or (compressed) .tar file below `folder`.
 
     Nothing is written if the archive has a member that is a link or a device, or whose path is absolute or has `..`:

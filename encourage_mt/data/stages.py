@@ -14,9 +14,9 @@ from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 
+from ..errors import UserError
+from ..recipe import Recipe
 from . import subwords
-from .errors import UserError
-from .recipe import Recipe
 from .tokenization import PunctuationNormalizer, Tokenizer
 
 CHUNK = 1000  # pairs
@@ -24,13 +24,13 @@ WAITING = 4  # chunks under way for each worker: what bounds the memory
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def chunks(items: Iterable) -> "Iterator[list]":
+def chunks(items: Iterable) -> Iterator[list]:
     items = iter(items)
     while chunk := list(islice(items, CHUNK)):
         yield chunk
 
 
-def ordered_map(stage: Callable, items: Iterable, workers: int) -> "Iterator[tuple[list, object]]":
+def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tuple[list, object]]:
     """(chunk, stage(chunk)) for all chunks of `items`, in order; `stage` is picklable and keeps its caches by worker.
 
     Only a few chunks are held at a time. Raises UserError if a worker dies (out of memory).
@@ -132,9 +132,9 @@ class Encoded:
 
     kept: bytearray  # for each pair of the chunk, whether it is
     faults: Counter
-    text: "tuple[str, str]"  # lines of source and target
-    lengths: "tuple[array, array]"  # in pieces
-    hashes: "tuple[array, array, array]"  # of 64 bits: of source, target and pair before encoding
+    text: tuple[str, str]  # lines of source and target
+    lengths: tuple[array, array]  # in pieces
+    hashes: tuple[array, array, array]  # of 64 bits: of source, target and pair before encoding
     pieces: Counter  # empty unless asked for
 
 
@@ -144,7 +144,7 @@ class EncodeStage:
 
     options: dict
     prefix: Path
-    clean: "dict | None"
+    clean: dict | None
     count_pieces: bool
 
     @cached_property

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece
 from subword_nmt import apply_bpe, learn_bpe
 
-from .errors import UserError
+from ..errors import UserError
 
 SAMPLED_LINES = 4_000_000  # SentencePiece holds all it learns from
 CACHED_WORDS = 2**16
@@ -20,7 +20,7 @@ def remove_bpe(options: dict) -> str:
     return "@@ " if "merges" in options else "sentencepiece"
 
 
-def learn(pairs: "Iterable[tuple[str, str]]", count: int, options: dict, prefix: Path) -> dict:
+def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> dict:
     """Learn a joint model on both sides of `count` pairs; writes `prefix`.model (SentencePiece) or `prefix`.codes.
 
     options {"merges": N} is subword-nmt, on all lines; others are SentencePiece's trainer options, on at most
@@ -78,7 +78,7 @@ def encoder(options: dict, prefix: Path):
     return BPEEncoder(prefix) if "merges" in options else SentencePieceEncoder(prefix)
 
 
-def pieces(prefix: Path) -> "Iterator[str]":
+def pieces(prefix: Path) -> Iterator[str]:
     """All pieces of a SentencePiece model that text can be encoded into, without <unk> and its like."""
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     for index in range(model.get_piece_size()):

@@ -132,12 +132,12 @@ _NOT_PRINTING = regex.compile(r"\p{C}")
 tokenizer = functools.cache(Tokenizer)
 
 
-def tokenize(lines: "list[str]", language: str, aggressive_hyphens: bool = False) -> "list[str]":
+def tokenize(lines: list[str], language: str, aggressive_hyphens: bool = False) -> list[str]:
     """Moses tokens of each line, joined by spaces, XML-escaped."""
     return [tokenizer(language, aggressive_hyphens)(line) for line in lines]
 
 
-def detokenize(lines: "list[str]", language: str) -> "list[str]":
+def detokenize(lines: list[str], language: str) -> list[str]:
     """Plain text from Moses tokens: punctuation joined to its words, @-@ and XML escapes undone."""
     detokenizer = MosesDetokenizer(language)
     return [detokenizer.detokenize(line.split()) for line in lines]

@@ -10,10 +10,11 @@ from sacrebleu.significance import PairedTest
 from scipy import stats
 from tqdm import tqdm
 
+from ..data.bitext import read_lines
+from ..errors import UserError
+from ..files import read_json
+from ..training.run_folder import Run
 from . import scoring
-from .bitext import read_lines
-from .errors import UserError
-from .runs import Run, read_json
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -31,14 +32,14 @@ class Seeds:
     """
 
     metric: str
-    baseline: "dict[int, float]"
-    candidate: "dict[int, float]"
-    sentence_p: "dict[int, dict[str, float]]" = field(default_factory=dict)
+    baseline: dict[int, float]
+    candidate: dict[int, float]
+    sentence_p: dict[int, dict[str, float]] = field(default_factory=dict)
     gain: float = 0.0
-    interval: "tuple[float, float] | None" = None
-    p: "float | None" = None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
     test: str = ""
-    seeds_needed: "int | None" = None
+    seeds_needed: int | None = None
 
     def __post_init__(self):
         shared = sorted(set(self.baseline) & set(self.candidate))
@@ -76,7 +77,7 @@ class Seeds:
         interval = result.confidence_interval(CONFIDENCE)
         self.p, self.interval = float(result.pvalue), (float(interval.low), float(interval.high))
 
-    def rows(self) -> "list[list[str]]":
+    def rows(self) -> list[list[str]]:
         """Cells of a table: metric, seed, baseline, candidate, gain, p of both sentence-level tests; the mean last."""
         rows = []
         for seed in sorted(set(self.baseline) | set(self.candidate)):
@@ -112,7 +113,7 @@ class Seeds:
         )
 
 
-def seeds_needed(gain: float, spread: float, groups: int = 1) -> "int | None":
+def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
     """Seeds a side for 80% power of a two-sided t-test at 5% (noncentral t, Cohen 1988); None above 1,000.
 
     spread: for groups=1 (paired) the standard deviation of the gain over seeds, for groups=2 the square root of the
@@ -135,9 +136,9 @@ class Comparison:
 
     baseline: str
     candidate: str
-    tests: "dict[str, dict[str, Seeds]]"
-    signatures: "dict[str, str]"
-    differences: "list[str]"
+    tests: dict[str, dict[str, Seeds]]
+    signatures: dict[str, str]
+    differences: list[str]
 
     explanation = (
         "p (bootstrap) and p (randomization): sacreBLEU's paired tests over the sentences of one seed's test set, "
@@ -165,18 +166,18 @@ class Comparison:
         return "\n".join(lines)
 
 
-def markdown(header: "list[str]", rows: "list[list[str]]") -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
-def as_lines(signatures: "dict[str, str]") -> "list[str]":
+def as_lines(signatures: dict[str, str]) -> list[str]:
     """{metric: signature} as lines of Markdown."""
     return [f"{name} signature: `{signature}`  " for name, signature in signatures.items()]
 
 
-def mean(scores: "list[float]", digits: int = 2) -> str:
+def mean(scores: list[float], digits: int = 2) -> str:
     """Mean ± standard deviation; no deviation for one score."""
     spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.{digits}f}{spread}"
@@ -202,7 +203,7 @@ def read_comparison(path: Path) -> Comparison:
     return Comparison(**{**content, "tests": tests})
 
 
-def compare(baseline: "list[Run]", candidate: "list[Run]", allow_differences: bool = False) -> Comparison:
+def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool = False) -> Comparison:
     """Compare two groups of evaluated runs, each a number of seeds of one arm, on their test sets.
 
     Raises UserError if a run is not evaluated, a seed stands twice on a side, a translation is not the one that was
@@ -271,7 +272,7 @@ def results_of(run: Run) -> dict:
     return result
 
 
-def differences(results: "list[dict]", keys=("evaluation", "training", "signatures")) -> "list[str]":
+def differences(results: list[dict], keys=("evaluation", "training", "signatures")) -> list[str]:
     """What `results` (scores.json) do not share, as "name: value | value", each value once, in order."""
     found = []
     for key in keys:
@@ -288,7 +289,7 @@ def differences(results: "list[dict]", keys=("evaluation", "training", "signatur
     return found
 
 
-def paired_tests(pair: "list[tuple[Run, dict]]", split: str, text: dict) -> "dict[str, dict[str, float]]":
+def paired_tests(pair: list[tuple[Run, dict]], split: str, text: dict) -> dict[str, dict[str, float]]:
     """{"bs" (bootstrap) or "ar" (approximate randomization): {metric: p}} of sacreBLEU's own paired tests.
 
     They count chance differences above the observed one and not those equal to it, which where few sentences differ is

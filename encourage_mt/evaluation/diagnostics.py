@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import register
-from .commands import without_chatter
-from .errors import UserError
-from .evaluation import evaluated_checkpoint
-from .loss import loss_terms
-from .reference import LossOptions
-from .runs import Run, read_json, write_json
+from ..environment import quiet_imports
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..loss.functional import loss_terms
+from ..loss.options import LossOptions
+from ..plugin import register
+from ..training.run_folder import Run
+from .evaluate import evaluated_checkpoint
 
 SPLIT = "valid"
 PROBABILITY_EDGES = np.linspace(0, 1, 21)
@@ -64,7 +65,7 @@ def analyse(run: Run) -> dict:
 def load(checkpoint: Path, data: Path):
     """(model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
     logging.basicConfig(level=logging.WARNING)  # else a model of fairseq's sets DEBUG for all as it is imported
-    with without_chatter():
+    with quiet_imports():
         from fairseq import checkpoint_utils
 
         register()
@@ -86,7 +87,7 @@ def loss_options(criterion: dict) -> LossOptions:
     return options
 
 
-def batches(model, task, name: str) -> "Iterable[tuple[Tensor, Tensor]]":
+def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
     """(logits [tokens, V], target [tokens]) without padding, batch by batch, the model given the true prefix."""
     iterator = task.get_batch_iterator(task.dataset(SPLIT), max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
     device = next(model.parameters()).device
@@ -110,9 +111,7 @@ def frequencies(task) -> np.ndarray:
     return counts
 
 
-def measure(
-    batches: "Iterable[tuple[Tensor, Tensor]]", counts: np.ndarray, options: LossOptions, weight: Tensor
-) -> dict:
+def measure(batches: Iterable[tuple[Tensor, Tensor]], counts: np.ndarray, options: LossOptions, weight: Tensor) -> dict:
     """The figures of this module's docstring.
 
     batches: (logits [tokens, V], target [tokens]); counts: occurrences of each type in train [V]; options: the loss the
@@ -153,7 +152,7 @@ def measure(
     }
 
 
-def per_token(logits: Tensor, target: Tensor, options: LossOptions, weight: Tensor) -> "dict[str, Tensor]":
+def per_token(logits: Tensor, target: Tensor, options: LossOptions, weight: Tensor) -> dict[str, Tensor]:
     """Values of each token, [tokens] each; see this module's docstring. Computed in float64."""
     z = logits.detach().double().requires_grad_()
     loss = loss_terms(z, target, options, backend="reference").loss
@@ -194,7 +193,7 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray) -> dict:
     return {"error": error, "tokens": tokens, "confidence": mean_confidence, "accuracy": accuracy}
 
 
-def by_frequency(target: np.ndarray, guess: np.ndarray, counts: np.ndarray) -> "list[dict]":
+def by_frequency(target: np.ndarray, guess: np.ndarray, counts: np.ndarray) -> list[dict]:
     """Per range of frequency in train: target tokens, the share guessed right (accuracy), and F1 of guesses."""
     rows = []
     for low, high in zip(FREQUENCY_EDGES, (*FREQUENCY_EDGES[1:], np.inf), strict=True):

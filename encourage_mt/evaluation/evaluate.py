@@ -9,18 +9,21 @@ import pooch
 import torch
 from tqdm import tqdm
 
+from ..data.bitext import read_lines
+from ..data.prepare import data_checksum
+from ..data.subwords import restore_bytes
+from ..data.tokenization import detokenize
+from ..environment import USER_DIR, describe_hardware, versions
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..plugin.checkpoints import last_checkpoints, load_checkpoint
+from ..processes import describe_failure, resolve
+from ..training.run_folder import Run, mapping, read_log, training_settings
 from . import scoring
-from .averaging import average, last_checkpoints, load_checkpoint
-from .bitext import read_lines
-from .commands import USER_DIR, failure, machine, resolve, versions
-from .errors import UserError
-from .prepare import data_checksum
-from .runs import Run, mapping, read_json, read_log, training_settings, write_json
-from .subwords import restore_bytes
-from .tokenization import detokenize
+from .averaging import average
 
 
-def evaluate(run: Run, comet: "Path | None" = None) -> dict:
+def evaluate(run: Run, comet: Path | None = None) -> dict:
     """Scores of `run` on valid and the test sets, as kept in its scores.json; what is there is not made again.
 
     Leaves average.pt and one detokenized translation a set (SPLIT.LANG) beside it. Raises UserError if checkpoints
@@ -66,7 +69,7 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
         "scores": scores,
         "training": training,
         **speed(run.log),
-        "machine": machine(),
+        "machine": describe_hardware(),
         "versions": versions(),
         "provenance": run.provenance,
     }
@@ -74,7 +77,7 @@ def evaluate(run: Run, comet: "Path | None" = None) -> dict:
     return result
 
 
-def subsets(text: dict) -> "dict[str, str]":
+def subsets(text: dict) -> dict[str, str]:
     """{split: name of its binarized subset}: valid, and the test sets as test, test1, ..."""
     return {"valid": "valid", **{split: f"test{number or ''}" for number, split in enumerate(text["tests"])}}
 
@@ -90,7 +93,7 @@ def check_dictionary(data: Path, text: dict, state: dict) -> None:
             raise UserError(f"{path}: {types} types, the model has {embedded.size(0)}: it was trained on other data")
 
 
-def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -> "list[str]":
+def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -> list[str]:
     """Translations of a binarized subset, subwords undone, in the order of the source; kept in SPLIT.LANG.
 
     SPLIT.LANG is detokenized; where the data is tokenized, SPLIT.tok.LANG has what the model wrote, which is what is
@@ -117,7 +120,7 @@ def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -
                 hypotheses[int(match.group(1))] = match.group(2)
                 bar.update()
     if process.wait():
-        raise UserError(failure("fairseq-generate", process.returncode, log))
+        raise UserError(describe_failure("fairseq-generate", process.returncode, log))
     if sorted(hypotheses) != list(range(expected)):
         raise UserError(f"{split}: {len(hypotheses)} of {expected} sentences were translated (log: {log})")
     lines = [hypotheses[index] for index in range(expected)]
@@ -131,7 +134,7 @@ def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -
     return lines
 
 
-def score(run: Run, split: str, lines: "list[str]", text: dict, comet: "Path | None") -> dict:
+def score(run: Run, split: str, lines: list[str], text: dict, comet: Path | None) -> dict:
     """All scores of one set: of the detokenized text against the raw references, and of the tokenized text `lines`."""
     references = read_lines(run.data / "text" / f"{split}.{text['target']}")
     hypotheses = read_lines(run.folder / f"{split}.{text['target']}")
@@ -145,7 +148,7 @@ def score(run: Run, split: str, lines: "list[str]", text: dict, comet: "Path | N
     return result
 
 
-def write_lines(path: Path, lines: "list[str]") -> None:
+def write_lines(path: Path, lines: list[str]) -> None:
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "w", encoding="utf-8", newline="\n") as out:
         out.writelines(line + "\n" for line in lines)

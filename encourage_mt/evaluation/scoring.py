@@ -8,14 +8,14 @@ import pooch
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
-from .errors import UserError
+from ..errors import UserError
 
 TOKENIZED_BLEU = "BLEU on tokenized text"
 METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
 
-def metrics(language: str, lowercase: bool = False) -> "dict[str, Metric]":
+def metrics(language: str, lowercase: bool = False) -> dict[str, Metric]:
     """sacreBLEU, chrF++ and TER for detokenized text in `language` (a code such as de, zh, zh_CN or zho_Hans).
 
     BLEU tokenizes as sacreBLEU advises for the language: zh, ja-mecab, ko-mecab, else 13a. TER splits Chinese and
@@ -38,7 +38,7 @@ def metrics(language: str, lowercase: bool = False) -> "dict[str, Metric]":
     }
 
 
-def score(hypotheses: "list[str]", references: "list[str]", language: str, lowercase: bool = False) -> dict:
+def score(hypotheses: list[str], references: list[str], language: str, lowercase: bool = False) -> dict:
     """{metric: {"score", "signature"}} of detokenized text; sacreBLEU has its length ratio, hypothesis / reference.
 
     Raises UserError if the sides differ in length, all of one is empty, or a reference holds <<unk>>.
@@ -49,7 +49,7 @@ def score(hypotheses: "list[str]", references: "list[str]", language: str, lower
     }
 
 
-def tokenized_bleu(hypotheses: "list[str]", references: "list[str]") -> dict:
+def tokenized_bleu(hypotheses: list[str], references: list[str]) -> dict:
     """BLEU of text that is tokenized already, as fairseq-generate and the paper's table print it.
 
     It depends on the tokenizer and is not comparable with sacreBLEU of detokenized text. Same figure as
@@ -59,7 +59,7 @@ def tokenized_bleu(hypotheses: "list[str]", references: "list[str]") -> dict:
     return _corpus_score(BLEU(tokenize="none", force=True), hypotheses, references)
 
 
-def comet(model: Path, sources: "list[str]", hypotheses: "list[str]", references: "list[str]", gpus: int) -> dict:
+def comet(model: Path, sources: list[str], hypotheses: list[str], references: list[str], gpus: int) -> dict:
     """COMET (Rei et al. 2020) by a model on disk, a .ckpt of unbabel-comet with its hparams.yaml; nothing is fetched.
 
     Raises UserError if the package or the model is missing, or the score is no number.
@@ -83,7 +83,7 @@ def comet_signature(model: Path) -> str:
     return f"unbabel-comet:{package}|model:{model.name}|sha256:{pooch.file_hash(str(model))[:12]}"
 
 
-def check(hypotheses: "list[str]", references: "list[str]") -> None:
+def check(hypotheses: list[str], references: list[str]) -> None:
     """Raises UserError if the two cannot be scored against each other."""
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references: they must pair line by line")

@@ -22,7 +22,8 @@ import sys
 import torch
 from torch import Tensor
 
-from .reference import LossOptions, LossTerms, bonus_of, negative_slope, own_terms
+from .bonuses import bonus_of, scaled_slope
+from .options import LossOptions, LossTerms, clone_terms
 
 GROUP = 64  # types that are gathered together
 BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
@@ -48,7 +49,7 @@ class _Chunked(torch.autograd.Function):
         terms = _in_blocks(logits, target, options, ignored, gradient)
         ctx.gradient = gradient
         ctx.dtype = logits.dtype
-        loss, nll_loss, bonus = own_terms(terms, reduce)
+        loss, nll_loss, bonus = clone_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
@@ -101,7 +102,7 @@ def release_memory() -> None:
 
 def terms_over_logits(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
-) -> "tuple[Tensor, Tensor]":
+) -> tuple[Tensor, Tensor]:
     """(terms [3, tokens], gradient times `scale` [tokens, V] in the type of `logits`), spending `logits` for it."""
     gradient = logits.to(torch.promote_types(logits.dtype, torch.float32))
     terms = _in_blocks(gradient, target, options, ignored, gradient)
@@ -159,7 +160,7 @@ def _block(logits, target, options, out, needs_gradient):
     one_minus_top = rest / total
     one_minus_p = torch.cat([torch.where(is_top, one_minus_top, 1.0 - p[:, :1]), one_minus_top], dim=1)
     b = bonus_of(p, one_minus_p, options)
-    a = 1.0 + weight * negative_slope(p, one_minus_p, options)
+    a = 1.0 + weight * scaled_slope(p, one_minus_p, options)
     a_target, a_top = of_target * a[:, :1], a[:, 1:]
 
     nll_loss = log_total - shifted_target
@@ -234,7 +235,7 @@ class _Exact:
     def beyond(self, linear, options):
         """b(p) and a(p) less their linear forms, of each type gathered [groups chosen, GROUP]; 0 where p is 0."""
         one_minus_p, line = 1.0 - self.p, linear * self.p
-        return bonus_of(self.p, one_minus_p, options) + line, negative_slope(self.p, one_minus_p, options) - line
+        return bonus_of(self.p, one_minus_p, options) + line, scaled_slope(self.p, one_minus_p, options) - line
 
     def sum_rows(self, values):
         """Sum of `values` [groups chosen, GROUP] over the types of each row [rows, 1]."""

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from . import chunked, fused, reference
-from .reference import LossOptions, LossTerms
+from . import chunked, fused_projection, reference
+from .options import LossOptions, LossTerms
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def projected_loss_terms(
     ignore_index: int = -100,
     backend: str = "auto",
     accuracy: bool = False,
-) -> "tuple[LossTerms, Tensor]":
+) -> tuple[LossTerms, Tensor]:
     """`loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without ever holding [tokens, V].
 
     Also returns the number of targets predicted right, if `accuracy`. Raises ValueError if shapes do not fit, and for
@@ -76,7 +76,9 @@ def projected_loss_terms(
         )
     target = target.masked_fill(ignored, 0)
     with torch.autocast(device, enabled=False):
-        return fused.loss_terms(features, weight, target, options, ignored, implementation.terms_over_logits, accuracy)
+        return fused_projection.loss_terms(
+            features, weight, target, options, ignored, implementation.terms_over_logits, accuracy
+        )
 
 
 @functools.cache  # so that it logs once

@@ -12,7 +12,7 @@ the float32 product divided by it, both exact: eps/V = 3e-6 would be subnormal i
 import torch
 from torch import Tensor
 
-from .reference import LossOptions, LossTerms, own_terms
+from .options import LossOptions, LossTerms, clone_terms
 
 ROWS = 1024
 SCALE = 256.0
@@ -20,7 +20,7 @@ SCALE = 256.0
 
 def loss_terms(
     features: Tensor, weight: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, terms_over_logits, accuracy
-) -> "tuple[LossTerms, Tensor]":
+) -> tuple[LossTerms, Tensor]:
     """Sums over tokens for logits = features [tokens, D] @ weight.T [D, V], and the number of targets predicted right.
 
     `terms_over_logits` is that function of a backend. Only loss has a gradient, to features and weight. The number is
@@ -50,7 +50,7 @@ class _Fused(torch.autograd.Function):
             of_weight.add_(_product(gradient.T, features[block], exact), alpha=1 / scale)
         ctx.gradients = of_features, of_weight
         ctx.dtypes = features.dtype, weight.dtype
-        loss, nll_loss, bonus = own_terms(sums, reduce=False)
+        loss, nll_loss, bonus = clone_terms(sums, reduce=False)
         ctx.mark_non_differentiable(nll_loss, bonus, correct)
         return loss, nll_loss, bonus, correct
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import BONUSES, LOG_BONUS_FLOOR, LossOptions, LossTerms, own_terms
+from .bonuses import LOG_BONUS_FLOOR
+from .options import BONUSES, LossOptions, LossTerms, clone_terms
 
 STATISTICS = 7  # of a row: highest logit, 1 / total, top type, 1 - p of it, sum without it, sum of all, a of the target
 BLOCK = 4096  # types that a program holds at a time
@@ -37,7 +38,7 @@ class _Triton(torch.autograd.Function):
         terms.masked_fill_(ignored, 0.0)
         ctx.save_for_backward(logits, target, ignored, statistics)
         ctx.options = options
-        loss, nll_loss, bonus = own_terms(terms, reduce)
+        loss, nll_loss, bonus = clone_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
@@ -51,14 +52,14 @@ class _Triton(torch.autograd.Function):
 
 def terms_over_logits(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
-) -> "tuple[Tensor, Tensor]":
+) -> tuple[Tensor, Tensor]:
     """(terms [3, tokens], gradient times `scale` [tokens, V]); the gradient takes the place of `logits`."""
     terms, statistics = forward(logits, target, options)
     upstream = torch.where(ignored, 0.0, scale)
     return terms.masked_fill_(ignored, 0.0), backward(logits, target, options, statistics, upstream, logits)
 
 
-def forward(logits: Tensor, target: Tensor, options: LossOptions) -> "tuple[Tensor, Tensor]":
+def forward(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """(terms [3, tokens], statistics [STATISTICS, tokens]) of contiguous logits [tokens, V], in float32."""
     tokens, vocabulary = logits.shape
     terms = logits.new_empty((3, tokens), dtype=torch.float32)

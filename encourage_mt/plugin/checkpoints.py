@@ -9,13 +9,18 @@ import argparse
 import collections
 import functools
 import logging
+import re
 import typing
+from pathlib import Path
 
 import numpy
 import torch
 
+from ..errors import UserError, first_line
+
 logger = logging.getLogger(__name__)
 
+PATTERNS = {"epoch": r"checkpoint(\d+)\.pt", "update": r"checkpoint_\d+_(\d+)\.pt"}
 UNSAFE = (
     "torch %s runs whatever code a checkpoint carries: load %s only if you trust its source, or use torch 2.6 or newer"
 )
@@ -29,7 +34,7 @@ def install() -> None:
         warn_at_first_load()
 
 
-def torch_version() -> "tuple[int, int]":
+def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -98,3 +103,42 @@ def load(path) -> dict:
         return torch.load(path, map_location="cpu")
     with torch.serialization.safe_globals(types_in_files()):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint file. Raises UserError if it is missing, damaged, or not to be loaded safely."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        state = load(path)
+        state["model"].items()
+    except Exception as error:  # what a damaged pickle raises is without end
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({first_line(error)})") from None
+    return state
+
+
+def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Path]:
+    """The `count` newest epoch or update checkpoints in `run_dir`, oldest first; UserError if there are fewer."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such directory")
+    numbered = {}
+    for path in run_dir.iterdir():
+        match = re.fullmatch(PATTERNS[kind], path.name)
+        if match:
+            numbered[int(match.group(1))] = path
+    if len(numbered) < count:
+        raise UserError(f"{run_dir}: {len(numbered)} {kind} checkpoints found, {count} asked for")
+    return [numbered[number] for number in sorted(numbered)[-count:]]
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """checkpoint_last.pt or else the newest numbered checkpoint in `run_dir`; UserError if there is none."""
+    last = run_dir / "checkpoint_last.pt"
+    if last.exists():
+        return last
+    for kind in PATTERNS:
+        try:
+            return last_checkpoints(run_dir, 1, kind)[0]
+        except UserError:
+            continue
+    raise UserError(f"{run_dir}: no checkpoints there, so this is not the folder of a training")

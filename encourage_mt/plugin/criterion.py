@@ -16,8 +16,8 @@ from fairseq.models import FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
-from .loss import BACKENDS, loss_terms, projected_loss_terms
-from .reference import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range
+from ..loss.functional import BACKENDS, loss_terms, projected_loss_terms
+from ..loss.options import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range
 
 
 def option(default, help):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import first_line
+from ..errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def mend_last(folder: Path, suffix: str = "") -> None:
         sys.exit(CANNOT_SAVE)
 
 
-def saved_checkpoints(folder: Path, suffix: str) -> "list[Path]":
+def saved_checkpoints(folder: Path, suffix: str) -> list[Path]:
     """Epoch and update checkpoints, newest first, then checkpoint_best.pt."""
     found = {}
     for path in folder.glob("checkpoint*.pt"):
@@ -162,7 +162,7 @@ def saved_checkpoints(folder: Path, suffix: str) -> "list[Path]":
     return sorted(found, key=found.get, reverse=True)
 
 
-def damage(path: Path) -> "str | None":
+def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, None if nothing is: torch writes zip archives with checksums."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""One process of a distributed training: `torchrun ... encourage_mt/worker.py fairseq-train OPTIONS`.
+"""One process of a distributed training: `torchrun ... encourage_mt/plugin/worker.py fairseq-train OPTIONS`.
 
 fairseq reads its rank from torchrun's environment only where each node has several GPUs, and never on a CPU; elsewhere
 every process trains alone and overwrites the others' checkpoints. So each is told here. Run by its path, not as a
@@ -11,7 +11,7 @@ import sys
 import torch
 
 
-def placement(environment: "dict[str, str]", gpu: bool) -> dict:
+def placement(environment: dict[str, str], gpu: bool) -> dict:
     """fairseq's distributed options for the process that torchrun's `environment` describes; on a CPU with gloo."""
     options = {
         "distributed_world_size": environment["WORLD_SIZE"],

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
-from .runs import read_log
+from ..training.run_folder import read_log
 
 # Okabe and Ito (2008): blue and vermillion
 STYLES = ({"color": "#0072B2", "linestyle": "-", "marker": "o"}, {"color": "#D55E00", "linestyle": "--", "marker": "s"})
@@ -49,13 +49,13 @@ def axes(xlabel: str, ylabel: str):
     return figure, ax
 
 
-def bars(ax, values: "list[float]", offset: float, style: dict, label: str) -> None:
+def bars(ax, values: list[float], offset: float, style: dict, label: str) -> None:
     """One side's bars, beside those of the other: the second side's are hatched."""
     look = {"color": style["color"], "hatch": "" if offset < 0 else "//", "edgecolor": "white"}
     ax.bar(np.arange(len(values)) + offset, values, 0.4, label=label, **look)
 
 
-def learning_curves(groups: "dict[str, list]") -> "list[Chart]":
+def learning_curves(groups: dict[str, list]) -> list[Chart]:
     """Valid BLEU and nll over updates. groups: {label: runs}; runs without a log are left out."""
     charts = []
     for name, key, ylabel, what in (
@@ -88,7 +88,7 @@ def learning_curves(groups: "dict[str, list]") -> "list[Chart]":
     return charts
 
 
-def seed_scores(comparison) -> "list[Chart]":
+def seed_scores(comparison) -> list[Chart]:
     """sacreBLEU of each seed, a line from baseline to candidate where both have it."""
     charts = []
     for split, metrics in comparison.tests.items():
@@ -109,7 +109,7 @@ def seed_scores(comparison) -> "list[Chart]":
     return charts
 
 
-def inside(groups: "dict[str, list[dict]]") -> "list[Chart]":
+def inside(groups: dict[str, list[dict]]) -> list[Chart]:
     """The pictures of analysis.py, means over seeds. groups: {label: analyses}."""
     charts = []
 
@@ -210,7 +210,7 @@ def inside(groups: "dict[str, list[dict]]") -> "list[Chart]":
     return charts
 
 
-def bleu_by_length(split: str, groups: "dict[str, list[list[str]]]", references: "list[str]", bleu: BLEU) -> Chart:
+def bleu_by_length(split: str, groups: dict[str, list[list[str]]], references: list[str], bleu: BLEU) -> Chart:
     """Corpus BLEU of the sentences whose reference has so many words. groups: {label: hypotheses of each seed}."""
     lengths = np.array([len(reference.split()) for reference in references])
     bins = list(zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], np.inf), strict=True))

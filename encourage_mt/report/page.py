@@ -8,13 +8,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from . import scoring
-from .analysis import analyse
-from .bitext import read_lines
-from .comparison import Comparison, results_of
-from .errors import UserError
-from .figures import bleu_by_length, inside, learning_curves, seed_scores
-from .runs import Run, read_json
+from ..data.bitext import read_lines
+from ..errors import UserError
+from ..evaluation import scoring
+from ..evaluation.comparison import Comparison, results_of
+from ..evaluation.diagnostics import analyse
+from ..files import read_json
+from ..training.run_folder import Run
+from .charts import bleu_by_length, inside, learning_curves, seed_scores
 
 DISAGREEMENTS = 10
 FILES = {"report.html", "report.md", "comparison.json", "figures"}
@@ -25,7 +26,7 @@ INSIDE = (
 )
 
 
-def write_report(comparison: Comparison, baseline: "list[Run]", candidate: "list[Run]", output: Path) -> None:
+def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Run], output: Path) -> None:
     """Write report.html, report.md, comparison.json and figures/ into the folder `output`, whole or not at all.
 
     An earlier report there is replaced. Raises UserError if `output` holds anything else.
@@ -65,8 +66,10 @@ def write_report(comparison: Comparison, baseline: "list[Run]", candidate: "list
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "figures").mkdir(parents=True)
-    page = Environment(loader=PackageLoader("encourage_mt", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = page.get_template("report.html.j2").render(
+    page = Environment(
+        loader=PackageLoader("encourage_mt.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    html = page.get_template("page.html.j2").render(
         comparison=comparison, facts=facts, sections=sections, disagreements=disagreements, seed=seed, runs=runs
     )
     (partial / "report.html").write_text(html, encoding="utf-8")
@@ -82,7 +85,7 @@ def write_report(comparison: Comparison, baseline: "list[Run]", candidate: "list
     partial.rename(output)
 
 
-def seed_pair(baseline: "list[Run]", candidate: "list[Run]") -> "tuple[str, list[Run]]":
+def seed_pair(baseline: list[Run], candidate: list[Run]) -> tuple[str, list[Run]]:
     """The runs whose translations are shown: the first seed both have, else the first run of each."""
     seeds = [{run.seed: run for run in side} for side in (baseline, candidate)]
     for seed in seeds[0]:
@@ -91,7 +94,7 @@ def seed_pair(baseline: "list[Run]", candidate: "list[Run]") -> "tuple[str, list
     return f"{baseline[0].seed} and {candidate[0].seed}", [baseline[0], candidate[0]]
 
 
-def disagree(sources: "list[str]", references: "list[str]", outputs: "dict[str, list[str]]") -> "list[dict]":
+def disagree(sources: list[str], references: list[str], outputs: dict[str, list[str]]) -> list[dict]:
     """The sentences whose chrF++ differs most between two systems: the worst regressions, then the best gains.
 
     outputs: {label: hypotheses} of baseline and candidate. A row has line (from 1), source, reference, scores, gain,
@@ -118,7 +121,7 @@ def disagree(sources: "list[str]", references: "list[str]", outputs: "dict[str, 
     return worse + better
 
 
-def marked(line: str, reference: str) -> "list[tuple[str, bool]]":
+def marked(line: str, reference: str) -> list[tuple[str, bool]]:
     """Words of `line`, each with whether it stands outside what `line` and `reference` share in order."""
     words = line.split()
     shared = set()

@@ -3,8 +3,8 @@
 import shlex
 import statistics
 
-from .comparison import HEADLINE, Comparison, Seeds, as_lines, markdown, mean
-from .recipe import Recipe
+from ..evaluation.comparison import HEADLINE, Comparison, Seeds, as_lines, markdown, mean
+from ..recipe import Recipe
 
 INSIDE = {
     "valid nll (nats)": lambda a: a["nll"],
@@ -16,7 +16,7 @@ INSIDE = {
 }
 
 
-def runs_table(results: "list[dict]") -> str:
+def runs_table(results: list[dict]) -> str:
     """A row for each run (its scores.json) and set, signatures beneath."""
     names = metric_names(results)
     rows = []
@@ -33,7 +33,7 @@ def runs_table(results: "list[dict]") -> str:
     return "\n".join([markdown(header, rows), "", *signature_lines(results)])
 
 
-def arms_table(results: "list[dict]", comparisons: "list[Comparison]") -> str:
+def arms_table(results: list[dict], comparisons: list[Comparison]) -> str:
     """A row for each arm and test set: mean ± standard deviation over seeds, gain and p where the arm is a candidate.
 
     Gains are over the first arm and the baselines of `comparisons` of which the arm is the candidate: of the seeds that
@@ -66,13 +66,13 @@ def arms_table(results: "list[dict]", comparisons: "list[Comparison]") -> str:
     return "\n".join([markdown(header, rows), "", *flags, *signature_lines(results), *setting(results)])
 
 
-def of_shared_seeds(*sides: "dict[int, float]") -> "list[dict[int, float]]":
+def of_shared_seeds(*sides: dict[int, float]) -> list[dict[int, float]]:
     """Figures by seed of two arms, of the seeds that both have; as they are if they share none."""
     shared = sorted(set(sides[0]) & set(sides[1]))
     return [{seed: side[seed] for seed in shared} for side in sides] if shared else list(sides)
 
 
-def gain_over(baseline: "list[dict]", candidate: "list[dict]", split: str) -> "tuple[Seeds, str]":
+def gain_over(baseline: list[dict], candidate: list[dict], split: str) -> tuple[Seeds, str]:
     """The gain of the seeds that both arms have, or of all if they share none, and ", seed ..." where not all count."""
     sides = [{r["seed"]: r["scores"][split][HEADLINE]["score"] for r in group} for group in (baseline, candidate)]
     compared = of_shared_seeds(*sides)
@@ -80,14 +80,14 @@ def gain_over(baseline: "list[dict]", candidate: "list[dict]", split: str) -> "t
     return Seeds(HEADLINE, *compared), of
 
 
-def sentence_tests(p: "dict[int, dict[str, float]]", gain: Seeds) -> str:
+def sentence_tests(p: dict[int, dict[str, float]], gain: Seeds) -> str:
     """p by seed; with the seeds named where not all that the gain is of were tested."""
     tested = sorted(set(p) & set(gain.baseline) & set(gain.candidate))
     of = "" if set(tested) == set(gain.baseline) or not tested else f"seed {', '.join(map(str, tested))}: "
     return of + ", ".join(f"{p[seed]['ar']:.3f}" for seed in tested)
 
 
-def setting(results: "list[dict]") -> "list[str]":
+def setting(results: list[dict]) -> list[str]:
     """What the runs share, in words, and what they were trained on; where they differ, each value."""
 
     def each(part, name):
@@ -115,7 +115,7 @@ def setting(results: "list[dict]") -> "list[str]":
     ]
 
 
-def inside_table(results: "list[dict]") -> str:
+def inside_table(results: list[dict]) -> str:
     """A row for each arm: mean ± standard deviation of the figures of analysis.py that results have as "inside"."""
     rows = []
     for arm, group in by_arm([result for result in results if "inside" in result]).items():
@@ -124,7 +124,7 @@ def inside_table(results: "list[dict]") -> str:
     return markdown(["arm", "seeds", *INSIDE], rows)
 
 
-def curve(records: "list[dict]") -> "list[dict]":
+def curve(records: list[dict]) -> list[dict]:
     """What a log (runs.read_log) says of valid after each epoch: greedy BLEU, and nll in bits per token.
 
     Of an epoch that stands there twice, because its checkpoint was lost, the last.
@@ -134,7 +134,7 @@ def curve(records: "list[dict]") -> "list[dict]":
     return [{name: float(record[key]) for name, key in names.items()} for record in ends.values()]
 
 
-def curve_table(results: "list[dict]") -> str:
+def curve_table(results: list[dict]) -> str:
     """A row for each epoch that all have: mean ± deviation of each arm's `curve`, gap of BLEU to the first arm.
 
     The gap is of the seeds that both arms have, or of all if they share none. Results without a "curve" are left out.
@@ -159,7 +159,7 @@ def curve_table(results: "list[dict]") -> str:
     return markdown(["epoch", "updates", *header, *(f"nll {arm} (bits)" for arm in names)], rows)
 
 
-def published_table(recipe: Recipe, results: "list[dict]") -> str:
+def published_table(recipe: Recipe, results: list[dict]) -> str:
     """The figures that the recipe's `published` names, and beneath them ours, or "not yet run"."""
     published = recipe.published
     metric, theirs = published["metric"], list(published["scores"].values())
@@ -175,7 +175,7 @@ def published_table(recipe: Recipe, results: "list[dict]") -> str:
     return markdown([metric, *arms, "gain"], rows)
 
 
-def inside_figures(analysis: dict) -> "dict[str, float]":
+def inside_figures(analysis: dict) -> dict[str, float]:
     """The figures of `inside_table` from an analysis.json."""
     return {name: figure(analysis) for name, figure in INSIDE.items()}
 
@@ -186,16 +186,16 @@ def criterion_flags(result: dict) -> str:
     return shlex.join(words[words.index("--criterion") :])
 
 
-def by_arm(results: "list[dict]") -> "dict[str, list[dict]]":
+def by_arm(results: list[dict]) -> dict[str, list[dict]]:
     """{arm: its results}, in order of appearance."""
     return {arm: [r for r in results if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in results)}
 
 
-def metric_names(results: "list[dict]") -> "list[str]":
+def metric_names(results: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for result in results for scores in result["scores"].values() for name in scores))
 
 
-def signature_lines(results: "list[dict]") -> "list[str]":
+def signature_lines(results: list[dict]) -> list[str]:
     found = {}
     for scores in (scores for result in results for scores in result["scores"].values()):
         found.update({name: entry["signature"] for name, entry in scores.items()})

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import register
-from .commands import without_chatter
-from .errors import UserError
-from .recipe import Recipe
+from ..environment import USER_DIR, quiet_imports
+from ..errors import UserError
+from ..plugin import register
+from ..recipe import Recipe
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = USER_DIR / "plugin" / "worker.py"
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 
@@ -29,7 +29,7 @@ class Cluster:
     gpus: int = 1
     nodes: int = 1
     node: int = 0
-    master: "str | None" = None
+    master: str | None = None
 
     def __post_init__(self):
         for name in ("gpus", "nodes"):
@@ -47,7 +47,7 @@ class Cluster:
         if here and self.gpus * parallel > here and self.gpus > 1:
             raise UserError(f"{parallel} x --gpus {self.gpus}: this machine has {here}")
 
-    def devices(self, place: int) -> "dict[str, str]":
+    def devices(self, place: int) -> dict[str, str]:
         """Environment that gives the training at `place` (from 0) its share of the machine's GPUs, in turn."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         here = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
@@ -59,7 +59,7 @@ class Cluster:
     def processes(self) -> int:
         return self.gpus * self.nodes
 
-    def launcher(self) -> "list[str]":
+    def launcher(self) -> list[str]:
         """The words before those of fairseq-train: none for one process, else torchrun with one worker a GPU."""
         if self.processes == 1:
             return []
@@ -93,7 +93,7 @@ def tokens_per_update(recipe: Recipe) -> int:
     return recipe.train["max-tokens"] * recipe.train.get("update-freq", 1)
 
 
-def launch_command(recipe: Recipe, command: "list[str]", cluster: Cluster, folder: Path) -> "list[str]":
+def launch_command(recipe: Recipe, command: list[str], cluster: Cluster, folder: Path) -> list[str]:
     """`command`, a fairseq-train of one process, as it is started on `cluster`.
 
     bf16 goes by way of fairseq-hydra-train and `folder`/train.yaml (see hydra_config), for `--bf16` does not work on
@@ -113,7 +113,7 @@ def launch_command(recipe: Recipe, command: "list[str]", cluster: Cluster, folde
     return [*cluster.launcher(), *words]
 
 
-def hydra_config(command: "list[str]") -> str:
+def hydra_config(command: list[str]) -> str:
     """The YAML with which fairseq-hydra-train does what the fairseq-train `command` does, in bf16.
 
     Options are sorted into their sections by fairseq itself. Raises UserError for architectures other than
@@ -121,7 +121,7 @@ def hydra_config(command: "list[str]") -> str:
     """
     place = command.index("--user-dir")
     words = command[1:place] + command[place + 2 :]  # registered below
-    with without_chatter():
+    with quiet_imports():
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
         from fairseq.models.transformer import TransformerConfig

@@ -1,13 +1,13 @@
 """A run is the folder of one training: what it holds, how it was trained, what its log says."""
 
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .averaging import load_checkpoint, newest_checkpoint
-from .errors import UserError
-from .recipe import Recipe
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
+from ..recipe import Recipe
 
 
 @dataclass
@@ -152,14 +152,14 @@ def _plain(options, section):
     return {section if name == "_name" else name: value for name, value in options.items()}
 
 
-def read_log(log: Path) -> "list[dict]":
+def read_log(log: Path) -> list[dict]:
     """The JSON records of a fairseq log, in order; values are the strings fairseq prints. Empty without a log."""
     if not log.exists():
         return []
     return list(filter(None, map(record_of, log.read_text(encoding="utf-8", errors="replace").splitlines())))
 
 
-def record_of(line: str) -> "dict | None":
+def record_of(line: str) -> dict | None:
     """The JSON record at the end of a line of a fairseq log, if there is one."""
     start = line.find("{")
     if start < 0 or not line.endswith("}") or '"epoch"' not in line:
@@ -168,21 +168,3 @@ def record_of(line: str) -> "dict | None":
         return json.loads(line[start:])
     except json.JSONDecodeError:
         return None
-
-
-def read_json(path: Path) -> dict:
-    """Raises UserError if the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.tolist())  # numpy's numbers
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)

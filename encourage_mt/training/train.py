@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .cluster import Cluster, hydra_config, launch_command
-from .commands import USER_DIR, failure, git_revision, job_environment, locked, machine, resolve, versions
-from .errors import UserError
-from .interruption import STOPPED
-from .prepare import data_checksum
-from .recipe import Recipe, as_flags
-from .runs import Run, record_of
+from ..data.prepare import data_checksum
+from ..environment import USER_DIR, describe_hardware, git_revision, versions
+from ..errors import UserError
+from ..plugin.fault_tolerance import STOPPED
+from ..processes import describe_failure, job_environment, locked, resolve
+from ..recipe import Recipe, as_flags
+from .launch import Cluster, hydra_config, launch_command
+from .run_folder import Run, record_of
 
 
 def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, precision: str) -> Run:
@@ -45,13 +46,13 @@ def record(run: Run, recipe: Recipe, cluster: Cluster) -> None:
         "processes": cluster.processes,
         "versions": versions(),
         "git_revision": git_revision(),
-        "machine": machine(),
+        "machine": describe_hardware(),
     }
     run.provenance = {"data_sha256": data_checksum(run.data), "starts": [] if run.is_done else [start]}
     run.save()
 
 
-def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) -> None:
+def train(runs: list[Run], recipe: Recipe, cluster: Cluster, parallel: int) -> None:
     """Train what is not done, `parallel` at a time, each on `cluster`; fairseq resumes from its last checkpoint.
 
     Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
@@ -93,7 +94,7 @@ def train(runs: "list[Run]", recipe: Recipe, cluster: Cluster, parallel: int) ->
                     if code == STOPPED:
                         sys.exit(STOPPED)
                     if code:
-                        failures.append(failure("fairseq-train", code, training.run.log))
+                        failures.append(describe_failure("fairseq-train", code, training.run.log))
                     else:
                         (training.run.folder / "train.done").touch()
             whole.n = ended + sum(training.bar.n for training in active)
@@ -120,7 +121,7 @@ def progress_bar(name: str, total: int, unit: str, place: int) -> tqdm:
 class Training:
     """A running fairseq-train and its progress bar in line `place` of the terminal."""
 
-    def __init__(self, run: Run, recipe: Recipe, cluster: Cluster, environment: "dict[str, str]", place: int):
+    def __init__(self, run: Run, recipe: Recipe, cluster: Cluster, environment: dict[str, str], place: int):
         self.run, self.place = run, place
         command = shlex.split(run.command)
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, refused, run
 
-from encourage_mt import evaluation, scoring
-from encourage_mt.averaging import load_checkpoint
 from encourage_mt.cli import main
-from encourage_mt.runs import read_json, read_log, write_json
+from encourage_mt.evaluation import evaluate, scoring
+from encourage_mt.files import read_json, write_json
+from encourage_mt.plugin.checkpoints import load_checkpoint
+from encourage_mt.training.run_folder import read_log
 
 RUNS = ("ce.seed1", "el.seed1", "ce.seed2", "el.seed2")
 
@@ -211,10 +212,10 @@ def translated(monkeypatch):
     def with_change(change):
         def translate(run, checkpoint, split, subset, text):
             lines = change((run.data / "text" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1])
-            evaluation.write_lines(run.folder / f"{split}.en", lines)
+            evaluate.write_lines(run.folder / f"{split}.en", lines)
             return lines
 
-        monkeypatch.setattr(evaluation, "translate", translate)
+        monkeypatch.setattr(evaluate, "translate", translate)
 
     return with_change
 

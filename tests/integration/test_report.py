@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import refused, run
 
-from encourage_mt import scoring
 from encourage_mt.cli import main
-from encourage_mt.figures import learning_curves
-from encourage_mt.report import disagree, marked
-from encourage_mt.runs import open_run, read_json, write_json
+from encourage_mt.evaluation import scoring
+from encourage_mt.files import read_json, write_json
+from encourage_mt.report.charts import learning_curves
+from encourage_mt.report.page import disagree, marked
+from encourage_mt.training.run_folder import open_run
 
 CHARTS = {
     *("seeds_test", "length_test", "valid_bleu", "valid_nll", "representation", "energy", "margin", "probability"),

@@ -14,17 +14,18 @@ import pytest
 import torch
 from conftest import EL, TINY, run, write_recipe
 
-from encourage_mt import commands, interruption, safe_checkpoints
-from encourage_mt.runs import read_log
+from encourage_mt import processes
+from encourage_mt.plugin import checkpoints, fault_tolerance
+from encourage_mt.training.run_folder import read_log
 
 
 def command(data, folder, *options):
     """fairseq-train on the tiny corpus, many short epochs."""
-    argv = ["fairseq-train", data / "data-bin", "--user-dir", commands.USER_DIR, "--save-dir", folder, *EL, "--cpu"]
+    argv = ["fairseq-train", data / "data-bin", "--user-dir", processes.USER_DIR, "--save-dir", folder, *EL, "--cpu"]
     for name, value in {**TINY["train"], "max-tokens": 400, "max-epoch": 20}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", value]
     argv += ["--disable-validation", "--log-format", "json", "--log-interval", "1", "--num-workers", "0"]
-    return commands.resolve([str(word) for word in (*argv, "--required-batch-size-multiple", "1", *options)])
+    return processes.resolve([str(word) for word in (*argv, "--required-batch-size-multiple", "1", *options)])
 
 
 def finish(argv):
@@ -52,7 +53,7 @@ def updates_in(log):
 
 
 def model(folder):
-    return safe_checkpoints.load(folder / "checkpoint_last.pt")["model"]
+    return checkpoints.load(folder / "checkpoint_last.pt")["model"]
 
 
 def assert_identical(first, second):
@@ -78,7 +79,7 @@ def test_sigterm_saves_and_the_next_run_ends_as_if_nothing_had_been(undisturbed,
     process = start(argv, log)
     wait_for(lambda: updates_in(log) > 50, process)  # in the third epoch or so
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == interruption.STOPPED == 143
+    assert process.wait(60) == fault_tolerance.STOPPED == 143
     assert "stopped by SIGTERM after" in log.read_text()
     subprocess.run(argv, check=True, capture_output=True)
     assert_identical(model(undisturbed), model(tmp_path))
@@ -142,7 +143,7 @@ def flip_a_byte(path):
 def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one(harm, saved, caplog):
     harm(saved / "checkpoint_last.pt")
     truncate(saved / "checkpoint4.pt")
-    interruption.mend_last(saved)
+    fault_tolerance.mend_last(saved)
     assert (saved / "checkpoint_last.pt").read_bytes() == (saved / "checkpoint3.pt").read_bytes()
     assert "checkpoint4.pt is damaged" in caplog.text and "resuming from" in caplog.text
     if harm is not Path.unlink:
@@ -168,7 +169,7 @@ def test_the_order_of_checkpoints(tmp_path):
     names = ["checkpoint_best.pt", "checkpoint2.pt", "checkpoint_2_30.pt", "checkpoint_11_90.pt", "checkpoint10.pt"]
     for name in (*names, "checkpoint_last.pt", "checkpoint1.pt.tmp", "other.pt"):
         (tmp_path / name).touch()
-    found = [path.name for path in interruption.saved_checkpoints(tmp_path, "")]
+    found = [path.name for path in fault_tolerance.saved_checkpoints(tmp_path, "")]
     assert found == [
         "checkpoint_11_90.pt",
         "checkpoint10.pt",
@@ -179,7 +180,7 @@ def test_the_order_of_checkpoints(tmp_path):
 
 
 def test_a_new_folder_needs_no_mending(tmp_path):
-    interruption.mend_last(tmp_path)
+    fault_tolerance.mend_last(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +195,7 @@ def test_what_cannot_be_written_leaves_nothing_and_ends_in_one_line(tmp_path, mo
     (tmp_path / "checkpoint_last.pt").write_bytes(b"whole")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stop:
-        interruption.save_whole({}, str(tmp_path / "checkpoint_last.pt"))
+        fault_tolerance.save_whole({}, str(tmp_path / "checkpoint_last.pt"))
     assert stop.value.code == 2 and "no space left" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_last.pt"]
     assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"whole"
@@ -216,7 +217,7 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, ti
     done = finish(command(tiny[1], small_disk))
     assert done.returncode == 2 and "Traceback" not in done.said
     assert done.said.count("cannot save") == 1 and "no space left" in done.said
-    assert interruption.damage(small_disk / "checkpoint_last.pt") is None
+    assert fault_tolerance.damage(small_disk / "checkpoint_last.pt") is None
     assert not list(small_disk.glob("*.tmp"))
     for path in small_disk.glob("checkpoint[0-9].pt"):
         path.unlink()
@@ -234,7 +235,7 @@ def long_run(tiny, tmp_path):
     work.mkdir()
     run("encourage-mt", "prepare", recipe, "--work-dir", work)
     argv = ["encourage-mt", "train", str(recipe), "--work-dir", str(work), "--criterion", "el"]
-    return commands.resolve(argv), work / "el.seed1"
+    return processes.resolve(argv), work / "el.seed1"
 
 
 def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
@@ -244,7 +245,7 @@ def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
     process.terminate()
     assert process.wait(60) == 143
     assert "stopped by SIGTERM after" in (folder / "train.log").read_text()
-    assert interruption.damage(folder / "checkpoints" / "checkpoint_last.pt") is None
+    assert fault_tolerance.damage(folder / "checkpoints" / "checkpoint_last.pt") is None
     record = commands_of(folder)
     (first,) = record["provenance"]["starts"]
     assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__
@@ -252,7 +253,7 @@ def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
 
 
 def commands_of(folder):
-    from encourage_mt.runs import read_json
+    from encourage_mt.files import read_json
 
     return read_json(folder / "run.json")
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
-from encourage_mt import commands, safe_checkpoints
-from encourage_mt.commands import USER_DIR
-from encourage_mt.runs import read_log
+from encourage_mt import processes
+from encourage_mt.environment import USER_DIR
+from encourage_mt.plugin import checkpoints
+from encourage_mt.training.run_folder import read_log
 
 
 def log_of(text, tmp_path):
@@ -33,15 +34,15 @@ def hypotheses(output):
 
 
 def test_jobs_share_the_cores_and_what_the_user_set_for_glibc_stays(monkeypatch):
-    monkeypatch.setattr(commands, "cores", lambda: 8)
+    monkeypatch.setattr(processes, "cores", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
-    environment = commands.job_environment(3)
+    environment = processes.job_environment(3)
     assert environment["OMP_NUM_THREADS"] == "2" and environment["MALLOC_MMAP_MAX_"] == "7"
     assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 10**12
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "MALLOC_TRIM_THRESHOLD_" not in commands.job_environment(3)
+    assert "MALLOC_TRIM_THRESHOLD_" not in processes.job_environment(3)
 
 
 def test_training_logs_likelihood_and_bonus(el_run):
@@ -105,7 +106,7 @@ class RunsCode:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.skipif(safe_checkpoints.torch_version() < (2, 6), reason="torch before 2.6 cannot load safely")
+@pytest.mark.skipif(checkpoints.torch_version() < (2, 6), reason="torch before 2.6 cannot load safely")
 def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     _, data = tiny
     proof, hostile = tmp_path / "proof", tmp_path / "hostile.pt"
@@ -123,10 +124,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     assert proof.exists(), "the checkpoint is indeed hostile"
 
 
-@pytest.mark.skipif(safe_checkpoints.torch_version() < (2, 6), reason="torch before 2.6 has no allow-list")
+@pytest.mark.skipif(checkpoints.torch_version() < (2, 6), reason="torch before 2.6 has no allow-list")
 def test_the_allow_list_is_what_a_checkpoint_with_eval_bleu_needs(el_run):
     path = el_run / "checkpoint_last.pt"
-    listed = safe_checkpoints.types_in_files()
+    listed = checkpoints.types_in_files()
 
     def loads(entries):
         with torch.serialization.safe_globals(entries):
@@ -181,7 +182,7 @@ def test_options_out_of_range_end_in_one_line(option, value, expected, train, tm
 def test_help_texts_show_the_defaults():
     """fairseq-train --help stops before it adds a criterion's options, so the criterion's own parser is asked."""
     code = (
-        "import argparse, fairseq.criterions, encourage_mt.criterion as c; parser = argparse.ArgumentParser(); "
+        "import argparse, fairseq.criterions, encourage_mt.plugin.criterion as c; parser = argparse.ArgumentParser(); "
         "c.LabelSmoothedEncouragingLossCriterion.add_args(parser); print(parser.format_help())"
     )
     shown = " ".join(run(sys.executable, "-c", code).stdout.split())
@@ -219,7 +220,7 @@ def hydra_train(data, save_dir, *options, code=0):
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
     _, data = tiny
     hydra_train(data, tmp_path)
-    state = safe_checkpoints.load(tmp_path / "checkpoint_last.pt")
+    state = checkpoints.load(tmp_path / "checkpoint_last.pt")
     assert state["cfg"]["criterion"]["log_end"] == 0.75
     generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout
     assert len(hypotheses(generated)) == 21

@@ -11,10 +11,10 @@ import yaml
 from conftest import ROOT, run
 from fairseq.data import Dictionary, data_utils
 
-from encourage_mt.bitext import read_lines
-from encourage_mt.prepare import data_checksum, prepare
+from encourage_mt.data.bitext import read_lines
+from encourage_mt.data.prepare import data_checksum, prepare
+from encourage_mt.data.subwords import restore_bytes
 from encourage_mt.recipe import load_recipe
-from encourage_mt.subwords import restore_bytes
 
 SHARED = ROOT.parent / "shared" / "data"
 

@@ -5,19 +5,20 @@ import json
 import random
 import time
 
+import grammar
 import pytest
 import regex
 from conftest import write_recipe
 from sacremoses import MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 
-from encourage_mt import grammar, stages, subwords
+from encourage_mt.data import stages, subwords
+from encourage_mt.data.prepare import data_checksum, prepare
+from encourage_mt.data.stages import fault, hash64, ordered_map
+from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
+from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
 from encourage_mt.errors import UserError
-from encourage_mt.prepare import data_checksum, prepare
 from encourage_mt.recipe import load_recipe
-from encourage_mt.stages import fault, hash64, ordered_map
-from encourage_mt.subwords import BPEEncoder, learn, restore_bytes
-from encourage_mt.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
 
 # what the rules look at: full stops, prefixes, commas, numbers, apostrophes, dots, hyphens, quotes, spaces, controls
 BITS = [*"aZé5'’\".,  -`:;!?()[]|<>&/…«»„“–—%№ßĳ٣あ漢😀@#sdmn\u00a0\u2028\x85\x01"]

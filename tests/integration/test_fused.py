@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_criterion import SIZES, build_model, make_sample, task  # noqa: F401
 
-from encourage_mt import fused
-from encourage_mt.criterion import LabelSmoothedEncouragingLossCriterion
-from encourage_mt.loss import loss_terms, projected_loss_terms
-from encourage_mt.reference import LossOptions
+from encourage_mt.loss import fused_projection
+from encourage_mt.loss.functional import loss_terms, projected_loss_terms
+from encourage_mt.loss.options import LossOptions
+from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossCriterion
 
 PAD = 1
 
@@ -17,7 +17,7 @@ PAD = 1
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A handful of tokens then spans several blocks, the last one short."""
-    monkeypatch.setattr(fused, "ROWS", 8)
+    monkeypatch.setattr(fused_projection, "ROWS", 8)
 
 
 def make(tokens=27, vocabulary=90, width=12, dtype=torch.float64):

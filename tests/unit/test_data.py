@@ -5,14 +5,14 @@ import hashlib
 import json
 import os
 
+import grammar
 import pytest
 import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
-from encourage_mt import grammar
-from encourage_mt.bitext import iterate_pairs, iterate_segments, read_lines
+from encourage_mt.data.bitext import iterate_pairs, iterate_segments, read_lines
+from encourage_mt.data.prepare import data_checksum, prepare
 from encourage_mt.errors import UserError
-from encourage_mt.prepare import data_checksum, prepare
 from encourage_mt.recipe import load_recipe
 
 
@@ -182,7 +182,7 @@ def test_no_space_left_is_told_and_nothing_is_left(tmp_path, monkeypatch):
     def on_full_disk(path, mode="r"):
         return open("/dev/full" if mode == "w" else path, mode, encoding="utf-8")
 
-    monkeypatch.setattr("encourage_mt.prepare._open", on_full_disk)
+    monkeypatch.setattr("encourage_mt.data.prepare._open", on_full_disk)
     with pytest.raises(UserError, match="no space left on the disk for .*work"):
         prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
     assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
@@ -392,4 +392,3 @@ def test_pairs_a_reader_can_check():
     }
     assert corpus.english(clause("past")) == "the man picked up the dog"
     assert corpus.english_question(clause("modal")) == "does the man want to pick up the dog"
-    assert TINY["data"]["generate"]["seed"] == 3

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from encourage_mt.loss import _implementation, loss_terms
-from encourage_mt.reference import LossOptions
+from encourage_mt.loss.functional import _implementation, loss_terms
+from encourage_mt.loss.options import LossOptions
 
-triton_kernels = pytest.importorskip("encourage_mt.triton_kernels", reason="Triton is not installed")
+triton_kernels = pytest.importorskip("encourage_mt.loss.triton_kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAD = 1
 

@@ -9,16 +9,16 @@ import tarfile
 import threading
 import zipfile
 
+import grammar
 import pytest
 from conftest import run, write_recipe
 
-from encourage_mt import download as downloads
-from encourage_mt import grammar
-from encourage_mt.download import download
+from encourage_mt.data import download as downloads
+from encourage_mt.data.download import download
+from encourage_mt.data.prepare import prepare
+from encourage_mt.data.sources import Sources, extract
 from encourage_mt.errors import UserError
-from encourage_mt.prepare import prepare
 from encourage_mt.recipe import load_recipe
-from encourage_mt.sources import Sources, extract
 
 CONTENT = bytes(range(256)) * 2000
 BLOCK = downloads.BLOCK

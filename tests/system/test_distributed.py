@@ -1,4 +1,4 @@
-"""One training on several processes: the tokens per update stay, and so do figures and parameters."""
+"""One training on several world_size: the tokens per update stay, and so do figures and parameters."""
 
 import json
 import os
@@ -12,11 +12,12 @@ import torch
 import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
-from encourage_mt import commands, safe_checkpoints
-from encourage_mt.cluster import Cluster, hydra_config, launch_command, update_freq
+from encourage_mt import processes
 from encourage_mt.errors import UserError
+from encourage_mt.plugin import checkpoints
 from encourage_mt.recipe import load_recipe
-from encourage_mt.runs import read_log
+from encourage_mt.training.launch import Cluster, hydra_config, launch_command, update_freq
+from encourage_mt.training.run_folder import read_log
 
 # SGD (nag without momentum), for Adam blows up the rounding of gradients whose true value is 0: the biases of keys
 TRAIN = {
@@ -30,7 +31,7 @@ TRAIN = {
 }
 
 
-def train_on(processes, folder, data, *options, fuse=False, **changes):
+def train_on(world_size, folder, data, *options, fuse=False, **changes):
     """Folder of a run of the tiny corpus by `encourage-mt train`."""
     el = {"criterion": "label_smoothed_encouraging_loss", "label-smoothing": 0.1, "report-accuracy": True}
     settings = {name: value for name, value in {**TRAIN, **changes}.items() if value is not None}
@@ -39,7 +40,7 @@ def train_on(processes, folder, data, *options, fuse=False, **changes):
     (folder / "work" / "data").symlink_to(data)
     run(
         *("encourage-mt", "train", recipe, "--work-dir", folder / "work", "--criterion", "el"),
-        *("--gpus", processes, *options),
+        *("--gpus", world_size, *options),
     )
     return folder / "work" / "el.seed1"
 
@@ -62,7 +63,7 @@ def two(data, tmp_path_factory):
 
 
 def model(folder):
-    return safe_checkpoints.load(folder / "checkpoints" / "checkpoint_last.pt")["model"]
+    return checkpoints.load(folder / "checkpoints" / "checkpoint_last.pt")["model"]
 
 
 def assert_same(first, second, **tolerance):
@@ -94,10 +95,10 @@ def test_the_log_of_two_processes_has_the_figures_of_the_whole_batch(one, two):
 def test_a_process_without_a_batch_waits_for_nobody(data, tmp_path):
     """An epoch is one batch here: the second process has an empty one in each update."""
     folders = []
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
+    for world_size in (1, 2):
+        (tmp_path / str(world_size)).mkdir()
         folders.append(
-            train_on(processes, tmp_path / str(processes), data, **{"max-tokens": 100_000, "update-freq": 2})
+            train_on(world_size, tmp_path / str(world_size), data, **{"max-tokens": 100_000, "update-freq": 2})
         )
     assert_same(*folders, rtol=1e-3, atol=1e-5)
     assert max(int(r.get("train_num_updates", 0)) for r in read_log(folders[1] / "train.log")) == TRAIN["max-epoch"]
@@ -123,8 +124,8 @@ def test_hydra_trains_the_same_from_a_yaml_of_the_recipe(two, tmp_path):
     port, nodes = free_port(), []
     for node in range(2):
         cluster = Cluster("bf16", gpus=1, nodes=2, node=node, master=f"127.0.0.1:{port}")
-        argv = commands.resolve(launch_command(recipe, command, cluster, tmp_path))
-        environment = commands.job_environment(2)  # as in the other run: more threads would add in another order
+        argv = processes.resolve(launch_command(recipe, command, cluster, tmp_path))
+        environment = processes.job_environment(2)  # as in the other run: more threads would add in another order
         nodes.append(
             subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         )
@@ -136,7 +137,7 @@ def test_hydra_trains_the_same_from_a_yaml_of_the_recipe(two, tmp_path):
 def test_bf16_trains(data, tmp_path):
     changes = {"max-tokens": 100, "disable-validation": True, "max-epoch": None, "max-update": 1}
     folder = train_on(1, tmp_path, data, "--precision", "bf16", **changes)
-    state = safe_checkpoints.load(folder / "checkpoints" / "checkpoint_last.pt")
+    state = checkpoints.load(folder / "checkpoints" / "checkpoint_last.pt")
     assert state["cfg"]["common"]["bf16"]
     assert state["optimizer_history"][-1]["num_updates"] == 1
 
@@ -152,14 +153,14 @@ def dry_run(recipe, *options, code=0):
 def test_the_commands_of_one_gpu_one_node_and_several(tmp_path):
     recipe = write_recipe(tmp_path, train={"arch": "transformer", "max-tokens": 100, "update-freq": 8, "max-epoch": 9})
     options = (
-        f"--user-dir {commands.USER_DIR} --source-lang de --target-lang en --seed 3 --update-freq FREQUENCY "
+        f"--user-dir {processes.USER_DIR} --source-lang de --target-lang en --seed 3 --update-freq FREQUENCY "
         "--arch transformer --max-epoch 9 --max-tokens 100 --eval-bleu --eval-bleu-args '{\"beam\": 1}' "
         "--eval-bleu-remove-bpe sentencepiece --best-checkpoint-metric bleu --maximize-best-checkpoint-metric "
         "--keep-last-epochs 10 --save-dir /w/ce.seed3/checkpoints --log-format json --log-interval 20 --num-workers 0 "
         "--required-batch-size-multiple 1 --criterion label_smoothed_cross_entropy --label-smoothing 0.1"
     )
     fairseq = f"fairseq-train /w/data/data-bin {options}"
-    worker = commands.USER_DIR / "worker.py"
+    worker = processes.USER_DIR / "worker.py"
     several = ("--gpus", 2, "--nodes", 4, "--node", 3, "--master", "n0:29500")
     for machines, frequency, launcher in (
         ((), 8, ""),  # told to be one, or fairseq takes all GPUs it sees
@@ -192,7 +193,7 @@ def test_bf16_is_told_with_its_yaml(tmp_path):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (("--gpus", 3), "1,000 tokens per update (250 x update-freq 4), which 3 processes cannot share evenly"),
+        (("--gpus", 3), "1,000 tokens per update (250 x update-freq 4), which 3 world_size cannot share evenly"),
         (("--gpus", 0), "--gpus must be at least 1"),
         (("--gpus", 2, "--nodes", 2), "several nodes need --master HOST:PORT"),
         (("--nodes", 2, "--node", 2, "--master", "h:1"), "--node must be between 0 and 1"),
@@ -207,12 +208,12 @@ def test_machines_that_do_not_fit_are_refused(options, expected, tmp_path):
 def test_every_recipe_keeps_its_tokens_per_update(path):
     recipe = load_recipe(path, bitext=["a.de", "a.en"] if path.parent.name == "own" else None)
     whole = recipe.train.get("update-freq", 1)
-    for processes in range(1, whole + 1):
-        if whole % processes == 0:
-            assert update_freq(recipe, processes) * processes == whole
+    for world_size in range(1, whole + 1):
+        if whole % world_size == 0:
+            assert update_freq(recipe, world_size) * world_size == whole
         else:
             with pytest.raises(UserError, match="cannot share evenly"):
-                update_freq(recipe, processes)
+                update_freq(recipe, world_size)
 
 
 # --- SLURM

@@ -12,8 +12,8 @@ from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
 
-from encourage_mt import safe_checkpoints
-from encourage_mt.criterion import LabelSmoothedEncouragingLossCriterion
+from encourage_mt.plugin import checkpoints
+from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossCriterion
 
 TYPES = 40
 
@@ -146,8 +146,8 @@ def test_a_model_that_normalizes_itself_is_asked_for_log_probabilities(task):
 
 def test_on_an_older_torch_the_first_load_warns(monkeypatch, caplog):
     monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", lambda path: {"path": path})
-    monkeypatch.setattr(safe_checkpoints, "torch_version", lambda: (2, 5))
-    safe_checkpoints.install()
+    monkeypatch.setattr(checkpoints, "torch_version", lambda: (2, 5))
+    checkpoints.install()
     for path in ("a.pt", "b.pt"):
         assert checkpoint_utils.load_checkpoint_to_cpu(path) == {"path": path}
     (record,) = caplog.records

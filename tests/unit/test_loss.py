@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from encourage_mt import chunked, reference
-from encourage_mt.loss import EncouragingLoss, encouraging_loss, loss_terms
-from encourage_mt.reference import LossOptions
+from encourage_mt.loss import chunked, reference
+from encourage_mt.loss.functional import EncouragingLoss, encouraging_loss, loss_terms
+from encourage_mt.loss.options import LossOptions
 
 PAD = 1
 EPS32 = torch.finfo(torch.float32).eps

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import yaml
-from conftest import TINY
+from conftest import PAIRS
 
-from encourage_mt import analysis, grammar
-from encourage_mt.analysis import analyse, loss_options, measure, per_token
-from encourage_mt.averaging import load_checkpoint
 from encourage_mt.errors import UserError
-from encourage_mt.reference import LossOptions
-from encourage_mt.runs import open_run, read_json, read_log, write_json
+from encourage_mt.evaluation import diagnostics
+from encourage_mt.evaluation.diagnostics import analyse, loss_options, measure, per_token
+from encourage_mt.files import read_json, write_json
+from encourage_mt.loss.options import LossOptions
+from encourage_mt.plugin.checkpoints import load_checkpoint
+from encourage_mt.training.run_folder import open_run, read_log
 
 CE = LossOptions(bonus="none")
 # probabilities of 4 types, the target, for three tokens: sure and right, sure and wrong, unsure and right
@@ -204,10 +204,9 @@ def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
 
 
 def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
-    _, task = analysis.load(evaluated.folder / "average.pt", evaluated.data)
-    counts = analysis.frequencies(task)
-    sizes = dict(yaml.safe_load(yaml.safe_dump(TINY["data"]["generate"])))  # in the order of the recipe's file
-    text = [target for _, target in grammar.generate(sizes.pop("seed"), sizes)["train"]]
+    _, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data)
+    counts = diagnostics.frequencies(task)
+    text = [target for _, target in PAIRS["train"]]
     lines = pieces_of(text, evaluated.data)
     expected = Counter(piece for line in lines for piece in line)
     dictionary = task.target_dictionary
@@ -217,7 +216,7 @@ def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
 
 def test_a_second_look_reads_what_the_first_one_wrote_unless_the_checkpoint_is_another(evaluated, monkeypatch):
     first = analyse(evaluated)
-    monkeypatch.setattr(analysis, "load", None)
+    monkeypatch.setattr(diagnostics, "load", None)
     assert analyse(evaluated)["nll"] == first["nll"]
     with open(evaluated.folder / "average.pt", "ab") as checkpoint:
         checkpoint.write(b"x")
@@ -226,9 +225,9 @@ def test_a_second_look_reads_what_the_first_one_wrote_unless_the_checkpoint_is_a
         class decoder:
             output_projection = torch.nn.Linear(2, 3)
 
-    monkeypatch.setattr(analysis, "load", lambda *arguments: (Model, None))
-    monkeypatch.setattr(analysis, "frequencies", lambda task: None)
-    monkeypatch.setattr(analysis, "measure", lambda *arguments: {"new": True})
+    monkeypatch.setattr(diagnostics, "load", lambda *arguments: (Model, None))
+    monkeypatch.setattr(diagnostics, "frequencies", lambda task: None)
+    monkeypatch.setattr(diagnostics, "measure", lambda *arguments: {"new": True})
     assert analyse(evaluated)["new"]
     (evaluated.folder / "average.pt").unlink()
     with pytest.raises(UserError, match=r"no average.pt with scores.json; bash scripts/evaluate.sh"):

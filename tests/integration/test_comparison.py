@@ -11,10 +11,11 @@ import pytest
 from conftest import refused
 from sacrebleu.metrics import BLEU
 
-from encourage_mt import comparison, scoring
-from encourage_mt.comparison import Seeds, compare, differences, paired_tests, seeds_needed
 from encourage_mt.errors import UserError
-from encourage_mt.runs import open_run, training_settings, write_json
+from encourage_mt.evaluation import comparison, scoring
+from encourage_mt.evaluation.comparison import Seeds, compare, differences, paired_tests, seeds_needed
+from encourage_mt.files import write_json
+from encourage_mt.training.run_folder import open_run, training_settings
 
 WORDS = np.array([f"w{number}" for number in range(300)])
 

@@ -80,10 +80,9 @@ def test_a_recipe_runs_to_a_report_and_a_second_run_has_nothing_to_do(tmp_path):
         ({"average": 3}, "average must be between 1 and max-epoch 2"),
         ({"source": False}, "source must be text (in quotes where YAML reads otherwise), got False"),
         ({"arms": {}}, "arms must be a mapping"),
-        ({"data": {"generate": {"train": 1}}}, "generate must be a mapping with a seed"),
         ({"data": {"train": "a", "valid": ["c", "d"], "test": ["e", "f"]}}, "train must be [source file, target file]"),
         ({"data": {"train": ["a", "b"], "valid": ["c", "d"]}}, "data has no test set"),
-        ({"data": {"generate": {"seed": 1, "train": 10, "test": 5}}}, "data has no valid"),
+        ({"data": {"train": ["a", "b"], "test": ["c", "d"]}}, "data has no valid"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_refused_in_one_line(changes, expected, tmp_path):

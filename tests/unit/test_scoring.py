@@ -9,8 +9,8 @@ import pytest
 from conftest import run
 from sacrebleu.metrics import BLEU
 
-from encourage_mt import scoring
 from encourage_mt.errors import UserError
+from encourage_mt.evaluation import scoring
 
 REFERENCES = [
     "The red house, near Berlin's old station, burned for 3,5 hours.",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 
-from encourage_mt.loss import loss_terms
-from encourage_mt.reference import LossOptions
+from encourage_mt.loss.functional import loss_terms
+from encourage_mt.loss.options import LossOptions
 
 PAD = 1
 EPS32 = torch.finfo(torch.float32).eps

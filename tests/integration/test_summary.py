@@ -1,4 +1,4 @@
-"""The tables over arms and seeds, and that those of README and docs are those of the runs in docs/results/."""
+"""The tables over arms and seeds, and that those of README and docs are those of the runs in results/."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT, TINY, refused, run, write_recipe
 
-from encourage_mt.comparison import Comparison, Seeds, differences, read_comparison
+from encourage_mt.evaluation.comparison import Comparison, Seeds, differences, read_comparison
+from encourage_mt.files import read_json, write_json
 from encourage_mt.recipe import load_recipe
-from encourage_mt.runs import read_json, write_json
-from encourage_mt.summary import arms_table, curve, curve_table, inside_table, published_table, runs_table
+from encourage_mt.report.tables import arms_table, curve, curve_table, inside_table, published_table, runs_table
 
 SCORES = {"ce": [30.0, 31.0, 32.0], "el": [31.0, 31.5, 33.5], "ce_ls000": [29.0]}
 PUBLISHED = {"source": "Somebody 2020", "metric": "sacreBLEU", "scores": {"ce": [35.09, 0.07], "el": [35.5, 0.11]}}
@@ -112,7 +112,7 @@ def test_arms_that_share_no_seed_are_compared_all_the_same(results):
 
 
 def test_what_is_inside_is_a_mean_over_the_seeds_that_were_looked_into(results, monkeypatch):
-    monkeypatch.setattr("encourage_mt.summary.INSIDE", {"valid nll (nats)": None})
+    monkeypatch.setattr("encourage_mt.report.tables.INSIDE", {"valid nll (nats)": None})
     del results[-1]["inside"]
     assert rows_of(inside_table(results))[1:] == [["ce", "3", "0.500 ± 0.250"], ["el", "3", "0.500 ± 0.250"]]
 
@@ -182,7 +182,7 @@ def test_the_pages_show_the_figures_of_the_runs(project):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert (project / page).read_text(encoding="utf-8") == text, "python scripts/results.py"
     rows = rows_of((ROOT / "docs/results.md").read_text(encoding="utf-8"))
-    folders = [folder for folder in (ROOT / "docs/results").iterdir() if folder.is_dir()]
+    folders = [folder for folder in (ROOT / "results").iterdir() if folder.is_dir()]
     assert folders
     for folder in folders:
         results = [read_json(path) for path in folder.glob("*.seed*.json")]
@@ -205,7 +205,7 @@ def test_the_pages_show_the_figures_of_the_runs(project):
 
 
 def test_runs_of_a_page_differ_by_criterion_and_seed_alone():
-    for folder in (ROOT / "docs/results").iterdir():
+    for folder in (ROOT / "results").iterdir():
         results = [read_json(path) for path in folder.glob("*.seed*.json")]
         assert not differences(results)
         commands = {
@@ -219,7 +219,7 @@ def test_runs_of_a_page_differ_by_criterion_and_seed_alone():
 
 
 def test_an_edited_figure_is_put_right(project):
-    path = project / "docs/results.md"
+    path = project / "results.md"
     page = path.read_text(encoding="utf-8")
     figure = next(row for row in rows_of(page) if row[:2] == ["ce", "test_2016_flickr"])[3]
     path.write_text(page.replace(f"| {figure} |", "| 99.99 |", 1), encoding="utf-8")
@@ -239,10 +239,10 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
     for path in folder.glob("*/*.json"):
         text = path.read_text(encoding="utf-8").replace(str(work.folder), str(folder))
         path.write_text(text.replace(f"{ROOT}/", f"{project}/"), encoding="utf-8")
-    page = project / "docs/results.md"
+    page = project / "results.md"
     page.write_text(page.read_text(encoding="utf-8") + "\n<!-- arms: tiny ce el -->\n<!-- end -->\n")
     run(*add)
-    written = {path.name for path in (project / "docs/results/tiny").iterdir()}
+    written = {path.name for path in (project / "results/tiny").iterdir()}
     assert written == {
         "ce.seed1.json",
         "ce.seed2.json",
@@ -252,7 +252,7 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
         "again.comparison.json",
         "valid_bleu.svg",
     }
-    result = read_json(project / "docs/results/tiny/el.seed2.json")
+    result = read_json(project / "results/tiny/el.seed2.json")
     assert set(result["inside"]) >= {"valid nll (nats)", "calibration error"}
     assert str(project) not in json.dumps(result)
     assert [row[:3] for row in rows_of(page.read_text(encoding="utf-8"))[-2:]] == [
@@ -260,7 +260,7 @@ def test_a_work_directory_is_taken_over_without_paths_of_the_machine(project, wo
         ["el", "test", "2"],
     ]
     run(*add, "--into", "tiny.again")
-    assert (project / "docs/results/tiny.again/ce.seed1.json").exists()
+    assert (project / "results/tiny.again/ce.seed1.json").exists()
     assert "--into goes with --add" in run(*add[:2], "--into", "x", code=2).stderr
     assert "no evaluated runs" in run(*add[:3], project / "docs", code=2).stderr
     before = {path: path.read_text() for path in (project / "docs").rglob("*.*") if path.suffix in (".json", ".md")}

@@ -1,0 +1,1 @@
+"""Prepare corpora: from raw text to binarized data."""

@@ -1,0 +1,63 @@
+"""Describe what the program runs on: hardware, package versions, git revision."""
+
+import logging
+import os
+import platform
+import re
+import subprocess
+import warnings
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+USER_DIR = Path(__file__).parent
+PACKAGES = (
+    *("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy"),
+    *("regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
+)
+
+
+@contextmanager
+def quiet_imports():
+    """What fairseq and hydra say about themselves when they are imported and set up is of no use to the user."""
+    logging.disable(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_hardware(device: str = "") -> str:
+    """What the figures were made on, in words: the GPU if there is one, unless `device` is cpu."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        model = match.group(1) if match else model
+    return f"CPU, {cores()} cores ({model})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {package.metadata["Name"]: package.version for package in distributions()}
+    return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
+
+
+def git_revision() -> str | None:
+    """Commit of this project, with -dirty if files differ from it; None outside a git checkout."""
+    argv = ["git", "-C", str(USER_DIR), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""Translate, score, compare and inspect trained models."""

@@ -1,0 +1,1 @@
+"""Train with fairseq: launch, watch and resume."""
