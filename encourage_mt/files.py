@@ -1,13 +1,43 @@
-"""Read and write files so that nobody ever sees half of one."""
+"""Read and write files: whole or not at all, JSON, and records whose every field is checked."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .errors import UserError
+
+
+class Record(BaseModel):
+    """Base of the records kept in files. Types are strict, unknown keys and numbers that are not finite are refused.
+
+    A record with a field `format` is refused if the file holds another number, or none.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    remedy: ClassVar[str] = "make it again with this version"  # what to do about a file of another format
+
+    @classmethod
+    def upgrade(cls, content: dict) -> dict:
+        """Return the content of a file as the present format has it; overridden where an older one is still read."""
+        return content
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def _check_scalar(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"must be text, a finite number, true or false, got {_shown(value)}")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_check_scalar)]  # the value of an option
 
 
 @contextmanager
@@ -44,3 +74,57 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False, default=lambda value: value.tolist())
     with atomic_write(path) as file:
         file.write(text + "\n")
+
+
+def read_record(path: Path, model: type[AnyRecord], **fields: Any) -> AnyRecord:
+    """Return the record in a JSON file, with `fields` that the file does not hold (such as its folder).
+
+    Raises UserError "FILE: KEY: problem" if the file is missing or damaged, or if another version wrote it.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object, got {_shown(content)}")
+    content = model.upgrade(content)
+    if "format" in model.model_fields:
+        expected = model.model_fields["format"].default
+        if content.get("format") != expected or isinstance(content["format"], bool):
+            written = _shown(content.get("format"))
+            raise UserError(f"{path}: format: must be {expected}, got {written} (another version); {model.remedy}")
+    for name in fields:
+        if name in content:
+            raise UserError(f"{path}: {name}: unknown key")
+    try:
+        # as JSON, so that a path may be a string and a tuple a list although types are strict
+        return model.model_validate_json(json.dumps({**content, **fields}, default=str))
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_problem(error)}") from None
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically."""
+    write_json(path, record.model_dump(mode="json"))
+
+
+def describe_problem(error: ValidationError) -> str:
+    """Return the first problem pydantic found, as one line "KEY: problem"."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    kind, text = first["type"], first["msg"]
+    if kind == "extra_forbidden":
+        text = "unknown key"
+    elif kind == "missing":
+        text = "is missing"
+    elif kind in ("value_error", "assertion_error"):
+        text = str(first["ctx"]["error"])
+    else:
+        text = f"{text.replace('Input should be', 'must be', 1)}, got {_shown(first['input'])}"
+    return _one_line(f"{key}: {text}" if key else text)
+
+
+def _shown(value: Any) -> str:
+    text = _one_line(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
