@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}
+EXTRAS=fairseq,recipes,test
 
 fail() {
     echo "error: $1" >&2
@@ -40,11 +41,23 @@ ensure_environment() {
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
         "${pip[@]}" 'pip<24.1'
-        "${pip[@]}" -e "$root[test]"
+        "${pip[@]}" -e "$root[$EXTRAS]"
     else
         # an isolated build of fairseq would fetch a second torch
         "${pip[@]}" torch numpy cython setuptools wheel ninja
-        "${pip[@]}" --no-build-isolation -e "$root[test]"
+        "${pip[@]}" --no-build-isolation -e "$root[$EXTRAS]"
     fi
     echo "$wanted" >"$VENV/installed"
+}
+
+run_with_recipe() { # encourage-mt "$1" with the recipe of corpus "$2" and the other arguments as options
+    local command=$1 recipe=$root/examples/${2:-}/recipe.yaml known
+    if [ -z "${2:-}" ] || [ ! -f "$recipe" ]; then
+        known=("$root"/examples/*/recipe.yaml)
+        known=("${known[@]%/recipe.yaml}")
+        fail "unknown corpus '${2:-}'; choose one of: ${known[*]##*/}"
+    fi
+    ensure_environment
+    shift 2
+    exec "$VENV/bin/encourage-mt" "$command" "$recipe" "$@"
 }

@@ -1,9 +1,36 @@
 #!/usr/bin/env bash
-# Installs what is missing, then lints and tests. Takes the options of pytest.
+# Install what is missing, then check style and types and run the unit and integration tests: bash scripts/test.sh
+#   --all         also run the system tests: whole recipes, several processes, killed trainings
+#   --coverage    measure the coverage of lines and branches, and print it
+# Other arguments go to pytest; those that are paths replace the default tests.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 ensure_environment
 cd "$root"
+
+tiers=(tests/unit tests/integration)
+python=("$VENV/bin/python")
+arguments=()
+chosen=
+for argument in "$@"; do
+    case $argument in
+        --all) tiers+=(tests/system) ;;
+        --coverage) python+=(-m coverage run) ;;
+        *)
+            [ -e "${argument%%::*}" ] && chosen=1
+            arguments+=("$argument")
+            ;;
+    esac
+done
+[ -n "$chosen" ] || arguments+=("${tiers[@]}")
+
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/python" -m pytest "$@"
+"$VENV/bin/mypy"
+code=0
+"${python[@]}" -m pytest "${arguments[@]}" || code=$?
+if [ ${#python[@]} -gt 1 ]; then
+    "$VENV/bin/coverage" combine --quiet
+    "$VENV/bin/coverage" report
+fi
+exit "$code"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which Pythons does it work on? For each interpreter named: a fresh environment outside this folder, then the tests that
-# drive fairseq's commands on the bundled corpus (train, resume, fine-tune, generate, validate, interact, average, hydra).
-# Prints the rows of README's support table.
+# Try several versions of Python. For each interpreter: make a fresh environment outside this folder, then run the tests that
+# drive fairseq's commands on a small corpus (train, resume, fine-tune, generate, validate, interact, average, hydra).
+# Print the rows of the table of versions in docs/install.md.
 #   bash scripts/try_pythons.sh python3.10 python3.12 python3.13
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -15,7 +15,7 @@ rows=("| Python | fairseq | torch | numpy | commands |" "|---|---|---|---|---|")
 failed=0
 for python in "$@"; do
     result=work
-    PYTHON=$python VENV=$work/venv bash "$root/scripts/test.sh" "$root/tests/test_commands.py" -p no:cacheprovider || {
+    PYTHON=$python VENV=$work/venv bash "$root/scripts/test.sh" "$root/tests/integration/test_commands.py" -p no:cacheprovider || {
         result="fail"
         failed=1
     }

@@ -23,18 +23,6 @@ os.environ["OMP_NUM_THREADS"] = "2"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
-
-
 PAIRS = grammar.generate(3, {"train": 300, "valid": 20, "test": 21})
 TINY = {
     "name": "tiny",

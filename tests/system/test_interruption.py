@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped, run twice or run out of disk. What takes minutes is marked slow."""
+"""Trainings that are killed, stopped, run twice or run out of disk."""
 
 import errno
 import itertools
@@ -85,7 +85,6 @@ def test_sigterm_saves_and_the_next_run_ends_as_if_nothing_had_been(undisturbed,
     assert_identical(model(undisturbed), model(tmp_path))
 
 
-@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(undisturbed, tiny, tmp_path):
     """Half of them while a checkpoint is being written, the others anywhere."""
     dice = random.Random(1)
