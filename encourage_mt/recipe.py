@@ -3,13 +3,18 @@
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import StringConstraints
 
-from .data import subwords
 from .errors import UserError
-from .evaluation.scoring import METRICS
 
+TOKENIZED_BLEU = "BLEU on tokenized text"
+METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
+# names of recipes, splits and arms become names of files; fairseq splits a pair of languages at its hyphen
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\z", max_length=100)]
+Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*\z", max_length=20)]
 CRITERION_OPTIONS = {
     "label-smoothing",
     "bonus",
@@ -102,7 +107,7 @@ class Recipe:
     @property
     def remove_bpe(self) -> str:
         """The value for fairseq's --remove-bpe."""
-        return subwords.remove_bpe(self.subword)
+        return "@@ " if "merges" in self.subword else "sentencepiece"
 
     @property
     def corpus(self) -> str:

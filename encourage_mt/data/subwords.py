@@ -15,11 +15,6 @@ SAMPLED_LINES = 4_000_000  # SentencePiece holds all it learns from
 CACHED_WORDS = 2**16
 
 
-def remove_bpe(options: dict) -> str:
-    """The value of fairseq's --remove-bpe for a model with these options."""
-    return "@@ " if "merges" in options else "sentencepiece"
-
-
 def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> dict:
     """Learn a joint model on both sides of `count` pairs; writes `prefix`.model (SentencePiece) or `prefix`.codes.
 

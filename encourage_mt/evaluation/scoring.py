@@ -9,9 +9,8 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
+from ..recipe import TOKENIZED_BLEU
 
-TOKENIZED_BLEU = "BLEU on tokenized text"
-METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
 

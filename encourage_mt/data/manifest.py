@@ -1,0 +1,170 @@
+"""The manifest of prepared data: how it was made, what it holds, and how to read its text."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, JsonValue, StringConstraints, model_validator
+
+from ..errors import UserError
+from ..files import Record, read_record, write_record
+from ..recipe import Language, Name
+from .bitext import read_lines
+
+Count = Annotated[int, Field(ge=0)]
+SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
+
+
+class SourceFile(Record):
+    """A file the data was made from: where it was, and its digest; `checked` says against which checksum."""
+
+    sha256: SHA256
+    path: str = ""
+    bytes: Count = 0
+    checked: str = ""
+
+
+class Lengths(Record):
+    """Mean and longest length of one side, in pieces."""
+
+    mean: float
+    longest: Count
+
+
+class Leakage(Record):
+    """How many sentences and pairs of a split are in train too."""
+
+    sources_in_train: Count
+    targets_in_train: Count
+    pairs_in_train: Count
+
+
+class PreparedData(Record):
+    """The content of a folder's manifest.json, and the folder.
+
+    options are the recipe's that decide the data; counts is {split: {stage: pairs}}, where stage "kept" counts the
+    pairs of the binarized data; checksums is {file of data-bin: sha256}; dictionary is {language: number of types}.
+    """
+
+    remedy: ClassVar[str] = "prepare the data again with --overwrite, or choose another --work-dir"
+
+    format: Literal[2] = 2
+    folder: Path = Field(exclude=True)
+    source: Language
+    target: Language
+    tests: list[Name]
+    tokenizer: Literal["none", "moses"]
+    lowercase: bool
+    remove_bpe: Literal["@@ ", "sentencepiece"]
+    byte_fallback: bool
+    options: dict[str, JsonValue]
+    sources: dict[str, SourceFile]
+    counts: dict[Name, dict[Name, Count]]
+    learned_on_lines: Count
+    percent_unknown: dict[Name, dict[Language, float]]
+    dictionary: dict[Language, Count]
+    checksums: dict[Name, SHA256]
+    lengths_in_pieces: dict[Name, dict[Language, Lengths]]
+    duplicate_train_pairs: Count
+    leakage: dict[Name, Leakage]
+    versions: dict[str, str]
+    warnings: list[str]
+
+    @classmethod
+    def open(cls, folder: Path) -> "PreparedData":
+        """Return the data prepared in `folder`. Raises UserError if its manifest is missing, damaged, or too new."""
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{folder}: not a folder that `encourage-mt prepare` made (it has no manifest.json)")
+        return read_record(path, cls, folder=folder)
+
+    def write(self) -> None:
+        """Write manifest.json into the folder."""
+        write_record(self.folder / "manifest.json", self)
+
+    @classmethod
+    def upgrade(cls, content: dict) -> dict:
+        """Return a manifest of version 0.1 as format 2 has it."""
+        match content:
+            case {"text": dict() as text, "subword": dict() as subword, "duplicates": dict() as duplicates, **rest} if (
+                "format" not in content
+            ):
+                rest.pop("pairs", None)
+                text = {key: value for key, value in text.items() if key != "lines"}
+                moved = {f"duplicate_{key}": value for key, value in duplicates.items()}
+                return {"format": 2, **rest, **text, **subword, **moved}
+        return content
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "PreparedData":
+        for split in ("train", "valid", *self.tests):
+            if not self.counts.get(split, {}).get("kept"):
+                raise ValueError(f"counts: {split}: has no pairs that were kept")
+        return self
+
+    @property
+    def data_bin(self) -> Path:
+        """The binarized data."""
+        return self.folder / "data-bin"
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        return self.source, self.target
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """{split: number of pairs} of the binarized data."""
+        return {split: self.counts[split]["kept"] for split in ("train", "valid", *self.tests)}
+
+    @property
+    def subsets(self) -> dict[str, str]:
+        """{split: name of its binarized subset}: valid, and the test sets as test, test1, ..."""
+        return {"valid": "valid", **{split: f"test{number or ''}" for number, split in enumerate(self.tests)}}
+
+    @property
+    def is_tokenized(self) -> bool:
+        return self.tokenizer != "none"
+
+    @property
+    def checksum(self) -> str:
+        """One sha256 of the binarized data, to tell whether two runs saw the same."""
+        return hash_text(self.checksums)
+
+    def read_text(self, split: str, language: str) -> list[str]:
+        """Return the lines of valid or a test set as published, which translations are scored against."""
+        return read_lines(self.folder / "text" / f"{split}.{language}")
+
+    def read_tokenized(self, split: str, language: str) -> list[str]:
+        """Return the tokenized lines of valid or a test set; only if the data `is_tokenized`."""
+        return read_lines(self.folder / "tokenized" / f"{split}.{language}")
+
+    def describe(self) -> str:
+        """Return a few lines for people: pairs of each split, dropped pairs, unknown pieces, repetitions, warnings."""
+        lines = []
+        for split, counts in self.counts.items():
+            dropped = describe_dropped(counts)
+            line = f"{split}: {counts['kept']:,} pairs" + (f" (dropped: {dropped})" if dropped else "")
+            shares = self.percent_unknown.get(split, {})
+            line += "; unknown pieces " + ", ".join(f"{language} {share:g}%" for language, share in shares.items())
+            if split in self.leakage:
+                leaked = self.leakage[split]
+                line += f"; in train too: {leaked.pairs_in_train:,} pairs, {leaked.sources_in_train:,} sources, "
+                line += f"{leaked.targets_in_train:,} targets"
+            else:
+                line += f"; {self.duplicate_train_pairs:,} repeat another pair"
+            lines.append(line)
+        sizes = ", ".join(f"{language} {size:,}" for language, size in self.dictionary.items())
+        lines.append(f"dictionary: {sizes} types")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def describe_dropped(counts: dict[str, int]) -> str:
+    """Return why pairs were dropped, and how many: "too_long 12, ratio 3"; empty if none were."""
+    return ", ".join(f"{name} {counts[name]:,}" for name in ("empty", "too_long", "ratio") if counts.get(name))
+
+
+def hash_text(value: Any) -> str:
+    """Return the sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
