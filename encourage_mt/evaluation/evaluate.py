@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import describe_failure, resolve
+from ..recipe import TOKENIZED_BLEU
 from ..training.run_folder import Run, mapping, read_log, training_settings
 from . import scoring
 from .averaging import average
@@ -141,7 +142,7 @@ def score(run: Run, split: str, lines: list[str], text: dict, comet: Path | None
     result = scoring.score(hypotheses, references, text["target"], text["lowercase"])
     if text["tokenizer"] != "none":
         tokenized = read_lines(run.data / "tokenized" / f"{split}.{text['target']}")
-        result[scoring.TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, tokenized)
+        result[TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, tokenized)
     if comet:
         sources = read_lines(run.data / "text" / f"{split}.{text['source']}")
         result["COMET"] = scoring.comet(comet, sources, hypotheses, references, torch.cuda.device_count())
