@@ -43,7 +43,6 @@ setup(
             "jinja2",
             "matplotlib",
             "numpy",
-            "pooch>=1.7",
             "pydantic>=2.7",
             "pyyaml>=5.1",
             "regex",

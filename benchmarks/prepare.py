@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from encourage_mt.data import subwords
 from encourage_mt.data.bitext import iterate_pairs
-from encourage_mt.data.stages import EncodeStage, TextStage, fault, ordered_map
+from encourage_mt.data.stages import EncodeStage, TextStage, drop_reason, ordered_map
 from encourage_mt.environment import cores, describe_hardware
 from encourage_mt.recipe import MODERN_SUBWORD, Recipe
 
@@ -101,7 +101,7 @@ def line_by_line(pairs, prefix):
         bpe = BPE(codes)
     for pair in pairs:
         tokens = [t.tokenize(line, return_str=True).lower() for t, line in zip(tokenizers, pair, strict=True)]
-        if not fault(*(len(side.split()) for side in tokens), CLEAN):
+        if not drop_reason(*(len(side.split()) for side in tokens), CLEAN):
             yield 1, [bpe.process_line(side) + "\n" for side in tokens]
 
 

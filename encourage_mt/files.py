@@ -1,11 +1,13 @@
 """Read and write files: whole or not at all, JSON, and records whose every field is checked."""
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -128,3 +130,21 @@ def _shown(value: Any) -> str:
 
 def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+
+
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """Return the hexadecimal digest of a file's content."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_safe_relative_path(name: str) -> bool:
+    """Return whether `name` is a relative path of a file that stays below the folder it is joined to.
+
+    Absolute paths, "..", backslashes (separators on Windows), control characters and empty paths are not.
+    """
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or not path.parts or re.search(r"[\x00-\x1f\x7f\\]", name))

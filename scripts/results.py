@@ -17,11 +17,9 @@ import re
 import shutil
 from pathlib import Path
 
-import pooch
-
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import read_comparison, results_of
-from encourage_mt.files import read_json, write_json
+from encourage_mt.files import file_hash, read_json, write_json
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
     arms_table,
@@ -60,7 +58,7 @@ def add(folder: Path, name: str | None) -> None:
         analysis = run.folder / "analysis.json"
         if analysis.exists():
             found = read_json(analysis)
-            if found["source"]["checkpoint_sha256"] != pooch.file_hash(str(run.folder / "average.pt")):
+            if found["source"]["checkpoint_sha256"] != file_hash(run.folder / "average.pt"):
                 raise UserError(f"{analysis}: of another average than the scores; make the report again")
             result["inside"] = inside_figures(found)
         result["curve"] = curve(read_log(run.log))

@@ -95,7 +95,7 @@ def iterate_pairs(files: list[Path], columns: list[int], dropped_tags: list[str]
             lengths = [np.array([len(line) for line in _iterate(path, dropped_tags)]) for path in files]
             raise UserError(
                 f"{files[0]} has {len(lengths[0])} lines, {files[1]} has {len(lengths[1])}: they must pair line by "
-                f"line; by their lengths, they drift apart at about line {drift(*lengths)}"
+                f"line; by their lengths, they drift apart at about line {first_misaligned_line(*lengths)}"
             )
         yield pair
 
@@ -107,7 +107,7 @@ def _iterate(path, dropped_tags):
     return iterate_talks(path, dropped_tags) if name.startswith("train.tags.") else iterate_lines(path)
 
 
-def drift(source: np.ndarray, target: np.ndarray) -> int:
+def first_misaligned_line(source: np.ndarray, target: np.ndarray) -> int:
     """The line, counted from 1, from which on the two sides pair better shifted by their difference in number.
 
     source, target: lengths of the lines in characters. Pairs are compared by the logarithm of their length ratio.

@@ -4,11 +4,11 @@ import os
 import time
 from pathlib import Path
 
-import pooch
 import requests
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import file_hash
 
 ATTEMPTS = 5  # per address
 FIRST_PAUSE = 1.0  # seconds, doubled with every further attempt
@@ -47,7 +47,7 @@ def download(urls: list[str], path: Path, checksums: list[str]) -> str:
 
 def matches(path: Path, checksums: list[str]) -> bool:
     """Whether the file has one of the checksums."""
-    return any(pooch.file_hash(str(path), alg=c.split(":")[0]) == c.split(":")[1] for c in checksums)
+    return any(file_hash(path, c.split(":")[0]) == c.split(":")[1] for c in checksums)
 
 
 def is_html(path: Path) -> bool:
@@ -62,7 +62,7 @@ def _check(part, checksums):
     if is_html(part):
         reason = "a web page came instead of the file"
     elif checksums and not matches(part, checksums):
-        reason = f"what came has sha256:{pooch.file_hash(str(part))}, published is {' or '.join(checksums)}"
+        reason = f"what came has sha256:{file_hash(part)}, published is {' or '.join(checksums)}"
     else:
         return
     part.unlink()

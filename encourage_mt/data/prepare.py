@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pooch
 from tqdm import tqdm
 
 from ..environment import cores, versions
 from ..errors import UserError
+from ..files import file_hash
 from ..processes import locked, resolve, run_quietly
 from ..recipe import Recipe, split_files
 from . import subwords
@@ -88,8 +88,8 @@ def _check_same(final, recipe, sources):
     if differing:
         raise UserError(f"{final}: prepared with other options ({', '.join(differing)}); {remedy}")
     for name, known in manifest["sources"].items():
-        path = sources.at_hand(name)
-        if path and pooch.file_hash(str(path)) != known["sha256"]:
+        path = sources.find_local(name)
+        if path and file_hash(path) != known["sha256"]:
             raise UserError(f"{final}: prepared from another {name}; {remedy}")
 
 
@@ -285,7 +285,7 @@ class _Preparation:
         return {
             "percent_unknown": unknown,
             "dictionary": {language: int(size) for language, size in sizes.items()},
-            "checksums": {path.name: pooch.file_hash(str(path)) for path in binarized},
+            "checksums": {path.name: file_hash(path) for path in binarized},
         }
 
     # --- what the data is like

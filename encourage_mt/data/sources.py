@@ -9,9 +9,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import pooch
-
 from ..errors import UserError
+from ..files import file_hash
 from ..recipe import Recipe, split_files
 from .download import download, is_html, matches
 
@@ -35,7 +34,7 @@ class Sources:
         if self.raw_dir is not None and not self.raw_dir.is_dir():
             raise UserError(f"{self.raw_dir}: no such folder")
 
-    def at_hand(self, name: str) -> Path | None:
+    def find_local(self, name: str) -> Path | None:
         """The file in `raw_dir` (without it, and without addresses, by its own path or beside the recipe), or None."""
         if self.raw_dir is None:
             paths = [] if self.data.get("urls") else [Path(name), self.recipe.folder / name]
@@ -50,7 +49,7 @@ class Sources:
         """The alternative of the recipe's data to be used: the first with all files at hand, else the first."""
         for data in reversed(self.recipe.data):
             names = {name for lists in split_files(data).values() for files in lists for name in files}
-            if all(self.at_hand(name.partition(":")[0]) for name in names):
+            if all(self.find_local(name.partition(":")[0]) for name in names):
                 self.data = data
         return self.data
 
@@ -64,7 +63,7 @@ class Sources:
             archive, _, member = name.partition(":")
             if not member:
                 paths[name] = self._file(name)
-            elif self.at_hand(archive) is None and self.at_hand(member) is not None:
+            elif self.find_local(archive) is None and self.find_local(member) is not None:
                 paths[name] = self._file(member)
             else:
                 members.setdefault(archive, []).append(member)
@@ -79,14 +78,14 @@ class Sources:
             return Path(self.found[name]["path"])
         checksums = self.data.get("checksums", {}).get(name, [])
         checksums = [checksums] if isinstance(checksums, str) else checksums
-        path = self.at_hand(name)
+        path = self.find_local(name)
         if path is None:
             path = self._downloaded(name, checksums)
         elif is_html(path):
             raise UserError(f"{path}: a web page, not the file it is named after")
         elif checksums and not matches(path, checksums):
             raise UserError(f"{path}: is not the published file ({' or '.join(checksums)})")
-        digest = pooch.file_hash(str(path))
+        digest = file_hash(path)
         checked = " or ".join(checksums) if checksums else "no checksum is published"
         self.found[name] = {"path": str(path), "bytes": path.stat().st_size, "sha256": digest, "checked": checked}
         return path

@@ -71,7 +71,7 @@ def _apply(chunk):
     return _stage(chunk)
 
 
-def fault(source_length: int, target_length: int, clean: dict) -> str:
+def drop_reason(source_length: int, target_length: int, clean: dict) -> str:
     """Why a pair of these lengths is dropped ("empty", "too_long", "ratio"), or "". As Moses' clean-corpus-n.perl."""
     shorter, longer = sorted((source_length, target_length))
     if not shorter:
@@ -121,7 +121,7 @@ class TextStage:
         if clean is None:
             return [("", source, target) for source, target in zip(*columns, strict=True)]
         return [
-            (fault(len(source.split()), len(target.split()), clean), source, target)
+            (drop_reason(len(source.split()), len(target.split()), clean), source, target)
             for source, target in zip(*columns, strict=True)
         ]
 
@@ -157,7 +157,7 @@ class EncodeStage:
         for pair in pairs:
             encoded = [self.encode(side) for side in pair]
             length = [_length(side) for side in encoded]
-            reason = fault(*length, self.clean) if self.clean is not None else ""
+            reason = drop_reason(*length, self.clean) if self.clean is not None else ""
             kept.append(not reason)
             if reason:
                 faults[reason] += 1

@@ -17,14 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..environment import quiet_imports
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import file_hash, read_json, write_json
 from ..loss.functional import loss_terms
 from ..loss.options import LossOptions
 from ..plugin import register
@@ -47,7 +46,7 @@ def analyse(run: Run) -> dict:
     """
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
-    source = {"split": SPLIT, "checkpoint_sha256": pooch.file_hash(str(checkpoint))}
+    source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint)}
     if path.exists():
         found = read_json(path)
         if found.get("source") == source:

@@ -5,7 +5,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pooch
 import torch
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from ..data.subwords import restore_bytes
 from ..data.tokenization import detokenize
 from ..environment import USER_DIR, describe_hardware, versions
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import file_hash, read_json, write_json
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import describe_failure, resolve
 from ..recipe import TOKENIZED_BLEU
@@ -38,7 +37,7 @@ def evaluate(run: Run, comet: Path | None = None) -> dict:
         "lenpen": run.lenpen,
         "comet": scoring.comet_signature(comet) if comet else None,
         "data_sha256": data_checksum(run.data),
-        "checkpoints_sha256": {path.name: pooch.file_hash(str(path)) for path in paths},
+        "checkpoints_sha256": {path.name: file_hash(path) for path in paths},
     }
     if run.provenance.get("data_sha256") not in (None, settings["data_sha256"]):
         raise UserError(f"{run.data}: not the data that {run.name} was trained on, its checksum differs")

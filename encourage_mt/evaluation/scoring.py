@@ -4,11 +4,11 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pooch
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
+from ..files import file_hash
 
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
@@ -78,7 +78,7 @@ def comet_signature(model: Path) -> str:
         raise UserError("--comet needs the package unbabel-comet: pip install unbabel-comet") from None
     if not model.is_file():
         raise UserError(f"{model}: no such COMET model (a .ckpt file)")
-    return f"unbabel-comet:{package}|model:{model.name}|sha256:{pooch.file_hash(str(model))[:12]}"
+    return f"unbabel-comet:{package}|model:{model.name}|sha256:{file_hash(model)[:12]}"
 
 
 def check(hypotheses: list[str], references: list[str]) -> None:

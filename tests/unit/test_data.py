@@ -1,7 +1,6 @@
-"""Bitext, what is wrong with it, its preparation, and the bundled corpus."""
+"""Prepare bitext: a user's own files, bad files, options."""
 
 import gzip
-import hashlib
 import json
 import os
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, run, write_recipe
 
-from encourage_mt.data.bitext import iterate_pairs, iterate_segments, read_lines
+from encourage_mt.data.bitext import read_lines
 from encourage_mt.data.prepare import data_checksum, prepare
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
@@ -19,56 +18,6 @@ from encourage_mt.recipe import load_recipe
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-# --- reading
-
-
-def test_lines_end_at_newline_alone(tmp_path):
-    path = write(tmp_path / "a", "\ufeffeins\u2028zwei\r\ndrei\x0bvier\u0085\n\nfünf")
-    assert read_lines(path) == ["eins\u2028zwei", "drei\x0bvier\u0085", "", "fünf"]
-    assert read_lines(write(tmp_path / "a.gz", gzip.compress(path.read_bytes()))) == read_lines(path)
-
-
-@pytest.mark.parametrize(
-    "name, content, expected",
-    [
-        ("empty", b"", "empty: empty file"),
-        ("bytes", b"gut\nna\xff ja\n", "bytes: line 2, byte 3: not UTF-8"),
-        ("page.gz", b"<html>not found</html>", "page.gz: Not a gzipped file"),
-        ("cut.gz", gzip.compress(b"eins\nzwei\n")[:-9], "cut.gz: Compressed file ended"),
-    ],
-)
-def test_files_that_are_no_text_are_named(name, content, expected, tmp_path):
-    with pytest.raises(UserError, match=expected):
-        read_lines(write(tmp_path / name, content))
-    with pytest.raises(UserError, match="No such file"):
-        read_lines(tmp_path / "absent")
-
-
-def test_sides_of_different_length_are_refused_with_the_line_where_they_drift_apart(tmp_path):
-    lines = ["word " * (n * 7 % 11 + 1) for n in range(400)]
-    files = [write(tmp_path / "de", "\n".join(lines) + "\n")]
-    files.append(write(tmp_path / "en", "\n".join(lines[:250] + lines[252:]) + "\n"))
-    with pytest.raises(UserError, match="de has 400 lines, .*en has 398.* drift apart at about line 25[0-2]$"):
-        list(iterate_pairs(files, [1, 2], []))
-    with pytest.raises(UserError, match="en has 398 lines, .*de has 400.* at about line 25[0-2]$"):
-        list(iterate_pairs(files[::-1], [1, 2], []))
-
-
-def test_tab_separated_columns(tmp_path):
-    path = write(tmp_path / "a.tsv.gz", gzip.compress(b"one\teins\tTom\ntwo\tzwei\n"))
-    assert list(iterate_pairs([path], [2, 1], [])) == [("eins", "one"), ("zwei", "two")]
-    with pytest.raises(UserError, match="a.tsv.gz: line 2: 2 of 3 tab-separated columns"):
-        list(iterate_pairs([path], [1, 3], []))
-
-
-def test_segments_of_one_line_alone_are_taken(tmp_path):
-    path = write(tmp_path / "a.sgm", '<doc>\n<seg id="1"> a &amp; b </seg>\n<seg id="2">c\n</seg>\n')
-    with pytest.raises(UserError, match="a.sgm: line 3: a segment that does not end in its line"):
-        list(iterate_segments(path))
-    with pytest.raises(UserError, match="no <seg"):
-        list(iterate_segments(write(tmp_path / "b.sgm", "<doc></doc>\n")))
 
 
 # --- preparing a user's own files
@@ -311,84 +260,3 @@ def test_own_text_named_wrongly(options, expected, corpus):
     done = run("encourage-mt", "prepare", "recipe.yaml", *options, "--work-dir", "work", cwd=corpus, code=2)
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert not (corpus / "work" / "data").exists()
-
-
-# --- the bundled corpus
-
-SIZES = {"train": 2000, "valid": 50, "test": 100}
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return grammar.generate(1, SIZES)
-
-
-def test_the_corpus_is_the_same_everywhere(splits):
-    assert splits == grammar.generate(1, SIZES)
-    assert splits != grammar.generate(2, SIZES)
-    text = "".join(f"{split}\t{de}\t{en}\n" for split, pairs in splits.items() for de, en in pairs)
-    assert hashlib.sha256(text.encode()).hexdigest() == CORPUS_DIGEST, "a change of the grammar moves every figure"
-
-
-CORPUS_DIGEST = "4f2ea54d8b3e3a3d9984f0086b912b919d848c2a34276c7a4c2a2e1b9ae050e6"
-
-
-def test_no_sentence_stands_twice(splits):
-    for side in (0, 1):
-        sentences = [pair[side] for pairs in splits.values() for pair in pairs]
-        assert len(set(sentences)) == len(sentences) == sum(SIZES.values())
-
-
-def test_test_sentences_combine_what_train_has_only_apart():
-    corpus = grammar.Grammar(1)
-    held_out = corpus.held_out
-    tens = [(ten, unit) for ten, unit in held_out if ten.endswith("zig") or ten == "dreißig"]
-    numbers = [f"{unit}und{ten}" for ten, unit in tens]
-    text = {name: " ".join(de for de, _ in pairs) for name, pairs in grammar.generate(1, SIZES).items()}
-    words = {name: set(content.lower().replace(".", "").replace(",", "").split()) for name, content in text.items()}
-    assert numbers and not words["train"] & set(numbers)
-    assert (words["test"] | words["valid"]) & set(numbers)
-    for ten, unit in tens:
-        assert any(word.endswith(f"und{ten}") for word in words["train"]), ten
-        assert any(word.startswith(f"{unit}und") for word in words["train"]), unit
-
-
-@pytest.mark.parametrize(
-    "pattern, why",
-    [
-        (r"^(Den|Einen|Meinen|Deinen|Seinen|Unseren|Diesen|Keinen) ", "an object first: only its case tells"),
-        (r", (weil|wenn|obwohl|bevor|während) .* (hat|haben|ist|sind)\.$", "the verb last in a subordinate clause"),
-        (r" (ab|an|auf|ein|mit|weg|zu|zurück|aus)\.$", "a separated prefix at the end"),
-        (r"und(zwanzig|dreißig|vierzig|fünfzig) ", "units before tens"),
-        (r"(Herrn|Frau) [A-Z]", "names"),
-        (r" (dem|einem) [a-zöüß]+en ", "an adjective in the dative"),
-    ],
-)
-def test_the_corpus_has_what_makes_german_hard(pattern, why, splits):
-    import re
-
-    assert sum(bool(re.search(pattern, de)) for de, _ in splits["train"]) >= 15, why
-
-
-def test_pairs_a_reader_can_check():
-    """Hand-made clauses in every order."""
-    corpus = grammar.Grammar(1)
-    verbs = {verb[0]: verb for verb in corpus.verbs}
-    man = grammar.NounPhrase({"nom": "der Mann"}, "the man", "the man", "he", "m", "Mann", True)
-    dog = grammar.NounPhrase({"acc": "den Hund"}, "the dog", "the dog", "he", "m", "Hund", True)
-
-    def clause(tense):
-        modal = ("will", "wollen", "want_to", "wants_to")
-        objects = [(dog, "den Hund", True)]
-        return grammar.Clause(man, verbs["ab|holen"], tense, modal, objects, "the dog", None, None, False, [])
-
-    assert corpus.german_final(clause("present")) == "der Mann den Hund abholt"
-    assert corpus.german_final(clause("past")) == "der Mann den Hund abgeholt hat"
-    assert corpus.german_question(clause("modal")) == "will der Mann den Hund abholen"
-    assert corpus.german_question(clause("present")) == "holt der Mann den Hund ab"
-    assert {corpus.german_main(clause("present")) for _ in range(50)} == {
-        "der Mann holt den Hund ab",
-        "den Hund holt der Mann ab",
-    }
-    assert corpus.english(clause("past")) == "the man picked up the dog"
-    assert corpus.english_question(clause("modal")) == "does the man want to pick up the dog"

@@ -14,7 +14,7 @@ from subword_nmt.apply_bpe import BPE
 
 from encourage_mt.data import stages, subwords
 from encourage_mt.data.prepare import data_checksum, prepare
-from encourage_mt.data.stages import fault, hash64, ordered_map
+from encourage_mt.data.stages import drop_reason, hash64, ordered_map
 from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
 from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
 from encourage_mt.errors import UserError
@@ -103,7 +103,7 @@ def test_sentencepiece_learns_on_a_sample_of_large_text(tmp_path, monkeypatch):
     [((0, 3), "empty"), ((175, 117), ""), ((176, 170), "too_long"), ((3, 2), ""), ((2, 4), "ratio"), ((1, 1), "")],
 )
 def test_pairs_are_dropped_where_strictly_beyond_the_limit(lengths, expected):
-    assert fault(*lengths, {"max_length": 175, "max_ratio": 1.5}) == expected
+    assert drop_reason(*lengths, {"max_length": 175, "max_ratio": 1.5}) == expected
 
 
 def slow_first(chunk):
