@@ -1,8 +1,10 @@
 """Run fairseq's command lines in the environment of this Python, one process a folder."""
 
+import ctypes
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -68,4 +70,29 @@ def locked(folder: Path, node: int = 0):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work there") from None
-        yield lock.fileno()
+        _held_locks.append(lock)
+        try:
+            yield lock.fileno()
+        finally:
+            _held_locks.remove(lock)
+
+
+_held_locks = []
+
+
+def set_up_worker(parent: int) -> None:
+    """Set up a worker of a process pool, in the worker: it dies with its `parent` and does not hold its locks."""
+    die_with_parent(parent)
+    for lock in _held_locks:  # copies that a forked worker inherited; closing them does not unlock
+        lock.close()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of process id `parent`, ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import re
 from array import array
 from collections import Counter, deque
@@ -15,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..errors import UserError
+from ..processes import set_up_worker
 from ..recipe import Recipe
 from . import subwords
 from .tokenization import PunctuationNormalizer, Tokenizer
@@ -44,7 +46,7 @@ def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tupl
         return
     # forked, because a spawned worker would import torch and fairseq again
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _install, (stage,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (stage, os.getpid()))
     waiting = deque()
     try:
         for chunk in parts:
@@ -61,9 +63,10 @@ def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tupl
         pool.shutdown(cancel_futures=True)
 
 
-def _install(stage):
+def _start_worker(stage, parent):
     global _stage
-    gc.freeze()  # what was imported is never looked through again, nor copied for that
+    set_up_worker(parent)
+    gc.freeze()  # imported objects are never collected: the collector must not touch, and so copy, their pages
     _stage = stage
 
 

@@ -1,24 +1,18 @@
 """Tokens and pieces are those of sacremoses and subword-nmt, from one process or several."""
 
 import io
-import json
 import random
 import time
 
 import grammar
 import pytest
 import regex
-from conftest import write_recipe
 from sacremoses import MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 
-from encourage_mt.data import stages, subwords
-from encourage_mt.data.prepare import data_checksum, prepare
-from encourage_mt.data.stages import drop_reason, hash64, ordered_map
+from encourage_mt.data import subwords
 from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
 from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
-from encourage_mt.errors import UserError
-from encourage_mt.recipe import load_recipe
 
 # what the rules look at: full stops, prefixes, commas, numbers, apostrophes, dots, hyphens, quotes, spaces, controls
 BITS = [*"aZé5'’\".,  -`:;!?()[]|<>&/…«»„“–—%№ßĳ٣あ漢😀@#sdmn\u00a0\u2028\x85\x01"]
@@ -93,56 +87,3 @@ def test_sentencepiece_learns_on_a_sample_of_large_text(tmp_path, monkeypatch):
     monkeypatch.undo()
     learn(pairs[::3], 100, options, tmp_path / "same")
     assert (tmp_path / "sampled.vocab").read_text() == (tmp_path / "same.vocab").read_text()
-
-
-# --- stages
-
-
-@pytest.mark.parametrize(
-    "lengths, expected",
-    [((0, 3), "empty"), ((175, 117), ""), ((176, 170), "too_long"), ((3, 2), ""), ((2, 4), "ratio"), ((1, 1), "")],
-)
-def test_pairs_are_dropped_where_strictly_beyond_the_limit(lengths, expected):
-    assert drop_reason(*lengths, {"max_length": 175, "max_ratio": 1.5}) == expected
-
-
-def slow_first(chunk):
-    time.sleep(0.2 if chunk[0] == 0 else 0)
-    return [item * 2 for item in chunk]
-
-
-def die(chunk):
-    import os
-
-    os._exit(9)
-
-
-def test_order_is_kept_and_only_a_few_chunks_are_held(monkeypatch):
-    monkeypatch.setattr(stages, "CHUNK", 10)
-    taken = []
-    numbers = (taken.append(n) or n for n in range(500))
-    results = ordered_map(slow_first, numbers, 2)
-    assert next(results) == (list(range(10)), list(range(0, 20, 2)))
-    assert len(taken) <= 10 * (2 * stages.WAITING + 2)
-    assert [item for _, result in results for item in result] == list(range(20, 1000, 2))
-
-
-def test_a_worker_that_dies_is_told(monkeypatch):
-    monkeypatch.setattr(stages, "CHUNK", 1)
-    with pytest.raises(UserError, match="a worker was killed"):
-        list(ordered_map(die, range(9), 2))
-
-
-def test_hashes_are_the_same_everywhere():
-    assert hash64("Haus") == 697045299593435607
-
-
-@pytest.mark.parametrize("changes", [{}, {"tokenizer": "moses", "subword": {"merges": 200}}], ids=["raw", "moses"])
-def test_any_number_of_workers_makes_the_same_data(changes, tmp_path, monkeypatch):
-    recipe = load_recipe(write_recipe(tmp_path, **changes))
-    one = prepare(recipe, tmp_path / "one", workers=1)
-    monkeypatch.setattr(stages, "CHUNK", 37)
-    three = prepare(recipe, tmp_path / "three", workers=3)
-    assert data_checksum(one) == data_checksum(three)
-    manifests = [json.loads((data / "manifest.json").read_text()) for data in (one, three)]
-    assert manifests[0] == manifests[1]
