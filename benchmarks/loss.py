@@ -21,8 +21,8 @@ from encourage_mt.loss import chunked
 from encourage_mt.loss.functional import loss_terms, projected_loss_terms
 from encourage_mt.loss.options import LossOptions
 
-EL = LossOptions(label_smoothing=0.1)
-CE = LossOptions(bonus="none", label_smoothing=0.1)
+EL = LossOptions(label_smoothing=0.1, smoothing_convention="fairseq")
+CE = LossOptions(bonus="none", label_smoothing=0.1, smoothing_convention="fairseq")
 PAD = 1
 FEATURES = 512
 

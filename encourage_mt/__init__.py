@@ -5,11 +5,23 @@ checkpoints load safely. Elsewhere nothing of fairseq is imported: `encourage_mt
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
 
-from .loss import EncouragingLoss
+if TYPE_CHECKING:
+    from .loss import EncouragingLoss
 
 __all__ = ["EncouragingLoss"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the loss, and torch with it, on first use."""
+    if name == "EncouragingLoss":
+        from .loss import EncouragingLoss
+
+        return EncouragingLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if "fairseq" in sys.modules:
     from .plugin import register

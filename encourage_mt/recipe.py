@@ -9,24 +9,13 @@ import yaml
 from pydantic import StringConstraints
 
 from .errors import UserError
+from .loss.options import OPTION_NAMES
 
 TOKENIZED_BLEU = "BLEU on tokenized text"
 METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
 # names of recipes, splits and arms become names of files; fairseq splits a pair of languages at its hyphen
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\z", max_length=100)]
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*\z", max_length=20)]
-CRITERION_OPTIONS = {
-    "label-smoothing",
-    "bonus",
-    "log-end",
-    "bonus-exponent",
-    "bonus-weight",
-    "smoothing-convention",
-    "loss-backend",
-    "fuse-projection",
-    "report-accuracy",
-    "ignore-prefix-size",
-}
 KINDS = {"name": str, "source": str, "target": str, "average": int, "beam": int, "lenpen": (int, float)}
 KINDS.update(
     dict.fromkeys(("subword", "train", "arms"), dict), data=(dict, list), clean=dict, expected=dict, published=dict
@@ -217,7 +206,7 @@ def load_recipe(
     for arm, options in recipe.arms.items():
         if not isinstance(options, dict):
             raise UserError(f"{path}: arm {arm} names no criterion")
-        foreign = set(options) - CRITERION_OPTIONS - {"criterion"}
+        foreign = set(options) - OPTION_NAMES - {"criterion"}
         if "criterion" not in options or foreign:
             what = f"sets {', '.join(sorted(foreign))}" if foreign else "names no criterion"
             raise UserError(f"{path}: arm {arm} {what}; arms differ by criterion and its options alone")

@@ -14,6 +14,7 @@ Definitions per target token, with logits z, p = softmax(z) and target y:
 import logging
 import warnings
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,15 @@ def load(checkpoint: Path, data: Path):
 
 
 def loss_options(criterion: dict) -> LossOptions:
-    """The loss a run was trained with, from its checkpoint's options; fairseq's cross entropies have no bonus."""
-    options = LossOptions(label_smoothing=criterion.get("label_smoothing", 0.0), bonus="none")
-    if "bonus" in criterion:
-        names = ("bonus", "log_end", "bonus_exponent", "bonus_weight", "smoothing_convention")
-        options = LossOptions(label_smoothing=criterion["label_smoothing"], **{name: criterion[name] for name in names})
-    return options
+    """Return the loss a run was trained with, from its checkpoint's options; fairseq's cross entropies have no bonus.
+
+    Raises UserError for a bonus outside this package: somebody else's run must not choose which module is imported.
+    """
+    names = {each.name for each in fields(LossOptions)}
+    known = {name: value for name, value in criterion.items() if name in names}
+    if ":" in known.get("bonus", ""):
+        raise UserError(f"bonus {known['bonus']}: runs with a bonus from outside encourage_mt cannot be analysed")
+    return LossOptions(**{"bonus": "none", "smoothing_convention": "fairseq", **known})
 
 
 def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:

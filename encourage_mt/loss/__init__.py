@@ -1,7 +1,12 @@
-"""The encouraging loss for any PyTorch program; needs torch only."""
+"""The encouraging loss for any PyTorch program; needs torch only, and imports it on first use."""
 
-from .functional import BACKENDS, EncouragingLoss, encouraging_loss, loss_terms, projected_loss_terms
-from .options import LossOptions, LossTerms
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bonuses import register_bonus
+    from .functional import EncouragingLoss, encouraging_loss, loss_terms, projected_loss_terms
+    from .options import BACKENDS, LossOptions
+    from .terms import LossTerms
 
 __all__ = [
     "BACKENDS",
@@ -11,4 +16,15 @@ __all__ = [
     "encouraging_loss",
     "loss_terms",
     "projected_loss_terms",
+    "register_bonus",
 ]
+
+_MODULES = {"BACKENDS": "options", "LossOptions": "options", "LossTerms": "terms", "register_bonus": "bonuses"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_MODULES.get(name, 'functional')}", __name__), name)

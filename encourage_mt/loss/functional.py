@@ -1,22 +1,30 @@
-"""The encouraging loss for any PyTorch program: a function and a module with the shapes of torch's cross entropy.
+"""The encouraging loss as a function and as a module with the shapes of torch's cross entropy.
 
-The definition is in reference.py, with which every backend agrees. Nothing here knows of fairseq.
+reference.py defines the loss; every backend agrees with it. Nothing in this package depends on fairseq.
 """
 
+import dataclasses
 import functools
+import importlib
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import chunked, fused_projection, reference
-from .options import LossOptions, LossTerms
+from . import fused_projection, reference
+from .bonuses import check_bonus
+from .options import BACKENDS, LossOptions
+from .terms import LossTerms
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def loss_terms(
@@ -27,13 +35,12 @@ def loss_terms(
     reduce: bool = True,
     backend: str = "auto",
 ) -> LossTerms:
-    """Loss, likelihood and bonus of `logits` [tokens, V] for `target` [tokens].
+    """Return loss, likelihood and bonus of `logits` [tokens, V] for `target` [tokens].
 
-    Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are raised to
-    float32; float64 stays. Tokens whose target is `ignore_index` count nothing and get no gradient. backend
-    "reference" is the plain expression; "chunked" and "triton" (NVIDIA GPUs) are fast, and only their loss term has a
-    gradient; "auto" takes the fastest that serves. Raises ValueError if shapes do not fit, V < 2, or the backend is
-    none or cannot run here.
+    Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are computed in
+    float32; float64 stays. Tokens whose target is `ignore_index` count nothing and get no gradient. Backend
+    "reference" is the plain expression; the others are fast, and only their loss term has a gradient; "auto" takes the
+    fastest that can run here. Raises ValueError if shapes do not fit, V < 2, or the backend is unknown or cannot run.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -42,8 +49,9 @@ def loss_terms(
     if logits.size(1) < 2:
         raise ValueError("the loss needs at least 2 types")
     ignored = target.eq(ignore_index)
-    implementation = _implementation(backend, options, logits.device.type, logits.dtype)
-    return implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)
+    implementation = find_backend(backend, options, logits.device.type, logits.dtype)
+    terms: LossTerms = implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)
+    return terms
 
 
 def projected_loss_terms(
@@ -55,10 +63,10 @@ def projected_loss_terms(
     backend: str = "auto",
     accuracy: bool = False,
 ) -> tuple[LossTerms, Tensor]:
-    """`loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without ever holding [tokens, V].
+    """Return `loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without storing [tokens, V].
 
-    Also returns the number of targets predicted right, if `accuracy`. Raises ValueError if shapes do not fit, and for
-    a backend or bonus that cannot be fused.
+    Also returns the number of targets predicted right if `accuracy`, 0 otherwise. Raises ValueError if shapes do not
+    fit, and for a backend or bonus that cannot be fused.
     """
     if features.dim() != 2 or target.shape != features.shape[:1] or weight.dim() != 2 or weight.size(0) < 2:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (features, weight, target))
@@ -68,60 +76,153 @@ def projected_loss_terms(
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
     ignored = target.eq(ignore_index)
-    implementation = _implementation(backend, options, device, features.dtype)
+    implementation = find_backend(backend, options, device, features.dtype)
     if implementation is reference:
         raise ValueError(
-            "only the reference backend serves here, and it cannot be fused with the projection: drop "
-            "--fuse-projection, or take another --loss-backend or, for the power bonus, an exponent of 1 or from 2"
+            f"only the reference backend computes the {options.bonus} bonus with these options, and it cannot be fused "
+            "with the projection: drop --fuse-projection, or choose another --loss-backend or bonus"
         )
     target = target.masked_fill(ignored, 0)
     with torch.autocast(device, enabled=False):
         return fused_projection.loss_terms(
-            features, weight, target, options, ignored, implementation.terms_over_logits, accuracy
+            features, weight, target, options, ignored, implementation.terms_and_gradient_, accuracy
         )
 
 
-@functools.cache  # so that it logs once
-def _implementation(backend: str, options: LossOptions, device: str, dtype: torch.dtype):
-    """The module that serves `backend`; what "auto" takes, and a bonus that a backend lacks, are logged."""
+def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
+    """Return the module that computes the loss: `backend`, or the reference for a bonus that it does not know.
+
+    The first use of each combination logs the backend, or warns that the reference takes over.
+    Raises ValueError if the backend is unknown or cannot run on this device.
+    """
+    return _find_backend(backend, dataclasses.replace(options, bonus_weight=1.0), device, dtype)
+
+
+@functools.cache  # logs once; the weight, which schedules change with each update, is no part of the key
+def _find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
     if backend not in BACKENDS:
         raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")
+    check_bonus(options)
     if backend == "reference":
         return reference
-    has_triton = find_spec("triton") is not None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    candidates = [backend]
     if backend == "auto":
-        lacks = "no NVIDIA GPU" if device != "cuda" else "no Triton" if not has_triton else ""
-        lacks = lacks or ("float64" if dtype == torch.float64 else "")
-        backend = "chunked" if lacks else "triton"
-        logger.info(f"loss backend: {backend}{f' ({lacks})' if lacks else ''}")
-    if backend == "triton":
-        if not has_triton or not (device == "cuda" or interpreted):
-            raise ValueError(f"loss_backend triton needs Triton and an NVIDIA GPU, got {device}; take auto")
-        from . import triton_kernels
+        candidates = [name for name in _fastest_first(device, dtype) if not _missing(name, device)]
+    elif missing := _missing(backend, device):
+        raise ValueError(f"loss_backend {backend} cannot run here: {missing}; use auto")
+    for name in candidates:
+        module = importlib.import_module({"triton": ".triton_kernels"}.get(name, f".{name}"), __package__)
+        if module.supports(options):
+            logger.info("loss backend: %s", name)
+            return module
+    logger.warning(
+        "the %s loss backend has no code for the %s bonus (%s): the reference backend computes it",
+        " or ".join(candidates), options.bonus, options,
+    )  # fmt: skip
+    return reference
 
-        return triton_kernels
-    if not chunked.supports(options):
-        logger.warning(f"the chunked loss backend has no {options.bonus} bonus for {options}: taking reference")
-        return reference
-    return chunked
+
+def _fastest_first(device: str, dtype: torch.dtype) -> list[str]:
+    """Return the backends that "auto" tries; Triton's kernels compute in float32."""
+    return ["triton", "chunked"] if device == "cuda" and dtype != torch.float64 else ["chunked"]
 
 
+def _missing(backend: str, device: str) -> str:
+    """Return what this machine lacks for `backend`, or "" if it can run."""
+    if backend != "triton":
+        return ""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if device == "cuda" or interpreted else f"it needs an NVIDIA GPU, the logits are on {device}"
+
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+
+def _show_options(function: _Decorated) -> _Decorated:
+    """Show the fields of LossOptions as keywords in the signature of a function that takes them as **options."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(LossOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+    return function
+
+
+@_show_options
 def encouraging_loss(
     logits: Tensor,
     target: Tensor,
-    options: LossOptions,
+    *,
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
+    **options: Any,
 ) -> Tensor:
-    """The loss with the shapes of torch.nn.functional.cross_entropy.
+    """Return the loss with the shapes of torch.nn.functional.cross_entropy.
 
     logits (N, C) with target (N), or (N, C, d1, ...) with target (N, d1, ...); class indices only. reduction "mean"
-    (over targets that are not `ignore_index`), "sum", or "none" (shape of target). Raises ValueError on others.
+    (over targets that are not `ignore_index`), "sum", or "none" (shape of target). The other keywords are the fields of
+    `LossOptions`, with the same defaults. Raises ValueError for other shapes and values.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction}")
+    return _loss(logits, target, _options(options), ignore_index, reduction, backend)
+
+
+class EncouragingLoss(nn.Module):
+    """A drop-in replacement for torch.nn.CrossEntropyLoss, equal to it with bonus="none".
+
+    It takes the keywords of `encouraging_loss`. `bonus_weight` is an attribute that may be set during the training.
+
+    >>> loss = EncouragingLoss(log_end=0.75, label_smoothing=0.1)(logits, target)
+    """
+
+    @_show_options
+    def __init__(
+        self, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto", **options: Any
+    ) -> None:
+        super().__init__()
+        self.options = _options(options)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+    @property
+    def bonus_weight(self) -> float:
+        """The factor of the bonus, for example as a `BonusSchedule` gives it for the present update."""
+        return self.options.bonus_weight
+
+    @bonus_weight.setter
+    def bonus_weight(self, weight: float) -> None:
+        self.options = dataclasses.replace(self.options, bonus_weight=weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `logits` (N, C, ...) for `target` (N, ...)."""
+        return _loss(logits, target, self.options, self.ignore_index, self.reduction, self.backend)
+
+    def extra_repr(self) -> str:
+        """Return the options, as they appear in the module's repr."""
+        return f"{self.options}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+def _options(options: dict[str, Any]) -> LossOptions:
+    if "weight" in options:
+        raise ValueError("weight: the encouraging loss does not support class weights; drop the argument")
+    return LossOptions(**options)
+
+
+def _loss(
+    logits: Tensor, target: Tensor, options: LossOptions, ignore_index: int, reduction: str, backend: str
+) -> Tensor:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction}")
+    if target.is_floating_point():
+        raise ValueError(
+            f"target must contain class indices (torch.long), got {target.dtype}: "
+            "class probabilities (soft targets) are not supported"
+        )
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"expected logits (N, C, ...) and target (N, ...), got {list(logits.shape)} and {list(target.shape)}"
@@ -131,33 +232,3 @@ def encouraging_loss(
     if reduction == "mean":
         return loss / target.ne(ignore_index).sum()
     return loss if reduction == "sum" else loss.view(target.shape)
-
-
-class EncouragingLoss(nn.Module):
-    """Stands where torch.nn.CrossEntropyLoss stands; equal to it with bonus="none".
-
-    Shapes and reduction as in `encouraging_loss`. label_smoothing gives eps/C to every class, as torch does.
-
-    >>> loss = EncouragingLoss(log_end=0.75, label_smoothing=0.1)(logits, target)
-    """
-
-    def __init__(
-        self,
-        bonus: str = LossOptions.bonus,
-        log_end: float = LossOptions.log_end,
-        bonus_exponent: float = LossOptions.bonus_exponent,
-        bonus_weight: float = LossOptions.bonus_weight,
-        label_smoothing: float = LossOptions.label_smoothing,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ):
-        super().__init__()
-        self.options = LossOptions(bonus, log_end, bonus_exponent, bonus_weight, label_smoothing, "paper")
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return encouraging_loss(logits, target, self.options, self.ignore_index, self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"{self.options}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"

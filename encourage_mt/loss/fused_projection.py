@@ -12,27 +12,34 @@ the float32 product divided by it, both exact: eps/V = 3e-6 would be subnormal i
 import torch
 from torch import Tensor
 
-from .options import LossOptions, LossTerms, clone_terms
+from .options import LossOptions
+from .terms import LossTerms, clone_terms, refuse_double_backward
 
 ROWS = 1024
 SCALE = 256.0
 
 
 def loss_terms(
-    features: Tensor, weight: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, terms_over_logits, accuracy
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    ignored: Tensor,
+    terms_and_gradient_,
+    accuracy,
 ) -> tuple[LossTerms, Tensor]:
     """Sums over tokens for logits = features [tokens, D] @ weight.T [D, V], and the number of targets predicted right.
 
-    `terms_over_logits` is that function of a backend. Only loss has a gradient, to features and weight. The number is
+    `terms_and_gradient_` is that function of a backend. Only loss has a gradient, to features and weight. The number is
     0 unless `accuracy`.
     """
-    *terms, correct = _Fused.apply(features, weight, target, options, ignored, terms_over_logits, accuracy)
+    *terms, correct = _Fused.apply(features, weight, target, options, ignored, terms_and_gradient_, accuracy)
     return LossTerms(*terms), correct
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, target, options, ignored, terms_over_logits, accuracy):
+    def forward(ctx, features, weight, target, options, ignored, terms_and_gradient_, accuracy):
         exact = torch.promote_types(features.dtype, torch.float32)
         scale = 1.0 if features.dtype == exact else SCALE
         of_features = torch.empty_like(features, dtype=exact)
@@ -44,20 +51,20 @@ class _Fused(torch.autograd.Function):
             logits = features[block] @ weight.T
             if accuracy:
                 correct += ((logits.argmax(dim=1) == target[block]) & ~ignored[block]).sum()
-            terms, gradient = terms_over_logits(logits, target[block], options, ignored[block], scale)
+            terms, gradient = terms_and_gradient_(logits, target[block], options, ignored[block], scale)
             sums += terms.sum(dim=1)
             of_features[block] = _product(gradient, weight, exact) / scale
             of_weight.add_(_product(gradient.T, features[block], exact), alpha=1 / scale)
-        ctx.gradients = of_features, of_weight
+        ctx.save_for_backward(of_features, of_weight)
         ctx.dtypes = features.dtype, weight.dtype
         loss, nll_loss, bonus = clone_terms(sums, reduce=False)
         ctx.mark_non_differentiable(nll_loss, bonus, correct)
         return loss, nll_loss, bonus, correct
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
-        of_features, of_weight = ctx.gradients
+        refuse_double_backward()
+        of_features, of_weight = ctx.saved_tensors
         features_dtype, weight_dtype = ctx.dtypes
         return (of_features * upstream).to(features_dtype), (of_weight * upstream).to(weight_dtype), *[None] * 5
 

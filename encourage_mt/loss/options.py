@@ -1,74 +1,107 @@
-"""Options of the loss and the terms it returns."""
+"""Declare every option of the loss once: its default, its range and its help text.
 
-from dataclasses import dataclass
-from typing import NamedTuple
+Everything else is derived from the fields below: the range checks, the keywords of `encouraging_loss` and
+`EncouragingLoss`, the options of the fairseq criterion and the criterion options that a recipe may set. Importing this
+module does not import torch; making a `LossOptions` does, to look up its bonus.
+"""
 
-from torch import Tensor
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
-BONUSES = ("none", "log", "power", "cosine")
-SMOOTHING_CONVENTIONS = ("fairseq", "paper")
-RANGES = {
-    "label_smoothing": (0, 1),
-    "log_end": (0, 1),
-    "bonus_exponent": (1, 10),
-    "bonus_weight": (0, 2),
-}
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
-def check_range(name: str, value: float) -> None:
-    """Raise ValueError, naming option, range and value, unless `value` lies in the range of option `name`."""
-    low, high = RANGES[name]
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+def option(
+    default: Any, text: str, between: tuple[float, float] | None = None, choices: tuple[str, ...] | None = None
+) -> Any:
+    """Return a dataclass field with the default, help text and allowed values of an option."""
+    return field(default=default, metadata={"help": text, "between": between, "choices": choices})
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            check_option(each.name, getattr(self, each.name))
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """What shapes the loss; the one place of its defaults. Raises ValueError on a value out of range.
+class LossOptions(_Checked):
+    """The options that shape the loss. Raises ValueError for a value that is not allowed.
 
-    smoothing_convention says what a non-target type gets of label_smoothing eps: eps/(V-1) with "fairseq", as
-    LabelSmoothedCrossEntropyCriterion does, or eps/V with "paper", as the paper's code and torch do (there the
-    target gets that share too).
+    `bonus` is the name of a registered bonus, or MODULE:NAME for a bonus in a module of your own, which is imported.
+    `smoothing_convention` decides how much of the label smoothing eps a type other than the target gets: eps/V
+    ("paper"; torch does the same, and the target gets eps/V as well) or eps/(V-1) ("fairseq", the convention of its
+    LabelSmoothedCrossEntropyCriterion).
     """
 
-    bonus: str = "log"
-    log_end: float = 0.5
-    bonus_exponent: float = 2.0
-    bonus_weight: float = 1.0
-    label_smoothing: float = 0.0
-    smoothing_convention: str = "fairseq"
+    bonus: str = option(
+        "log",
+        "term that rewards likelihood: none (plain label-smoothed cross entropy), log, power, cosine, or MODULE:NAME "
+        "for one of your own",
+    )
+    log_end: float = option(
+        0.5,
+        "probability above which the log bonus continues linearly, along its tangent; with 1 it never does",
+        between=(0, 1),
+    )
+    bonus_exponent: float = option(2.0, "exponent of the power bonus", between=(1, 10))
+    bonus_weight: float = option(1.0, "factor of the bonus", between=(0, 2))
+    bonus_start: float = option(
+        0.0, "probability s below which there is no bonus; from s on it is b(p) - b(s)", between=(0, 1)
+    )
+    label_smoothing: float = option(0.0, "share of the target's mass that goes to all types", between=(0, 1))
+    smoothing_convention: str = option(
+        "paper",
+        "smoothing gives each type eps/V (paper, as torch does) or each type but the target eps/(V-1) (fairseq)",
+        choices=("fairseq", "paper"),
+    )
 
-    def __post_init__(self):
-        for name, allowed in (("bonus", BONUSES), ("smoothing_convention", SMOOTHING_CONVENTIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
-        for name in RANGES:
-            check_range(name, getattr(self, name))
+    @property
+    def has_bonus(self) -> bool:
+        """Whether the bonus plays any part; if not, the loss is label-smoothed cross entropy."""
+        return self.bonus != "none" and self.bonus_weight > 0
 
-    def weights(self, vocabulary: int) -> tuple[float, float]:
-        """(h, s) such that the smoothed sum of any f is h * f(target) + s * sum over all V types of f."""
+    def smoothing_masses(self, vocabulary: int) -> tuple[float, float]:
+        """Return (target_mass, smoothing_mass).
+
+        The smoothed sum of any f over V types is target_mass * f(target) + smoothing_mass * sum_k f(k).
+        """
         eps = self.label_smoothing
         if self.smoothing_convention == "paper":
             return 1.0 - eps, eps / vocabulary
-        share = eps / (vocabulary - 1)
-        return 1.0 - eps - share, share
+        smoothing_mass = eps / (vocabulary - 1)
+        return 1.0 - eps - smoothing_mass, smoothing_mass
 
 
-class LossTerms(NamedTuple):
-    """Each a scalar sum over tokens, or one value per token [tokens]; in nats, zero for padding.
+@dataclass(frozen=True)
+class CriterionOptions(_Checked):
+    """The options that the fairseq criterion has beside those of the loss. Raises ValueError as `LossOptions` does."""
 
-    loss is label-smoothed cross entropy plus bonus; nll_loss is -log p of the target, free of smoothing and bonus;
-    bonus is the smoothed, weighted bonus term as it stands in the loss.
-    """
+    loss_backend: str = option("auto", "code that computes the loss; all give the same values", choices=BACKENDS)
+    fuse_projection: bool = option(
+        False,
+        "in training, compute output projection and loss together in blocks of 1,024 tokens, so that the logits of a "
+        "batch are never in memory at once",
+    )
 
-    loss: Tensor
-    nll_loss: Tensor
-    bonus: Tensor
+
+OPTIONS = {each.name: each for group in (LossOptions, CriterionOptions) for each in dataclasses.fields(group)}
+
+# The criterion options that an arm of a recipe may set, as on fairseq's command line but without the leading dashes.
+OPTION_NAMES = frozenset(name.replace("_", "-") for name in (*OPTIONS, "report_accuracy", "ignore_prefix_size"))
 
 
-def clone_terms(terms: Tensor, reduce: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of `terms` [3, ...], summed if `reduce`, as tensors of their own for a custom autograd function to return.
+def check_option(name: str, value: Any) -> None:
+    """Raise ValueError, with the option, the allowed values and the given one, if `value` is not allowed for `name`."""
+    between, choices = OPTIONS[name].metadata["between"], OPTIONS[name].metadata["choices"]
+    if between:
+        low, high = between
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number between {low} and {high}, got {value}")
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
+    if name == "bonus":
+        from .bonuses import find_bonus  # imports torch
 
-    Views would not do: fairseq writes to the loss of an empty batch (loss *= 0).
-    """
-    return tuple(term.sum() if reduce else term.clone() for term in terms)
+        find_bonus(value)

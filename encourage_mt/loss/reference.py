@@ -1,4 +1,4 @@
-"""What the encouraging loss is: cross entropy plus a bonus that rewards likelihood (arXiv 2110.06537).
+"""Define the encouraging loss: cross entropy plus a bonus that rewards likelihood (arXiv 2110.06537).
 
 With p = softmax(logits) over V types and q the (smoothed) target distribution, the loss of one token is
 
@@ -11,8 +11,9 @@ With p = softmax(logits) over V types and q the (smoothed) target distribution, 
 | power  | -p ** bonus_exponent                                                                           |
 | cosine | cos(pi p) - 1                                                                                  |
 
-b is negative: the loss of a confident model may be near or below zero. This is the plain expression, differentiated by
-autograd; the fast backends are tested against it.
+With bonus_start s > 0, b(p) - b(s) takes the place of b(p) for p >= s, and 0 below (the paper's aggressive bonus).
+b is negative: the loss of a confident model may be near or below zero. This module is the plain expression,
+differentiated by autograd; the fast backends are tested against it.
 """
 
 import torch
@@ -20,29 +21,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bonuses import bonus_of
-from .options import LossOptions, LossTerms
+from .options import LossOptions
+from .terms import LossTerms
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
-    """The terms for `logits` [tokens, V], `target` [tokens] (any valid type where ignored), `ignored` [tokens] bool."""
+    """Return the terms for `logits` [tokens, V] and `target` [tokens]: sums or, without `reduce`, values per token.
+
+    `ignored` [tokens] marks the tokens that count nothing; their target may be any type from 0 to V - 1.
+    """
     target = target.unsqueeze(1)
     log_probs = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    of_target, of_all = options.weights(logits.size(1))
+    target_mass, smoothing_mass = options.smoothing_masses(logits.size(1))
 
     def collect(per_token: Tensor) -> Tensor:
         per_token = per_token.squeeze(1).masked_fill(ignored, 0.0)
         return per_token.sum() if reduce else per_token
 
     nll_loss = collect(-log_probs.gather(1, target))
-    loss = of_target * nll_loss
-    if of_all:
-        loss = loss + of_all * collect(-log_probs.sum(dim=1, keepdim=True))
-    if options.bonus == "none":
+    loss = target_mass * nll_loss
+    if smoothing_mass:
+        loss = loss + smoothing_mass * collect(-log_probs.sum(dim=1, keepdim=True))
+    if not options.has_bonus:
         return LossTerms(loss, nll_loss, torch.zeros_like(nll_loss))
 
-    if of_all:
+    if smoothing_mass:
         bonuses = bonus_of(log_probs.exp(), complement(log_probs), options)
-        bonus = of_target * collect(bonuses.gather(1, target)) + of_all * collect(bonuses.sum(dim=1, keepdim=True))
+        bonus = target_mass * collect(bonuses.gather(1, target)) + smoothing_mass * collect(
+            bonuses.sum(dim=1, keepdim=True)
+        )
     else:
         others = log_probs.exp().scatter(1, target, 0.0)
         bonus = collect(bonus_of(log_probs.gather(1, target).exp(), others.sum(dim=1, keepdim=True), options))
@@ -51,9 +58,9 @@ def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Te
 
 
 def complement(log_probs: Tensor) -> Tensor:
-    """1 - p for each type of `log_probs` [tokens, V], with full relative precision where p is near 1.
+    """Return 1 - p for each type of `log_probs` [tokens, V], with full relative precision where p is near 1.
 
-    There p has lost the digits (float32 has none left at 1 - p = 1e-8), the sum of the other types' p has not.
+    There p has lost the digits (float32 has none left at 1 - p = 1e-8), but the sum of the other types' p has not.
     At most the top type has p > 1/2, so only its column needs the sum.
     """
     top = log_probs.argmax(dim=1, keepdim=True)

@@ -16,18 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .bonuses import LOG_BONUS_FLOOR
-from .options import BONUSES, LossOptions, LossTerms, clone_terms
+from .options import LossOptions
+from .terms import LossTerms, clone_terms, refuse_double_backward
 
 STATISTICS = 7  # of a row: highest logit, 1 / total, top type, 1 - p of it, sum without it, sum of all, a of the target
 BLOCK = 4096  # types that a program holds at a time
 
-NONE, LOG, POWER, COSINE = (tl.constexpr(index) for index in range(len(BONUSES)))
+KINDS = {"none": 0, "log": 1, "power": 2, "cosine": 3}  # bonuses that the kernels compute
+NONE, LOG, POWER, COSINE = (tl.constexpr(kind) for kind in KINDS.values())
 FLOOR = tl.constexpr(LOG_BONUS_FLOOR)
 PI = tl.constexpr(3.141592653589793)
 
 
+def supports(options: LossOptions) -> bool:
+    """Return whether the kernels compute this bonus."""
+    return options.bonus in KINDS and not options.bonus_start
+
+
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
-    """As `encourage_mt.reference.loss_terms`; only loss has a gradient. float64 logits are computed in float32."""
+    """As `reference.loss_terms`; only loss has a gradient. float64 logits are computed in float32."""
     return LossTerms(*_Triton.apply(logits.contiguous(), target, options, ignored, reduce))
 
 
@@ -43,14 +50,14 @@ class _Triton(torch.autograd.Function):
         return loss, nll_loss, bonus
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
+        refuse_double_backward()
         logits, target, ignored, statistics = ctx.saved_tensors
         upstream = upstream.expand(logits.size(0)).masked_fill(ignored, 0.0)
         return backward(logits, target, ctx.options, statistics, upstream, torch.empty_like(logits)), *[None] * 4
 
 
-def terms_over_logits(
+def terms_and_gradient_(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(terms [3, tokens], gradient times `scale` [tokens, V]); the gradient takes the place of `logits`."""
@@ -98,14 +105,14 @@ def _block(vocabulary):
 
 
 def _figures(options, vocabulary):
-    of_target, share = options.weights(vocabulary)
-    weight = 0.0 if options.bonus == "none" else options.bonus_weight
+    of_target, share = options.smoothing_masses(vocabulary)
+    weight = options.bonus_weight if options.has_bonus else 0.0
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
     return of_target, share, weight, least, options.bonus_exponent
 
 
 def _constants(options):
-    return {"KIND": BONUSES.index(options.bonus), "FLOORED": options.log_end == 1}
+    return {"KIND": KINDS[options.bonus], "FLOORED": options.log_end == 1}
 
 
 @triton.jit

@@ -1,11 +1,12 @@
-"""`--criterion label_smoothed_encouraging_loss`: the loss of loss.py, as fairseq trains with it."""
+"""`--criterion label_smoothed_encouraging_loss`: train with the encouraging loss in fairseq."""
 
 import argparse
 import inspect
 import math
-from dataclasses import dataclass, field
+import sys
+from dataclasses import field, fields, make_dataclass
 
-from fairseq.criterions import register_criterion
+from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
     LabelSmoothedCrossEntropyCriterionConfig,
@@ -16,49 +17,62 @@ from fairseq.models import FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
-from ..loss.functional import BACKENDS, loss_terms, projected_loss_terms
-from ..loss.options import BONUSES, RANGES, SMOOTHING_CONVENTIONS, LossOptions, check_range
+from ..loss.bonuses import registered_bonuses
+from ..loss.functional import loss_terms, projected_loss_terms
+from ..loss.options import OPTIONS, CriterionOptions, LossOptions, check_option
+
+DEFAULTS = {"smoothing_convention": "fairseq"}  # where the criterion keeps fairseq's default, not that of the loss
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": f"{help} (default: {default})"})
+def config_field(option):
+    """Return (name, type, field) of an option of the loss, as fairseq's configuration dataclasses have it."""
+    choices, between = option.metadata["choices"], option.metadata["between"]
+    default = DEFAULTS.get(option.name, option.default)
+    allowed = f"{between[0]} to {between[1]}; " if between else ""
+    text = f"{option.metadata['help']} ({allowed}default: {default})"
+    return option.name, ChoiceEnum(choices) if choices else option.type, field(default=default, metadata={"help": text})
 
 
-@dataclass
-class LabelSmoothedEncouragingLossConfig(LabelSmoothedCrossEntropyCriterionConfig):
-    bonus: ChoiceEnum(BONUSES) = option(
-        LossOptions.bonus, "what rewards likelihood; none is label-smoothed cross entropy"
+# What LabelSmoothedCrossEntropyCriterionConfig declares (label_smoothing among it) stays as it is.
+LabelSmoothedEncouragingLossConfig = make_dataclass(
+    "LabelSmoothedEncouragingLossConfig",
+    [
+        config_field(option)
+        for name, option in OPTIONS.items()
+        if name not in {each.name for each in fields(LabelSmoothedCrossEntropyCriterionConfig)}
+    ],
+    bases=(LabelSmoothedCrossEntropyCriterionConfig,),
+)
+LabelSmoothedEncouragingLossConfig.__module__ = __name__  # for pickle
+
+
+def read_options(kind, cfg):
+    """Return the options of dataclass `kind` from a configuration, in which choices are enumerations."""
+    return kind(
+        **{
+            each.name: str(getattr(cfg, each.name)) if each.metadata["choices"] else getattr(cfg, each.name)
+            for each in fields(kind)
+        }
     )
-    log_end: float = option(
-        LossOptions.log_end, "probability from which the log bonus goes on as its tangent, 0 to 1; 1: never"
-    )
-    bonus_exponent: float = option(LossOptions.bonus_exponent, "exponent of the power bonus, 1 to 10")
-    bonus_weight: float = option(LossOptions.bonus_weight, "factor of the bonus, 0 to 2")
-    smoothing_convention: ChoiceEnum(SMOOTHING_CONVENTIONS) = option(
-        LossOptions.smoothing_convention,
-        "smoothing gives each other type eps/(V-1) (fairseq) or each type eps/V (paper)",
-    )
-    loss_backend: ChoiceEnum(BACKENDS) = option("auto", "code that computes the loss; all give the same figures")
-    fuse_projection: bool = option(
-        False, "in training, never hold the logits of a batch: output projection and loss in blocks of 1,024 tokens"
-    )
 
 
-def ranged(name):
-    def parse(text):
-        value = float(text)
+def parser_type(name, parse):
+    """Return an argparse type for option `name`: parse the text, then check the value as the loss does."""
+
+    def parse_and_check(text):
+        value = parse(text)
         try:
-            check_range(name, value)
+            check_option(name, value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(error) from None
         return value
 
-    parse.__name__ = "number"  # what argparse calls it when the text is none
-    return parse
+    parse_and_check.__name__ = parse.__name__  # argparse names it if the text cannot be parsed
+    return parse_and_check
 
 
 def output_weight(model):
-    """Weight [V, D] of the output projection of `model`; ValueError if it is not plainly that of a Transformer."""
+    """Return the weight [V, D] of the output projection of `model`; ValueError if it is not a plain Transformer's."""
     bare = model
     while hasattr(bare, "module"):  # as wrapped for data parallel training
         bare = bare.module
@@ -81,54 +95,49 @@ def output_weight(model):
 
 @register_criterion("label_smoothed_encouraging_loss", dataclass=LabelSmoothedEncouragingLossConfig)
 class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed encouraging loss, with `bonus` beside loss, nll_loss and ppl in the log.
+    """Train with the label-smoothed encouraging loss; log `bonus` beside loss, nll_loss and ppl.
 
-    nll_loss and ppl are those of a cross-entropy run. bonus is the term as it stands in loss (base 2, over
-    sample_size, as loss is), so loss - bonus is label-smoothed cross entropy.
+    nll_loss and ppl are defined as in a cross-entropy run. bonus is the part of loss that the bonus contributes (base
+    2, divided by sample_size like loss), so loss - bonus is label-smoothed cross entropy.
     """
 
-    def __init__(
-        self,
-        task,
-        sentence_avg,
-        label_smoothing,
-        ignore_prefix_size=0,
-        report_accuracy=False,
-        bonus=LossOptions.bonus,
-        log_end=LossOptions.log_end,
-        bonus_exponent=LossOptions.bonus_exponent,
-        bonus_weight=LossOptions.bonus_weight,
-        smoothing_convention=LossOptions.smoothing_convention,
-        loss_backend="auto",
-        fuse_projection=False,
-    ):
-        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
-        self.options = LossOptions(
-            str(bonus), log_end, bonus_exponent, bonus_weight, label_smoothing, str(smoothing_convention)
-        )
-        self.loss_backend = str(loss_backend)
-        self.fuse_projection = fuse_projection
+    def __init__(self, cfg, task):
+        FairseqCriterion.__init__(self, task)
+        self.sentence_avg = cfg.sentence_avg
+        self.eps = cfg.label_smoothing
+        self.ignore_prefix_size = cfg.ignore_prefix_size
+        self.report_accuracy = cfg.report_accuracy
+        if "fairseq_cli.train" not in sys.modules and ":" in cfg.bonus and cfg.bonus not in registered_bonuses():
+            # a checkpoint must not choose what is imported
+            raise ValueError(
+                f"the checkpoint was trained with the bonus {cfg.bonus}; if you trust that module, add "
+                f"--criterion label_smoothed_encouraging_loss --bonus {cfg.bonus} to this command"
+            )
+        self.options = read_options(LossOptions, cfg)
+        self.criterion_options = read_options(CriterionOptions, cfg)
 
     @classmethod
     def add_args(cls, parser):
-        """Options of the dataclass; a value out of range ends as a usage error, exit code 2."""
+        """Add the options of the configuration; a value that is not allowed is a usage error, exit code 2."""
         super().add_args(parser)
         for action in parser._actions:
-            if action.dest in RANGES:
-                action.type = ranged(action.dest)
+            if action.dest in OPTIONS and action.type and not action.choices:
+                action.type = parser_type(action.dest, action.type)
 
     def forward(self, model, sample, reduce=True):
-        """(loss, sample_size, logging_output) of a batch, as LabelSmoothedCrossEntropyCriterion returns them.
+        """Return (loss, sample_size, logging_output) of a batch, as LabelSmoothedCrossEntropyCriterion does.
 
         The loss is a sum over tokens, or with reduce=False one value per target position [batch * length].
         """
         correct = None
-        if self.fuse_projection and model.training and reduce:
+        if self.criterion_options.fuse_projection and model.training and reduce:
             terms, correct = self.fused_terms(model, sample)
         else:
             net_output = model(**sample["net_input"])
             logits, target = self.get_lprobs_and_target(model, net_output, sample)
-            terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
+            terms = loss_terms(
+                logits, target, self.options, self.padding_idx, reduce, self.criterion_options.loss_backend
+            )
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
@@ -146,21 +155,27 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         return terms.loss, sample_size, logging_output
 
     def fused_terms(self, model, sample):
-        """(LossTerms, number of targets predicted right) without logits of the whole batch."""
+        """Return (LossTerms, number of correct predictions) without logits of the whole batch."""
         weight = output_weight(model)
         net_output = model(**sample["net_input"], features_only=True)
         features = self.without_prefix(net_output[0]).reshape(-1, weight.size(1))
         target = self.without_prefix(model.get_targets(sample, net_output)).reshape(-1)
         return projected_loss_terms(
-            features, weight, target, self.options, self.padding_idx, self.loss_backend, self.report_accuracy
+            features,
+            weight,
+            target,
+            self.options,
+            self.padding_idx,
+            self.criterion_options.loss_backend,
+            self.report_accuracy,
         )
 
     def without_prefix(self, positions):
-        """`positions` [batch, length, ...] less the first --ignore-prefix-size of each sentence."""
+        """Return `positions` [batch, length, ...] without the first --ignore-prefix-size of each sentence."""
         return positions[:, self.ignore_prefix_size :]
 
     def get_lprobs_and_target(self, model, net_output, sample):
-        """Logits [tokens, V], which the loss normalizes itself, and target [tokens]."""
+        """Return logits [tokens, V], which the loss normalizes itself, and target [tokens]."""
         decoder = getattr(model, "decoder", None)
         if (
             isinstance(decoder, FairseqDecoder)
@@ -169,7 +184,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             and getattr(decoder, "adaptive_softmax", None) is None
         ):
             logits = net_output[0]
-        else:  # it normalizes in its own way; log-probabilities are logits too
+        else:  # it has its own normalization; log-probabilities are logits too
             logits = model.get_normalized_probs(net_output, log_probs=True)
         target = model.get_targets(sample, net_output)
         return self.without_prefix(logits).reshape(-1, logits.size(-1)), self.without_prefix(target).reshape(-1)

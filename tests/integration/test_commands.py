@@ -163,7 +163,7 @@ def test_a_changed_criterion_is_refused_without_a_word_on_the_state(el_run, trai
 @pytest.mark.parametrize(
     "option, value, expected",
     [
-        ("--log-end", "1.5", "log_end must be between 0 and 1, got 1.5"),
+        ("--log-end", "1.5", "log_end must be a number between 0 and 1, got 1.5"),
         ("--bonus-exponent", "0.5", "bonus_exponent must be between 1 and 10, got 0.5"),
         ("--bonus-weight", "-1", "bonus_weight must be between 0 and 2, got -1.0"),
         ("--label-smoothing", "2", "label_smoothing must be between 0 and 1, got 2.0"),
@@ -187,7 +187,7 @@ def test_help_texts_show_the_defaults():
     )
     shown = " ".join(run(sys.executable, "-c", code).stdout.split())
     assert shown.count("(default: ") == 7
-    for text in ("--bonus {none,log,power,cosine}", "0 to 1; 1: never (default: 0.5)", "(default: fairseq)"):
+    for text in ("--bonus BONUS", "0 to 1; default: 0.5", "default: fairseq"):
         assert text in shown
 
 
@@ -228,7 +228,7 @@ def test_hydra_trains_with_the_same_options(tiny, tmp_path):
 
 def test_hydra_refuses_a_value_out_of_range(tiny, tmp_path):
     error = hydra_train(tiny[1], tmp_path, "criterion.log_end=1.5", code=1).output
-    assert "log_end must be between 0 and 1, got 1.5" in error
+    assert "log_end must be a number between 0 and 1, got 1.5" in error
 
 
 def test_average_of_epochs_translates(el_run, tiny, tmp_path):

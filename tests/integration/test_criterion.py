@@ -13,7 +13,10 @@ from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
 
 from encourage_mt.plugin import checkpoints
-from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossCriterion
+from encourage_mt.plugin.criterion import (
+    LabelSmoothedEncouragingLossConfig,
+    LabelSmoothedEncouragingLossCriterion,
+)
 
 TYPES = 40
 
@@ -53,6 +56,11 @@ def make_sample(lengths):
     return {"net_input": net_input, "target": target, "ntokens": sum(lengths)}
 
 
+def make_criterion(task, **options):
+    cfg = LabelSmoothedEncouragingLossConfig(**{"sentence_avg": False, **options})
+    return LabelSmoothedEncouragingLossCriterion(cfg, task)
+
+
 def half(sample, rows):
     net_input = {name: value[rows] for name, value in sample["net_input"].items()}
     target = sample["target"][rows]
@@ -68,7 +76,7 @@ def logged(criterion, logging_outputs):
 @pytest.mark.parametrize("sentence_avg", [False, True])
 def test_logs_of_parts_add_up_to_the_log_of_the_whole(sentence_avg, task, model):
     """As over workers or accumulated batches; the parts are of different size, and one has more padding."""
-    criterion = LabelSmoothedEncouragingLossCriterion(task, sentence_avg, 0.1, report_accuracy=True)
+    criterion = make_criterion(task, sentence_avg=sentence_avg, label_smoothing=0.1, report_accuracy=True)
     sample = make_sample([9, 7, 2, 8, 3])
     loss, sample_size, whole = criterion(model, sample)
     parts = [criterion(model, half(sample, rows)) for rows in (slice(0, 3), slice(3, 5))]
@@ -85,7 +93,7 @@ def test_logs_of_parts_add_up_to_the_log_of_the_whole(sentence_avg, task, model)
 
 def test_the_log_splits_loss_into_cross_entropy_and_bonus(task, model):
     sample = make_sample([6, 4])
-    el = LabelSmoothedEncouragingLossCriterion(task, False, 0.1)
+    el = make_criterion(task, label_smoothing=0.1)
     lsce = LabelSmoothedCrossEntropyCriterion(task, False, 0.1)
     ours, theirs = logged(el, [el(model, sample)[2]]), logged(lsce, [lsce(model, sample)[2]])
     assert ours["bonus"] < 0
@@ -98,7 +106,7 @@ def test_the_log_splits_loss_into_cross_entropy_and_bonus(task, model):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_without_bonus_it_is_fairseqs_criterion(prefix, backend, task, model):
     options = {"ignore_prefix_size": prefix, "report_accuracy": True}
-    ours = LabelSmoothedEncouragingLossCriterion(task, False, 0.1, **options, bonus="none", loss_backend=backend)
+    ours = make_criterion(task, label_smoothing=0.1, **options, bonus="none", loss_backend=backend)
     theirs = LabelSmoothedCrossEntropyCriterion(task, False, 0.1, **options)
     sample = make_sample([8, 5, 6])
     outcomes = []
@@ -121,7 +129,7 @@ def test_without_bonus_it_is_fairseqs_criterion(prefix, backend, task, model):
 
 
 def test_reduce_false_gives_one_value_per_position(task, model):
-    criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.1)
+    criterion = make_criterion(task, label_smoothing=0.1)
     sample = make_sample([6, 4])
     per_position, _, _ = criterion(model, sample, reduce=False)
     assert per_position.shape == (12,)
@@ -132,7 +140,7 @@ def test_reduce_false_gives_one_value_per_position(task, model):
 def test_a_model_that_normalizes_itself_is_asked_for_log_probabilities(task):
     """An adaptive softmax: its net_output holds features, not logits."""
     model = build_model(task, adaptive_softmax_cutoff="10,20", criterion="adaptive_loss").eval()
-    criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.0)
+    criterion = make_criterion(task, label_smoothing=0.0)
     sample = make_sample([5, 3])
     nll_loss = criterion(model, sample)[2]["nll_loss"].item()
     log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True, sample=None)

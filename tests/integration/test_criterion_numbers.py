@@ -30,7 +30,7 @@ def of_fairseq(logits, target, smoothing, reduce):
 
 def of_ours(logits, target, smoothing, reduce, backend):
     logits = logits.clone().requires_grad_()
-    options = LossOptions(bonus="none", label_smoothing=smoothing)
+    options = LossOptions(bonus="none", label_smoothing=smoothing, smoothing_convention="fairseq")
     terms = loss_terms(logits, target, options, PAD, reduce, backend)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), logits)
     return terms.loss.detach(), terms.nll_loss.detach(), gradient

@@ -4,12 +4,11 @@ import argparse
 
 import pytest
 import torch
-from test_criterion import SIZES, build_model, make_sample, task  # noqa: F401
+from test_criterion import SIZES, build_model, make_criterion, make_sample, task  # noqa: F401
 
 from encourage_mt.loss import fused_projection
 from encourage_mt.loss.functional import loss_terms, projected_loss_terms
 from encourage_mt.loss.options import LossOptions
-from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossCriterion
 
 PAD = 1
 
@@ -94,8 +93,8 @@ def test_the_criterion_fused_trains_as_unfused(share, task):  # noqa: F811
     outcomes = []
     for fuse_projection in (False, True):
         model = build_model(task, share_decoder_input_output_embed=share).train()
-        criterion = LabelSmoothedEncouragingLossCriterion(
-            task, False, 0.1, ignore_prefix_size=1, report_accuracy=True, fuse_projection=fuse_projection
+        criterion = make_criterion(
+            task, label_smoothing=0.1, ignore_prefix_size=1, report_accuracy=True, fuse_projection=fuse_projection
         )
         logs = []
         for lengths in ([7, 5, 9, 4], [6, 8]):
@@ -124,7 +123,7 @@ def test_logits_of_the_batch_are_never_held(task, monkeypatch):  # noqa: F811
             or forward(self, src_tokens, src_lengths, prev_output_tokens, features_only=features_only)
         ),
     )
-    criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.1, fuse_projection=True)
+    criterion = make_criterion(task, label_smoothing=0.1, fuse_projection=True)
     for mode in (True, False):
         criterion(model.train(mode), make_sample([5, 3]))
     assert asked == [True, False]
@@ -132,7 +131,7 @@ def test_logits_of_the_batch_are_never_held(task, monkeypatch):  # noqa: F811
 
 def test_a_model_without_a_plain_projection_is_told_which_option_to_drop(task):  # noqa: F811
     model = build_model(task, adaptive_softmax_cutoff="10,20", criterion="adaptive_loss").train()
-    criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.1, fuse_projection=True)
+    criterion = make_criterion(task, label_smoothing=0.1, fuse_projection=True)
     with pytest.raises(ValueError, match="drop --fuse-projection"):
         criterion(model, make_sample([5, 3]))
     with pytest.raises(ValueError, match="drop --fuse-projection"):
@@ -140,7 +139,7 @@ def test_a_model_without_a_plain_projection_is_told_which_option_to_drop(task): 
 
 
 def test_the_reference_backend_cannot_be_fused(task):  # noqa: F811
-    criterion = LabelSmoothedEncouragingLossCriterion(task, False, 0.1, fuse_projection=True, loss_backend="reference")
+    criterion = make_criterion(task, label_smoothing=0.1, fuse_projection=True, loss_backend="reference")
     with pytest.raises(ValueError, match="drop --fuse-projection"):
         criterion(build_model(task).train(), make_sample([5, 3]))
     assert isinstance(task, argparse.Namespace) and SIZES

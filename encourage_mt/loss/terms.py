@@ -1,0 +1,39 @@
+"""The terms that a backend returns, and what all custom backward passes share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossTerms(NamedTuple):
+    """The parts of the loss, in nats: each a scalar sum over tokens, or one value per token [tokens].
+
+    loss is label-smoothed cross entropy plus bonus; nll_loss is -log p of the target, without smoothing and bonus;
+    bonus is the smoothed, weighted bonus as contained in loss. All are zero for ignored tokens.
+    """
+
+    loss: Tensor
+    nll_loss: Tensor
+    bonus: Tensor
+
+
+def clone_terms(terms: Tensor, reduce: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of `terms` [3, ...], summed if `reduce`, as tensors that own their memory.
+
+    A custom autograd function must not return views: fairseq writes to the loss of an empty batch (loss *= 0).
+    """
+    loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
+    return loss, nll_loss, bonus
+
+
+def refuse_double_backward() -> None:
+    """Raise RuntimeError in a backward pass that is itself recorded (create_graph=True).
+
+    The closed gradient has no graph, so a gradient penalty on it would be dropped without a word.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss backend has no second derivative (create_graph=True); use backend='reference' "
+            "(in fairseq: --loss-backend reference)"
+        )
