@@ -114,7 +114,8 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
                 f"--criterion label_smoothed_encouraging_loss --bonus {cfg.bonus} to this command"
             )
         self.options = read_options(LossOptions, cfg)
-        self.criterion_options = read_options(CriterionOptions, cfg)
+        extra = read_options(CriterionOptions, cfg)
+        self.loss_backend, self.fuse_projection = extra.loss_backend, extra.fuse_projection
 
     @classmethod
     def add_args(cls, parser):
@@ -130,14 +131,12 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         The loss is a sum over tokens, or with reduce=False one value per target position [batch * length].
         """
         correct = None
-        if self.criterion_options.fuse_projection and model.training and reduce:
+        if self.fuse_projection and model.training and reduce:
             terms, correct = self.fused_terms(model, sample)
         else:
             net_output = model(**sample["net_input"])
             logits, target = self.get_lprobs_and_target(model, net_output, sample)
-            terms = loss_terms(
-                logits, target, self.options, self.padding_idx, reduce, self.criterion_options.loss_backend
-            )
+            terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
@@ -166,7 +165,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             target,
             self.options,
             self.padding_idx,
-            self.criterion_options.loss_backend,
+            self.loss_backend,
             self.report_accuracy,
         )
 

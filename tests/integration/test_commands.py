@@ -164,11 +164,11 @@ def test_a_changed_criterion_is_refused_without_a_word_on_the_state(el_run, trai
     "option, value, expected",
     [
         ("--log-end", "1.5", "log_end must be a number between 0 and 1, got 1.5"),
-        ("--bonus-exponent", "0.5", "bonus_exponent must be between 1 and 10, got 0.5"),
-        ("--bonus-weight", "-1", "bonus_weight must be between 0 and 2, got -1.0"),
-        ("--label-smoothing", "2", "label_smoothing must be between 0 and 1, got 2.0"),
-        ("--log-end", "much", "invalid number value: 'much'"),
-        ("--bonus", "tanh", "invalid choice: 'tanh'"),
+        ("--bonus-exponent", "0.5", "bonus_exponent must be a number between 1 and 10, got 0.5"),
+        ("--bonus-weight", "-1", "bonus_weight must be a number between 0 and 2, got -1.0"),
+        ("--label-smoothing", "2", "label_smoothing must be a number between 0 and 1, got 2.0"),
+        ("--log-end", "much", "invalid float value: 'much'"),
+        ("--bonus", "tanh", "MODULE:NAME, got tanh"),
         ("--smoothing-convention", "torch", "invalid choice: 'torch'"),
     ],
 )
@@ -186,7 +186,7 @@ def test_help_texts_show_the_defaults():
         "c.LabelSmoothedEncouragingLossCriterion.add_args(parser); print(parser.format_help())"
     )
     shown = " ".join(run(sys.executable, "-c", code).stdout.split())
-    assert shown.count("(default: ") == 7
+    assert shown.count("default: ") == 8
     for text in ("--bonus BONUS", "0 to 1; default: 0.5", "default: fairseq"):
         assert text in shown
 

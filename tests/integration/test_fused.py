@@ -93,9 +93,8 @@ def test_the_criterion_fused_trains_as_unfused(share, task):  # noqa: F811
     outcomes = []
     for fuse_projection in (False, True):
         model = build_model(task, share_decoder_input_output_embed=share).train()
-        criterion = make_criterion(
-            task, label_smoothing=0.1, ignore_prefix_size=1, report_accuracy=True, fuse_projection=fuse_projection
-        )
+        options = {"ignore_prefix_size": 1, "report_accuracy": True, "fuse_projection": fuse_projection}
+        criterion = make_criterion(task, label_smoothing=0.1, **options)
         logs = []
         for lengths in ([7, 5, 9, 4], [6, 8]):
             loss, _, log = criterion(model, make_sample(lengths))

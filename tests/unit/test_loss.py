@@ -761,9 +761,8 @@ def test_module_is_the_function(shape, reduction):
     each = loss_terms(logits, target, options, ignore_index=3, reduce=False, backend="reference").loss
     expected = {"none": each, "sum": each.sum(), "mean": each.sum() / target.ne(3).sum()}[reduction]
     torch.testing.assert_close(module(logits, target), expected, atol=1e-12, rtol=0)
-    function = encouraging_loss(
-        logits, target, **dataclasses.asdict(options), ignore_index=3, reduction=reduction, backend="reference"
-    )
+    keywords = {"ignore_index": 3, "reduction": reduction, "backend": "reference"}
+    function = encouraging_loss(logits, target, **dataclasses.asdict(options), **keywords)
     torch.testing.assert_close(function, expected, atol=1e-12, rtol=0)
 
 
