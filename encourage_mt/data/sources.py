@@ -1,17 +1,12 @@
 """Where a recipe's files come from: at hand, downloaded before, or downloaded now; alone or in archives."""
 
-import gzip
-import shutil
-import stat
-import tarfile
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..files import file_hash
 from ..recipe import Recipe, split_files
+from .archives import extract
 from .download import download, is_html, matches
 
 
@@ -103,41 +98,3 @@ class Sources:
             return path
         download([f"{url.rstrip('/')}/{name}" for url in urls], path, checksums)
         return path
-
-
-def extract(archive: Path, members: list[str], folder: Path) -> None:
-    """Write `members` of a .zip or (compressed) .tar file below `folder`.
-
-    Nothing is written if the archive has a member that is a link or a device, or whose path is absolute or has `..`:
-    UserError. So is an archive that is broken or lacks a member.
-    """
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                entries = [(i.filename, not _is_special(i.external_attr >> 16), i) for i in file.infolist()]
-                _write(archive, entries, members, folder, file.open)
-        else:
-            with tarfile.open(archive) as file:
-                entries = [(i.name, i.isfile() or i.isdir(), i) for i in file]
-                _write(archive, entries, members, folder, file.extractfile)
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{archive}: not a whole archive ({error}); remove it and run again") from None
-
-
-def _is_special(mode):
-    return stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
-
-
-def _write(archive, entries, members, folder, open_entry):
-    for name, is_plain, _ in entries:
-        path = PurePosixPath(name.replace("\\", "/"))
-        if not is_plain or path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{archive}: refused, it has a link or a path that leads out of it: {name}")
-    wanted = {str(PurePosixPath(name)): entry for name, _, entry in entries}
-    for member in members:
-        if member not in wanted:
-            raise UserError(f"{archive}: has no {member}")
-    for member in sorted(members, key=list(wanted).index):  # in the archive's order: it is read through once
-        (folder / member).parent.mkdir(parents=True, exist_ok=True)
-        with open_entry(wanted[member]) as content, open(folder / member, "wb") as out:
-            shutil.copyfileobj(content, out, 1 << 20)

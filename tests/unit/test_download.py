@@ -1,13 +1,17 @@
-"""Downloads against a server that truncates, redirects, fails and lies; archives; files at hand."""
+"""Downloads from a server that truncates, redirects, fails and lies; files that are found locally."""
 
+import gzip
 import hashlib
 import http.server
+import io
 import os
 import re
 import threading
 
 import grammar
 import pytest
+import requests
+import urllib3
 from conftest import run, write_recipe
 from test_archives import archive
 
@@ -16,17 +20,21 @@ from encourage_mt.data.download import download
 from encourage_mt.data.prepare import prepare
 from encourage_mt.data.sources import Sources
 from encourage_mt.errors import UserError
+from encourage_mt.processes import locked
 from encourage_mt.recipe import load_recipe
 
 CONTENT = bytes(range(256)) * 2000
-BLOCK = downloads.BLOCK
 CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+SIZE = f"bytes:{len(CONTENT)}"
+CHANGED = CONTENT[::-1]
+CHANGED_CHECKSUM = f"md5:{hashlib.md5(CHANGED).hexdigest()}"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` {path: bytes}; notes `requests`.
+    """Serves `files` {path: bytes} and records `requests`.
 
-    `faults` {path: [one for each request]}: another address, a status, or (negative) how many bytes are left out.
+    `faults` {path: [one for each request]}: an address to redirect to, a status, how many bytes are left out
+    (negative), or headers {name: value} to send in place of the right ones (value None: not sent).
     """
 
     def __init__(self):
@@ -46,32 +54,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, asked = self.server, self.headers.get("Range")
         server.requests.append((self.path, asked))
         fault = server.faults[self.path].pop(0) if server.faults.get(self.path) else None
-        if isinstance(fault, str):  # elsewhere
-            self.send_response(302)
-            self.send_header("Location", fault)
-            self.end_headers()
-            return
-        if fault and fault > 0:
-            self.send_error(fault)
+        if isinstance(fault, str):
+            self.answer(302, {"Location": fault})
             return
         content = server.files.get(self.path)
-        if content is None:
-            self.send_error(404)
+        if content is None or (isinstance(fault, int) and fault > 0):
+            self.answer(fault or 404, {})
             return
         start = int(re.match(r"bytes=(\d+)-", asked).group(1)) if asked else 0
         if asked and self.headers.get("If-Range", server.etag) != server.etag:
             start = 0
-        if start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.end_headers()
+        if start >= len(content) > 0:
+            self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
             return
         body = content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(body)))
+        headers = {"ETag": server.etag, "Content-Length": str(len(body))}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        status = 206 if start else 200
+        if isinstance(fault, dict):
+            status = fault.pop("status", status)
+            headers |= fault
+        self.answer(status, headers, body[:fault] if isinstance(fault, int) else body)
+
+    def answer(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body[:fault] if fault else body)
+        self.wfile.write(body)
 
 
 @pytest.fixture
@@ -79,90 +91,173 @@ def server(monkeypatch):
     monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.01)
     with Server() as httpd:
         httpd.files["/a.tgz"] = CONTENT
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         yield httpd
         httpd.shutdown()
 
 
-def test_a_file_is_fetched_through_a_redirect_and_nothing_else_is_left(server, tmp_path):
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock"))
+
+
+def test_download_follows_redirect_and_leaves_only_the_file(server, tmp_path):
     server.faults["/moved.tgz"] = [f"{server.url}/a.tgz"]
     assert download([f"{server.url}/moved.tgz"], tmp_path / "raw" / "a.tgz", [CHECKSUM])
     assert (tmp_path / "raw" / "a.tgz").read_bytes() == CONTENT
-    assert os.listdir(tmp_path / "raw") == ["a.tgz"]
+    assert files_in(tmp_path / "raw") == ["a.tgz"]
 
 
-def test_what_breaks_off_is_gone_on_with(server, tmp_path):
-    server.faults["/a.tgz"] = [2 * BLOCK + 5 - len(CONTENT), 500, -BLOCK + 5]
-    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
+@pytest.mark.parametrize("checksums", [[CHECKSUM], [SIZE], []], ids=["hash", "size", "none"])
+def test_download_resumes_after_connection_loss(checksums, server, tmp_path):
+    server.faults["/a.tgz"] = [1000 - len(CONTENT), 500, -3000]
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", checksums)
     assert (tmp_path / "a.tgz").read_bytes() == CONTENT
-    assert [asked for _, asked in server.requests] == [None, *[f"bytes={2 * BLOCK}-"] * 2, f"bytes={6 * BLOCK}-"]
+    end = len(CONTENT) - 3000
+    assert [asked for _, asked in server.requests] == [None, "bytes=1000-", "bytes=1000-", f"bytes={end}-"]
 
 
-def test_a_later_run_goes_on_where_a_killed_one_stopped(server, tmp_path):
-    (tmp_path / "a.tgz.0.part").write_bytes(CONTENT[:1000])
-    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
-    assert server.requests == [("/a.tgz", "bytes=1000-")]
-    assert (tmp_path / "a.tgz").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("held", [CONTENT, CONTENT + b"more"], ids=["whole", "too long"])
-def test_a_part_that_reaches_the_end_is_judged_not_appended_to(held, server, tmp_path):
+@pytest.mark.parametrize(
+    "held, asked",
+    [(CONTENT[:1000], ["bytes=1000-"]), (CONTENT, []), (b"?", ["bytes=1-", None])]
+    + [(size * b"?", [f"bytes={size}-", None]) for size in (len(CONTENT), len(CONTENT) + 5)],
+    ids=["beginning", "whole", "other beginning", "other file", "longer file"],
+)
+def test_download_resumes_the_part_of_a_killed_run(held, asked, server, tmp_path):
     (tmp_path / "a.tgz.0.part").write_bytes(held)
     download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
+    assert server.requests == [("/a.tgz", item) for item in asked]
     assert (tmp_path / "a.tgz").read_bytes() == CONTENT
 
 
-def test_without_a_checksum_an_old_part_is_not_trusted(server, tmp_path):
+@pytest.mark.parametrize("checksums", [[], [SIZE]])
+def test_part_of_a_killed_run_is_dropped_without_a_hash(checksums, server, tmp_path):
     (tmp_path / "a.tgz.0.part").write_bytes(b"of last year's file")
-    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", checksums)
     assert (tmp_path / "a.tgz").read_bytes() == CONTENT
 
 
-def test_a_file_that_changes_in_between_is_begun_anew(server, tmp_path, monkeypatch):
-    server.faults["/a.tgz"] = [-60_000]
-    changed = CONTENT[::-1]
+@pytest.mark.parametrize("checksums", [[CHANGED_CHECKSUM], []], ids=["hash", "none"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"ETag": '"1"', "status": 200},
+        {"status": 206, "Content-Range": "bytes 452000-511999/512000"},
+        {"status": 206, "Content-Range": "bytes 7-511999/512000"},
+        {"status": 206, "Content-Range": None},
+        {"ETag": None},
+    ],
+)
+def test_file_that_changes_between_attempts_is_downloaded_again(answer, checksums, server, tmp_path, monkeypatch):
+    server.faults["/a.tgz"] = [-60_000, dict(answer)]
 
     def change(seconds):
-        server.files["/a.tgz"], server.etag = changed, '"2"'
+        server.files["/a.tgz"], server.etag = CHANGED, '"2"'
 
     monkeypatch.setattr(downloads.time, "sleep", change)
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", checksums)
+    assert (tmp_path / "a.tgz").read_bytes() == CHANGED
+
+
+def test_file_truncated_between_attempts_is_downloaded_again(server, tmp_path, monkeypatch):
+    server.faults["/a.tgz"] = [-60_000]
+    monkeypatch.setattr(downloads.time, "sleep", lambda _: server.files.update({"/a.tgz": CHANGED[:-60_000]}))
     download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
-    assert (tmp_path / "a.tgz").read_bytes() == changed
+    assert (tmp_path / "a.tgz").read_bytes() == CHANGED[:-60_000]
+
+
+def test_weak_etag_does_not_identify_a_version(server, tmp_path):
+    server.etag = 'W/"1"'
+    server.faults["/a.tgz"] = [-60_000]
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
+    assert [asked for _, asked in server.requests] == [None, None]
+
+
+PAGE = b"<html><body>log in</body></html>"
+
+
+@pytest.mark.parametrize(
+    "content, answer, expected",
+    [
+        (b"", {}, "empty"),
+        (PAGE, {}, "web page"),
+        (b"\xef\xbb\xbf \n<!DOCTYPE HTML>\n", {}, "web page"),
+        (b"<!-- moved -->\n" + PAGE, {}, "web page"),
+        (b'<?xml version="1.0"?><!-- a --> <!-- b -->' + PAGE, {}, "web page"),
+        (CONTENT, {"Content-Length": "abc"}, "how long"),
+        (CONTENT, {"Content-Length": None}, "how long"),
+        (CONTENT, {"Content-Length": "-5"}, "how long"),
+        (CONTENT, {"Content-Length": str(len(CONTENT) + 1)}, "after 5 attempts"),
+        (CONTENT, {"status": 206, "Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"}, "206"),
+        (CONTENT, {"status": 203}, "203"),
+    ],
+)
+def test_what_is_not_the_whole_file_is_refused_without_a_checksum(content, answer, expected, server, tmp_path):
+    server.files["/a.tgz"] = content
+    server.faults["/a.tgz"] = [dict(answer) for _ in range(downloads.ATTEMPTS)]
+    with pytest.raises(UserError, match=expected):
+        download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
+    assert not (tmp_path / "a.tgz").exists()
+
+
+def test_checksum_makes_up_for_a_missing_length(server, tmp_path):
+    server.faults["/a.tgz"] = [{"Content-Length": None}]
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
+
+
+def test_bytes_are_stored_as_they_come(server, tmp_path):
+    server.files["/a.tgz"] = packed = gzip.compress(CONTENT)
+    server.faults["/a.tgz"] = [{"Content-Encoding": "x-gzip"}]  # as some servers label a .tgz
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
+    assert (tmp_path / "a.tgz").read_bytes() == packed
+
+
+def test_redirect_from_https_to_http_is_refused(tmp_path, monkeypatch):
+    def answer(url, **options):
+        first, last = requests.Response(), requests.Response()
+        first.url, last.url, last.status_code, last.history = url, "http://elsewhere/a.tgz", 200, [first]
+        last.headers["Content-Length"] = "3"
+        last.raw = urllib3.HTTPResponse(io.BytesIO(b"abc"), preload_content=False)
+        return last
+
+    monkeypatch.setattr(downloads.requests, "get", answer)
+    with pytest.raises(UserError, match="http://elsewhere/a.tgz"):
+        download(["https://here/a.tgz"], tmp_path / "a.tgz", [])
+    assert download(["http://here/a.tgz"], tmp_path / "a.tgz", [])
 
 
 def test_mirrors_are_tried_in_order(server, tmp_path):
     server.files["/corrupt.tgz"] = CONTENT[:-1] + b"?"
-    server.files["/page.tgz"] = b"\n<!DOCTYPE html><title>moved</title>"
     server.faults["/busy.tgz"] = [503] * 9
-    names = ["gone", "busy", "page", "corrupt", "a", "never"]
-    taken = download([f"{server.url}/{name}.tgz" for name in names], tmp_path / "a.tgz", ["md5:" + "0" * 32, CHECKSUM])
-    assert taken.endswith("/a.tgz") and os.listdir(tmp_path) == ["a.tgz"]
-    asked = [path for path, _ in server.requests]
-    assert asked == ["/gone.tgz", *["/busy.tgz"] * downloads.ATTEMPTS, "/page.tgz", "/corrupt.tgz", "/a.tgz"]
+    server.files["/slow.tgz"] = CONTENT
+    server.faults["/slow.tgz"] = [-60_000] * 9
+    names = ["gone", "busy", "corrupt", "slow", "a", "never"]
+    urls = ["ftp://127.0.0.1/a.tgz", *(f"{server.url}/{name}.tgz" for name in names)]
+    assert download(urls, tmp_path / "a.tgz", ["md5:" + "0" * 32, CHECKSUM]).endswith("/a.tgz")
+    assert files_in(tmp_path) == ["a.tgz"]
+    asked = list(dict.fromkeys(path for path, _ in server.requests))
+    assert asked == [f"/{name}.tgz" for name in names[:-1]]
 
 
-def test_if_all_fail_each_reason_is_told_and_no_file_is_left(server, tmp_path):
+def test_reason_for_each_address_is_given(server, tmp_path):
     server.files["/corrupt.tgz"] = b"other"
-    server.files["/page.tgz"] = b"<html>log in</html>"
     server.faults["/busy.tgz"] = [500] * 9
-    urls = [f"{server.url}/{name}.tgz" for name in ("gone", "busy", "page", "corrupt")] + ["http://127.0.0.1:1/a.tgz"]
+    urls = [f"{server.url}/{name}.tgz" for name in ("gone", "busy", "corrupt")] + ["http://127.0.0.1:1/a.tgz"]
     with pytest.raises(UserError) as error:
         download(urls, tmp_path / "a.tgz", [CHECKSUM])
-    for words in (
-        "HTTP 404",
-        "HTTP 500, after 5 attempts",
-        "a web page came",
-        CHECKSUM,
-        "ConnectionError",
-        "--raw-dir",
-    ):
+    for words in ("HTTP 404", "HTTP 500, after 5 attempts", CHECKSUM, "ConnectionError", "--raw-dir"):
         assert words in str(error.value)
-    assert os.listdir(tmp_path) == []
+    assert "\n" not in str(error.value) and files_in(tmp_path) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
-def test_a_full_disk_is_told(server, tmp_path):
-    (tmp_path / "a.tgz.0.part").symlink_to("/dev/full")
+def test_only_one_process_downloads_into_a_folder(server, tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=str(tmp_path)):
+        download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_full_disk_is_reported(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     with pytest.raises(OSError, match="No space left"):
         download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
     assert not (tmp_path / "a.tgz").exists()
