@@ -1,6 +1,6 @@
-"""Parallel text: read and check it, whatever it is wrapped in.
+"""Read and check parallel text from plain and gzipped files, columns, <seg> elements and IWSLT's train.tags files.
 
-Lines end at \\n alone, so that U+2028 and friends cannot shift the two sides.
+Lines end at \\n only, so that U+2028 and similar characters cannot shift the two sides against each other.
 """
 
 import gzip
@@ -13,56 +13,87 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .archives import size_limit
+
+BLOCK = 1 << 18  # bytes read at once
+MAX_LINE = 1 << 22  # bytes without a line end; room for a million characters
 
 
 def iterate_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, plain or .gz, without line ends (\\n or \\r\\n) and without a byte order mark.
+    """Yield the lines of a UTF-8 file, plain or .gz, without line ends (\\n or \\r\\n) and byte order mark.
 
-    Raises UserError on a file that is missing, empty, not gzip, or not UTF-8 (naming line and byte).
+    Raises UserError if the file is missing, empty, not gzip or not UTF-8, if MAX_LINE bytes come without a line end, or
+    if a .gz expands beyond `size_limit`.
     """
-    number = 0
+    number = size = 0
+    rest = b""  # the beginning of a line
     try:
+        limit = size_limit(path)
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield text.removesuffix("\n").rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {number}, byte {error.start + 1}: not UTF-8") from None
+            while block := file.read(BLOCK):
+                size += len(block)
+                if size > limit:
+                    raise UserError(f"{path}: expands to more than {limit:,} bytes")
+                lines, newline, end = block.rpartition(b"\n")
+                if newline:
+                    yield from _decode(path, rest + lines, number)
+                    number += lines.count(b"\n") + 1
+                    rest = end
+                elif len(rest) + len(block) > MAX_LINE:
+                    raise UserError(f"{path}: line {number + 1}: longer than {MAX_LINE:,} bytes")
+                else:
+                    rest += block
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not number:
+    if rest:
+        yield from _decode(path, rest, number)
+    if not size:
         raise UserError(f"{path}: empty file")
 
 
+def _decode(path, content, number):
+    """Return the lines of `content`, which follows `number` lines of the file."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = number + content.count(b"\n", 0, error.start) + 1
+        byte = error.start - content.rfind(b"\n", 0, error.start)
+        raise UserError(f"{path}: line {line}, byte {byte}: not UTF-8") from None
+    lines = (text if number else text.removeprefix("\ufeff")).split("\n")
+    return [line.rstrip("\r") for line in lines] if "\r" in text else lines
+
+
 def read_lines(path: Path) -> list[str]:
-    """All lines of a file; see `iterate_lines`."""
+    """Return all lines of a file; see `iterate_lines`."""
     return list(iterate_lines(path))
 
 
 def iterate_segments(path: Path) -> Iterator[str]:
-    """The text of the <seg> elements, one a line, of an .xml file of IWSLT or an .sgm file of WMT; escapes are kept.
+    """Yield the text of the <seg> elements of an .xml file of IWSLT or an .sgm file of WMT; escapes are kept.
 
-    Raises UserError if there is none, or one goes on in a further line.
+    Raises UserError if there is none, or if one does not end on its line.
     """
     empty = True
     for number, line in enumerate(iterate_lines(path), start=1):
-        if "<seg id" in line:
-            if "</seg>" not in line:
-                raise UserError(f"{path}: line {number}: a segment that does not end in its line")
-            yield _SEGMENT.sub("", line)
+        segments = _SEGMENT.findall(line)
+        if len(_SEGMENT_TAG.findall(line)) != 2 * len(segments):
+            raise UserError(f"{path}: line {number}: a <seg> that does not begin and end on this line")
+        for segment in segments:
+            yield segment.strip()
             empty = False
     if empty:
-        raise UserError(f"{path}: no <seg id=...> in it")
+        raise UserError(f"{path}: has no <seg>")
 
 
-_SEGMENT = re.compile(r'<seg id="[0-9]*">\s*|\s*</seg>\s*')
+_SEGMENT = re.compile(r"<seg(?:\s[^<>]*)?>(.*?)</seg\s*>", re.IGNORECASE)
+_SEGMENT_TAG = re.compile(r"</?seg\b", re.IGNORECASE)
 
 
-def iterate_talks(path: Path, dropped: list[str]) -> Iterator[str]:
-    """Lines of a train.tags file of IWSLT but those with one of the `dropped` tags; titles and descriptions stay."""
-    drop = re.compile("|".join(f"</?{tag}[ >]" for tag in dropped))
+def iterate_talks(path: Path, dropped_tags: list[str]) -> Iterator[str]:
+    """Yield the lines of a train.tags file of IWSLT, except those with one of the tags; titles are kept."""
+    drop = re.compile("|".join(f"</?{re.escape(tag)}[ >]" for tag in dropped_tags))
     for line in iterate_lines(path):
-        if not drop.search(line):
+        if not (dropped_tags and drop.search(line)):
             yield _KEPT_TAGS.sub("", line).strip()
 
 
@@ -70,7 +101,7 @@ _KEPT_TAGS = re.compile(r"</?(?:title|description)>")
 
 
 def iterate_columns(path: Path, columns: list[int]) -> Iterator[tuple[str, str]]:
-    """Two columns, counted from 1, of a tab-separated file. Raises UserError naming a line that has fewer."""
+    """Yield two columns, counted from 1, of a tab-separated file. Raises UserError if a line has fewer."""
     source, target = columns
     for number, line in enumerate(iterate_lines(path), start=1):
         fields = line.split("\t")
@@ -80,10 +111,10 @@ def iterate_columns(path: Path, columns: list[int]) -> Iterator[tuple[str, str]]
 
 
 def iterate_pairs(files: list[Path], columns: list[int], dropped_tags: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of lines of a source and a target file, or of one tab-separated file.
+    """Yield pairs of lines of a source and a target file, or of one tab-separated file.
 
-    The name tells what a file is: .xml and .sgm have segments, train.tags.* has talks, others plain lines. Raises
-    UserError if the sides differ in length, or as the readers above do.
+    The name decides how a file is read: .xml and .sgm hold segments, train.tags.* hold talks, others plain lines.
+    Raises UserError if the sides differ in length, or as the readers above do.
     """
     if len(files) == 1:
         yield from iterate_columns(files[0], columns)
@@ -93,9 +124,10 @@ def iterate_pairs(files: list[Path], columns: list[int], dropped_tags: list[str]
     for pair in zip_longest(*sides, fillvalue=missing):
         if missing in pair:
             lengths = [np.array([len(line) for line in _iterate(path, dropped_tags)]) for path in files]
+            line = first_misaligned_line(*lengths)
             raise UserError(
-                f"{files[0]} has {len(lengths[0])} lines, {files[1]} has {len(lengths[1])}: they must pair line by "
-                f"line; by their lengths, they drift apart at about line {first_misaligned_line(*lengths)}"
+                f"{files[0]} has {len(lengths[0])} lines, {files[1]} has {len(lengths[1])}, but they must pair line by "
+                f"line; judging by the lengths, they are misaligned from about line {line} on"
             )
         yield pair
 
@@ -108,9 +140,10 @@ def _iterate(path, dropped_tags):
 
 
 def first_misaligned_line(source: np.ndarray, target: np.ndarray) -> int:
-    """The line, counted from 1, from which on the two sides pair better shifted by their difference in number.
+    """Estimate the line, counted from 1, from which on the sides pair better if the longer one is shifted.
 
-    source, target: lengths of the lines in characters. Pairs are compared by the logarithm of their length ratio.
+    source, target: lengths of the lines in characters. Pairs are compared by the logarithm of their length ratio, and
+    the shift is the difference in the number of lines.
     """
     if len(source) > len(target):
         source, target = target, source
