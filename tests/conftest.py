@@ -16,6 +16,7 @@ import yaml
 from encourage_mt import processes
 from encourage_mt.cli import main
 from encourage_mt.data.prepare import prepare
+from encourage_mt.environment import USER_DIR
 from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def train(tiny):
     recipe, data = tiny
 
     def start(save_dir, *options, code=0):
-        argv = ["fairseq-train", data / "data-bin", "--user-dir", processes.USER_DIR, "--save-dir", save_dir]
+        argv = ["fairseq-train", data / "data-bin", "--user-dir", USER_DIR, "--save-dir", save_dir]
         argv += ["--cpu", "--log-format", "json", "--num-workers", "0", "--required-batch-size-multiple", "1"]
         for name, value in recipe.train.items():
             if f"--{name}" not in options:
