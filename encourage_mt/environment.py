@@ -9,10 +9,11 @@ import warnings
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Literal
 
-import torch
-
-USER_DIR = Path(__file__).parent
+USER_DIR = Path(__file__).parent  # fairseq's --user-dir
+DOWNLOADS = Path("runs/downloads")  # where downloads are kept, for all recipes
+Precision = Literal["fp16", "bf16", "fp32"]  # of the arithmetic in training
 PACKAGES = (
     *("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy"),
     *("regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
@@ -21,7 +22,7 @@ PACKAGES = (
 
 @contextmanager
 def quiet_imports():
-    """What fairseq and hydra say about themselves when they are imported and set up is of no use to the user."""
+    """Silence what fairseq and hydra log about themselves when they are imported and set up."""
     logging.disable(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,12 +33,14 @@ def quiet_imports():
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_hardware(device: str = "") -> str:
-    """What the figures were made on, in words: the GPU if there is one, unless `device` is cpu."""
+    """Return the machine in words: the GPU if there is one, unless `device` is cpu, otherwise the CPU."""
+    import torch
+
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.machine()
@@ -49,13 +52,13 @@ def describe_hardware(device: str = "") -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
+    """Return the versions of Python and of the packages that figures depend on."""
     found = {package.metadata["Name"]: package.version for package in distributions()}
     return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
 
 
 def git_revision() -> str | None:
-    """Commit of this project, with -dirty if files differ from it; None outside a git checkout."""
+    """Return the commit of this project, with -dirty if files differ from it; None outside a git checkout."""
     argv = ["git", "-C", str(USER_DIR), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()

@@ -3,15 +3,13 @@
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from .atomic import atomic_write
 from .errors import UserError
 
 
@@ -40,25 +38,6 @@ def _check_scalar(value: Any) -> Any:
 
 
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_check_scalar)]  # the value of an option
-
-
-@contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file beside `path` for writing and rename it to `path` at the end, after fsync.
-
-    If the block raises, `path` stays as it was and nothing is left beside it. Text is UTF-8 with \\n line ends.
-    """
-    partial = path.with_name(path.name + ".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(partial, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> Any:

@@ -1,56 +1,70 @@
-"""Run fairseq's command lines in the environment of this Python, one process a folder."""
+"""Run other programs of this Python: children that end with their parent, and one process a folder."""
 
-import ctypes
 import fcntl
 import os
 import re
-import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
+from typing import IO
 
-import torch
-
-from .environment import cores
+from .environment import USER_DIR, cores
 from .errors import UserError
+from .plugin.worker import die_with_parent
+
+WORKER = USER_DIR / "plugin" / "worker.py"
+PATIENCE = 5.0  # seconds to wait for a lock: the children of a killed process need a moment to end
+ERROR_LINE = re.compile(r"\| ERROR \||^\w*(Error|Exception): ")
+_held_locks: list[IO[str]] = []
 
 
-def resolve(argv: list[str]) -> list[str]:
-    """`argv` with its program as the file beside this Python. Raises UserError if fairseq is not installed there."""
-    program = Path(sys.executable).parent / argv[0]
+def program_path(name: str) -> str:
+    """Return the path of a program beside this Python. Raises UserError if it is not installed there."""
+    program = Path(sys.executable).parent / name
     if not program.exists():
-        raise UserError(f"{argv[0]} is not installed beside {sys.executable}; bash scripts/quickstart.sh installs it")
-    return [str(program), *argv[1:]]
+        raise UserError(f"{name} is not installed beside {sys.executable}; bash scripts/quickstart.sh installs it")
+    return str(program)
+
+
+def start(argv: list[str], **options) -> subprocess.Popen:
+    """Start a program of this Python's packages, such as fairseq-train, as a child that ends with this process.
+
+    `options` are those of subprocess.Popen; standard input is empty. Raises UserError if it is not installed.
+    """
+    program_path(argv[0])
+    argv = [sys.executable, str(WORKER), f"--parent={os.getpid()}", *argv]
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options)
 
 
 def run_quietly(argv: list[str], log: Path) -> None:
-    """Run to the end with all output in `log`. Raises UserError with the log's last line if it fails."""
-    with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.run(resolve(argv), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    """Run a program to its end with all output in `log`. Raises UserError with its last line if it fails."""
+    with open(log, "w", encoding="utf-8") as out, start(argv, stdout=out, stderr=subprocess.STDOUT) as process:
+        code = process.wait()
     if code:
         raise UserError(describe_failure(argv[0], code, log))
 
 
 def describe_failure(program: str, code: int, log: Path) -> str:
-    """One line: which program failed, its last words, and where the rest is."""
+    """Return one line: which program failed, the last line it printed, and where its log is."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line.strip("=- ")]
-    # torchrun ends with a report of its own, after what the process itself had to say
-    told = [line for line in lines if _TELLING.search(line) and "torch.distributed.elastic" not in line]
-    lines = told if any("ChildFailedError" in line for line in lines) and told else lines
+    if any("ChildFailedError" in line for line in lines):  # torchrun's own report follows the error of the process
+        errors = [line for line in lines if ERROR_LINE.search(line) and "torch.distributed.elastic" not in line]
+        lines = errors or lines
     return f"{program} failed with exit code {code}: {lines[-1] if lines else 'no output'} (log: {log})"
 
 
-_TELLING = re.compile(r"\| ERROR \||^\w*(Error|Exception): ")
-
-
 def job_environment(jobs: int) -> dict[str, str]:
-    """Environment of each of `jobs` processes running side by side: they share the cores.
+    """Return the environment for each of `jobs` processes that run side by side: they share the cores.
 
-    On a CPU, glibc is told to keep what is freed: a batch's logits would else go back to the kernel and come again,
-    zeroed page by page, in every update. glibc's settings can be given otherwise from outside.
+    On a CPU, glibc is set to keep freed memory: otherwise the logits of each batch are given back to the kernel and
+    fetched again, zeroed page by page, in every update. Values set outside take precedence.
     """
+    import torch
+
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     if not torch.cuda.is_available():
         environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)} | environment
@@ -59,17 +73,28 @@ def job_environment(jobs: int) -> dict[str, str]:
 
 @contextmanager
 def locked(folder: Path, node: int = 0):
-    """Keep other processes out of `folder` (made if need be); gives the descriptor that holds the lock.
+    """Keep other processes out of `folder`, which is made if it is missing; yield the descriptor of the lock.
 
-    Machines that share the folder have a lock each, by their number `node`. A child process that is handed the
-    descriptor holds the lock too, until it ends. Raises UserError if another holds it already.
+    Machines that share the folder have a lock each, by their number `node`. A child that inherits the descriptor holds
+    the lock too, until it ends. Raises UserError, naming the holder, if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".lock{node or ''}", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work there") from None
+    path = folder / f".lock{node or ''}"
+    end = time.monotonic() + PATIENCE
+    with open(path, "a+", encoding="utf-8") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    lock.seek(0)
+                    holder = lock.read(200).strip() or "another process"
+                    raise UserError(f"{folder}: in use by {holder}; wait until it ends, or stop it") from None
+                time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        lock.flush()
         _held_locks.append(lock)
         try:
             yield lock.fileno()
@@ -77,22 +102,8 @@ def locked(folder: Path, node: int = 0):
             _held_locks.remove(lock)
 
 
-_held_locks = []
-
-
 def set_up_worker(parent: int) -> None:
     """Set up a worker of a process pool, in the worker: it dies with its `parent` and does not hold its locks."""
     die_with_parent(parent)
     for lock in _held_locks:  # copies that a forked worker inherited; closing them does not unlock
         lock.close()
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of process id `parent`, ends (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -11,6 +11,7 @@ from pydantic import StringConstraints
 from .errors import UserError
 from .loss.options import OPTION_NAMES
 
+AVERAGE, BEAM, LENPEN = 10, 5, 1.0  # how a model is scored where its recipe does not say
 TOKENIZED_BLEU = "BLEU on tokenized text"
 METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
 # names of recipes, splits and arms become names of files; fairseq splits a pair of languages at its hyphen
@@ -75,9 +76,9 @@ class Recipe:
     subword: dict
     train: dict
     arms: dict
-    average: int = 10
-    beam: int = 5
-    lenpen: float = 1.0
+    average: int = AVERAGE
+    beam: int = BEAM
+    lenpen: float = LENPEN
     tokenizer: str = "none"
     aggressive_hyphens: bool = False
     normalize_punctuation: bool = False

@@ -73,7 +73,7 @@ def run(*argv, code=0, stdin=None, **options):
     """
     argv = [str(word) for word in argv]
     if (Path(sys.executable).parent / argv[0]).exists():
-        argv = processes.resolve(argv)
+        argv[0] = processes.program_path(argv[0])
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, encoding="utf-8", **options)
     done.output = done.stdout + done.stderr
     assert done.returncode == code, done.output[-6000:]
@@ -130,7 +130,7 @@ def work(tmp_path_factory):
     published = {"source": "A paper", "metric": "sacreBLEU", "scores": {"ce": [30.0, 0.1], "el": [31.0, 0.1]}}
     recipe = write_recipe(folder, train={**TINY["train"], "max-epoch": 3}, published=published)
     argv = ["encourage-mt", "run", recipe, "--work-dir", folder / "work"]
-    interrupted = interrupt([*argv, "--criteria", "ce"], folder / "work" / "ce.seed1" / "train.log")
+    interrupted = interrupt([*argv, "--arms", "ce"], folder / "work" / "ce.seed1" / "train.log")
     done = run(*argv, "--seeds", 1, 2, "--parallel", 2)
     return SimpleNamespace(folder=folder / "work", recipe=recipe, interrupted=interrupted, done=done)
 
@@ -138,7 +138,7 @@ def work(tmp_path_factory):
 def interrupt(argv, log):
     """Start a command, press Ctrl-C after the first epoch told in `log`; returns the finished process."""
     process = subprocess.Popen(
-        processes.resolve([str(word) for word in argv]),
+        [processes.program_path(argv[0]), *map(str, argv[1:])],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

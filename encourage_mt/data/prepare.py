@@ -18,17 +18,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..environment import cores, versions
+from ..environment import DOWNLOADS, cores, versions
 from ..errors import UserError
 from ..files import file_hash
-from ..processes import locked, resolve, run_quietly
+from ..processes import locked, program_path, run_quietly
 from ..recipe import Recipe, split_files
 from . import subwords
 from .bitext import iterate_pairs
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
-DOWNLOADS = Path("runs/downloads")
 DROP_TAGS = ["url", "talkid", "keywords"]
 
 
@@ -49,7 +48,7 @@ def prepare(
     UserError on bad input, and if the folder holds data of other options, unless told to overwrite them.
     """
     final = work_dir / "data"
-    resolve(["fairseq-preprocess"])  # told now, not after the work
+    program_path("fairseq-preprocess")  # told now, not after the work
     sources = Sources(recipe, raw_dir, download_dir)
     if final.exists() and not overwrite:
         _check_same(final, recipe, sources)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from ..environment import USER_DIR, describe_hardware, versions
 from ..errors import UserError
 from ..files import file_hash, read_json, write_json
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
-from ..processes import describe_failure, resolve
+from ..processes import describe_failure, start
 from ..recipe import TOKENIZED_BLEU
-from ..training.run_folder import Run, mapping, read_log, training_settings
+from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
 from . import scoring
 from .averaging import average
 
@@ -50,7 +51,8 @@ def evaluate(run: Run, comet: Path | None = None) -> dict:
     averaged = run.folder / "average.pt"
     state = load_checkpoint(paths[-1])
     check_dictionary(run.data, text, state)
-    training, criterion = training_settings(state), dict(mapping(state["cfg"]["criterion"]))
+    with options_of(paths[-1]):
+        training, criterion = training_settings(state), dict(mapping(state["cfg"]["criterion"]))
     del state  # one checkpoint at a time is held
     average(paths, averaged)
     path.unlink(missing_ok=True)  # what it tells of is replaced from here on
@@ -63,7 +65,9 @@ def evaluate(run: Run, comet: Path | None = None) -> dict:
         "recipe": run.recipe,
         "arm": run.arm,
         "seed": run.seed,
-        "command": run.command,
+        "command": shlex.join(
+            ["fairseq-train"] + [w for n, v in run.options.items() for w in [f"--{n}"] + [str(v)] * (v is not True)]
+        ),
         "criterion": criterion,
         "evaluation": settings,
         "scores": scores,
@@ -110,9 +114,7 @@ def translate(run: Run, checkpoint: Path, split: str, subset: str, text: dict) -
     hypotheses = {}
     bar = tqdm(total=expected, desc=f"{run.name} {split}", unit="sentence", mininterval=1)
     with open(log, "w", encoding="utf-8", buffering=1) as out, bar:  # by lines, in order with the errors
-        process = subprocess.Popen(
-            resolve(command), stdout=subprocess.PIPE, stderr=out, stdin=subprocess.DEVNULL, encoding="utf-8"
-        )
+        process = start(command, stdout=subprocess.PIPE, stderr=out, encoding="utf-8")
         for line in process.stdout:
             out.write(line)
             match = re.match(r"D-(\d+)\t[^\t]+\t(.*)", line)

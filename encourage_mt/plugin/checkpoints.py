@@ -1,8 +1,9 @@
-"""Lets fairseq load its own checkpoints on today's torch without running code that a checkpoint carries.
+"""Load checkpoints without running code they carry, and refuse those whose bytes changed.
 
 torch 2.6 and later load weights only and refuse every type that is not allow-listed; fairseq checkpoints hold a few.
 Importing the plugin lists exactly those. On an older torch fairseq loads with full pickle, which can run anything:
-that cannot be mended from here, so the first load warns.
+the plugin cannot change that, so the first load warns. torch does not look at the checksums in its files, so a flipped
+bit would pass as a parameter: every load compares them first.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import functools
 import logging
 import re
 import typing
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy
@@ -21,17 +24,17 @@ from ..errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 PATTERNS = {"epoch": r"checkpoint(\d+)\.pt", "update": r"checkpoint_\d+_(\d+)\.pt"}
-UNSAFE = (
-    "torch %s runs whatever code a checkpoint carries: load %s only if you trust its source, or use torch 2.6 or newer"
-)
+UNSAFE = "torch %s runs any code a checkpoint carries: load only those you trust, or use torch 2.6 or newer"
 
 
 def install() -> None:
-    """In a fairseq process: allow-list what its checkpoints need, or, on torch before 2.6, warn at the first load."""
+    """In a fairseq process: check each checkpoint before it is loaded, and allow-list the types checkpoints need."""
+    from fairseq import checkpoint_utils
+
     if torch_version() >= (2, 6):
         torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
-    else:
-        warn_at_first_load()
+    if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):  # otherwise it is installed already
+        checkpoint_utils.load_checkpoint_to_cpu = check_before(checkpoint_utils.load_checkpoint_to_cpu)
 
 
 def torch_version() -> tuple[int, int]:
@@ -40,7 +43,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def types_in_files() -> list:
-    """Types, or (type, name it is pickled under), that a checkpoint file of fairseq-train needs.
+    """Return the types, or (type, name it is pickled under), that a checkpoint file of fairseq-train needs.
 
     argparse.Namespace holds the options; --eval-bleu adds its counts as numpy arrays, int64 or, where several processes
     summed theirs, float64, pickled under the module name of numpy 1 or 2.
@@ -58,7 +61,7 @@ def types_in_files() -> list:
 
 
 def types_in_broadcasts() -> list:
-    """What resuming on several processes needs besides: rank 0 sends the others the state with omegaconf's options."""
+    """Return the types that resuming on several processes adds: rank 0 sends the others omegaconf's options."""
     from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
@@ -79,46 +82,88 @@ def types_in_broadcasts() -> list:
     ]
 
 
-def warn_at_first_load() -> None:
-    from fairseq import checkpoint_utils
-
-    load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
+def check_before(load_to_cpu):
+    """Wrap checkpoint_utils.load_checkpoint_to_cpu."""
 
     @functools.wraps(load_to_cpu)
-    def warn_and_load(path, *args, **kwargs):
-        checkpoint_utils.load_checkpoint_to_cpu = load_to_cpu
-        logger.warning(UNSAFE, torch.__version__, path)
+    def check_and_load(path, *args, **kwargs):
+        check(path)
         return load_to_cpu(path, *args, **kwargs)
 
-    checkpoint_utils.load_checkpoint_to_cpu = warn_and_load
+    return check_and_load
+
+
+def check(path) -> None:
+    """Raise UserError if a checkpoint file is damaged; warn, once, where torch would run the code it carries.
+
+    Files of torch before 1.6 are no archives and have no checksums; neither has what is not on this disk.
+    """
+    path = Path(path)
+    if path.is_file() and read_start(path) == b"PK":
+        reason = find_corruption(path)
+        if reason:
+            raise UserError(f"{path}: damaged checkpoint ({reason}); train on to replace it, or use another")
+    if torch_version() < (2, 6):
+        warn_unsafe()
+
+
+def read_start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(2)
+
+
+@functools.cache  # once a process
+def warn_unsafe() -> None:
+    logger.warning(UNSAFE, torch.__version__)
+
+
+def find_corruption(path: Path) -> str | None:
+    """Return the problem of a checkpoint file, None if it is whole: torch writes zip archives with checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+        return first_line(error)
+    return f"{broken} does not match its checksum" if broken else None
 
 
 def load(path) -> dict:
-    """The state in checkpoint file `path`, on the CPU.
+    """Return the state in checkpoint file `path`, on the CPU.
 
-    Raises what torch.load raises for a damaged file and pickle.UnpicklingError for a type that is not listed.
+    Raises UserError for a file with changed bytes, pickle.UnpicklingError for a type that is not listed, and whatever
+    torch.load raises for other damage.
     """
+    check(path)
     if torch_version() < (2, 6):
-        logger.warning(UNSAFE, torch.__version__, path)
         return torch.load(path, map_location="cpu")
     with torch.serialization.safe_globals(types_in_files()):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state in a checkpoint file. Raises UserError if it is missing, damaged, or not to be loaded safely."""
+    """Return the state in a checkpoint file.
+
+    Raises UserError if it is missing or damaged, cannot be loaded safely, or holds no model.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
         state = load(path)
-        state["model"].items()
-    except Exception as error:  # what a damaged pickle raises is without end
+        sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: not a checkpoint that can be loaded safely ({first_line(error)})") from None
+    if not sane:
+        raise UserError(f"{path}: its model holds values other than tensors; was it saved by fairseq-train?")
     return state
 
 
 def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Path]:
-    """The `count` newest epoch or update checkpoints in `run_dir`, oldest first; UserError if there are fewer."""
+    """Return the `count` newest epoch or update checkpoints in `run_dir`, oldest first.
+
+    Raises UserError if there are fewer.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such directory")
     numbered = {}
@@ -127,12 +172,12 @@ def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Pat
         if match:
             numbered[int(match.group(1))] = path
     if len(numbered) < count:
-        raise UserError(f"{run_dir}: {len(numbered)} {kind} checkpoints found, {count} asked for")
+        raise UserError(f"{run_dir}: has {len(numbered)} {kind} checkpoints, {count} are needed")
     return [numbered[number] for number in sorted(numbered)[-count:]]
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """checkpoint_last.pt or else the newest numbered checkpoint in `run_dir`; UserError if there is none."""
+    """Return checkpoint_last.pt or, without it, the newest numbered checkpoint; UserError if there is none."""
     last = run_dir / "checkpoint_last.pt"
     if last.exists():
         return last
@@ -141,4 +186,4 @@ def newest_checkpoint(run_dir: Path) -> Path:
             return last_checkpoints(run_dir, 1, kind)[0]
         except UserError:
             continue
-    raise UserError(f"{run_dir}: no checkpoints there, so this is not the folder of a training")
+    raise UserError(f"{run_dir}: has no checkpoints, so it is not the folder of a training")

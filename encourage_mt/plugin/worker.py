@@ -1,18 +1,37 @@
-"""One process of a distributed training: `torchrun ... encourage_mt/plugin/worker.py fairseq-train OPTIONS`.
+"""Run one of fairseq's programs as a process that ends with its parent, alone or as one rank of a training.
 
-fairseq reads its rank from torchrun's environment only where each node has several GPUs, and never on a CPU; elsewhere
-every process trains alone and overwrites the others' checkpoints. So each is told here. Run by its path, not as a
-module: fairseq refuses a --user-dir whose package was imported before.
+`worker.py --parent=PID PROGRAM OPTIONS` runs PROGRAM, a command of this Python's packages, for process PID.
+`torchrun ... worker.py fairseq-train OPTIONS` runs one rank of a distributed training: fairseq reads its rank from
+torchrun's environment only where each node has several GPUs, and never on a CPU; otherwise every process would train
+alone and overwrite the others' checkpoints. So the rank is passed as options.
+
+Always run by path, not as a module: fairseq refuses a --user-dir whose package was imported before.
 """
 
+import ctypes
 import os
+import signal
 import sys
+from importlib.metadata import entry_points
 
-import torch
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOPPED = 128 + signal.SIGTERM  # exit code of a training that saved and stopped on SIGTERM
+SAVED = "saved: run the same command again to continue"  # what it logs then
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends. Does nothing outside Linux.
+
+    `parent` is the pid the parent had: if it has ended already, this process ends at once.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent not in (None, os.getppid()):
+            os._exit(1)
 
 
 def placement(environment: dict[str, str], gpu: bool) -> dict:
-    """fairseq's distributed options for the process that torchrun's `environment` describes; on a CPU with gloo."""
+    """Return fairseq's distributed options for the rank that torchrun's `environment` describes; gloo on a CPU."""
     options = {
         "distributed_world_size": environment["WORLD_SIZE"],
         "distributed_rank": environment["RANK"],
@@ -25,24 +44,35 @@ def placement(environment: dict[str, str], gpu: bool) -> dict:
     return options
 
 
-def main() -> None:
-    program, *arguments = sys.argv[1:]
+def rank_options(program: str) -> list[str]:
+    """Return the command-line words that make fairseq's `program` the rank torchrun started it as."""
+    import torch
+
     gpu = torch.cuda.is_available()
     options = placement(os.environ, gpu)
     if program == "fairseq-hydra-train":
-        from fairseq_cli.hydra_train import cli_main
-
         words = [f"distributed_training.{name}={value}" for name, value in options.items()]
-        words += [] if gpu else ["common.cpu=true"]
-    else:
-        from fairseq_cli.train import cli_main
+        return words + ([] if gpu else ["common.cpu=true"])
+    words = [] if gpu else ["--cpu"]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words.append(flag if value is True else f"{flag}={value}")
+    return words
 
-        words = [] if gpu else ["--cpu"]
-        for name, value in options.items():
-            flag = "--" + name.replace("_", "-")
-            words += [flag] if value is True else [flag, value]
-    sys.argv = [program, *arguments, *words]
-    cli_main()
+
+def main() -> None:
+    program, *words = sys.argv[1:]
+    if program.startswith("--parent="):
+        die_with_parent(int(program.partition("=")[2]))
+        program, *words = words
+    else:
+        die_with_parent()
+        words += rank_options(program)
+    # fairseq-preprocess forks a pool of workers, which end with it too
+    os.register_at_fork(after_in_child=die_with_parent)
+    sys.argv = [program, *words]
+    script = next(iter(entry_points(group="console_scripts", name=program)))
+    script.load()()
 
 
 if __name__ == "__main__":

@@ -1,66 +1,65 @@
-"""One training on one GPU, many, or many machines: the same tokens per update, and the command that starts it."""
+"""Say how a training is started on one GPU, many, or many machines, with the same tokens per update on each."""
 
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import yaml
-
-from ..environment import USER_DIR, quiet_imports
+from ..environment import USER_DIR, Precision, quiet_imports
 from ..errors import UserError
-from ..plugin import register
-from ..recipe import Recipe
-
-WORKER = USER_DIR / "plugin" / "worker.py"
-PRECISIONS = ("fp16", "bf16", "fp32")
+from ..files import Scalar
+from ..processes import WORKER
+from .run_folder import Run
 
 
 @dataclass
 class Cluster:
-    """Where one training runs: `gpus` processes on each of `nodes` machines (on a CPU, gpus counts processes).
+    """The machines of one training: `gpus` processes on each of `nodes` machines (on a CPU, gpus counts processes).
 
-    node is the number of this machine, from 0; master is HOST:PORT of the first. Raises UserError if the numbers do
-    not fit together.
+    node is the number of this machine, from 0; master is HOST:PORT of machine 0. Raises UserError if they do not fit
+    together.
     """
 
-    precision: str
+    precision: Precision
     gpus: int = 1
     nodes: int = 1
     node: int = 0
     master: str | None = None
 
     def __post_init__(self):
-        for name in ("gpus", "nodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.node < self.nodes:
             raise UserError(f"--node must be between 0 and {self.nodes - 1}, got {self.node}")
         host, _, port = (self.master or "").rpartition(":")
         if self.nodes > 1 and not (host and port.isdigit()):
-            raise UserError(f"several nodes need --master HOST:PORT of the first, got {self.master}")
+            raise UserError(f"--nodes {self.nodes} needs --master HOST:PORT of machine 0, got {self.master}")
 
     def check_machine(self, parallel: int = 1) -> None:
-        """Raises UserError if this machine has not the GPUs for `parallel` such trainings."""
+        """Raise UserError if this machine has too few GPUs for `parallel` trainings."""
+        import torch
+
         here = torch.cuda.device_count()
         if here and self.gpus * parallel > here and self.gpus > 1:
-            raise UserError(f"{parallel} x --gpus {self.gpus}: this machine has {here}")
+            raise UserError(f"--gpus {self.gpus} for {parallel} trainings at a time: this machine has {here} GPUs")
 
-    def devices(self, place: int) -> dict[str, str]:
-        """Environment that gives the training at `place` (from 0) its share of the machine's GPUs, in turn."""
+    def devices(self, slot: int) -> dict[str, str]:
+        """Return the environment that gives the training in `slot` (from 0) its share of the machine's GPUs."""
+        import torch
+
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         here = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         if not here:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": ",".join(here[(place * self.gpus + k) % len(here)] for k in range(self.gpus))}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(here[(slot * self.gpus + k) % len(here)] for k in range(self.gpus))}
 
     @property
     def processes(self) -> int:
         return self.gpus * self.nodes
 
+    def hydra_file(self, folder: Path) -> Path:
+        """Return the YAML file of fairseq-hydra-train in a run's folder; machines that share it have one each."""
+        return folder / f"train{self.node or ''}.yaml"
+
     def launcher(self) -> list[str]:
-        """The words before those of fairseq-train: none for one process, else torchrun with one worker a GPU."""
+        """Return the words before those of fairseq-train: none for one process, otherwise torchrun."""
         if self.processes == 1:
             return []
         words = ["torchrun", "--nproc-per-node", str(self.gpus)]
@@ -73,54 +72,63 @@ class Cluster:
         return [*words, str(WORKER)]
 
 
-def update_freq(recipe: Recipe, processes: int) -> int:
-    """Batches each process accumulates, so that `processes` see the tokens per update that the recipe sets for one.
+def update_freq(options: dict[str, Scalar], processes: int) -> int:
+    """Return the batches each process accumulates, so that all together see the tokens per update of the options.
 
-    Raises UserError if `processes` does not divide the recipe's update-freq.
+    Raises UserError if `processes` does not divide the update-freq of the options.
     """
-    whole = recipe.train.get("update-freq", 1)
+    whole = options.get("update-freq", 1)
     if whole % processes:
-        fitting = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        fitting = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
         raise UserError(
-            f"{recipe.name} has {tokens_per_update(recipe):,} tokens per update ({recipe.train['max-tokens']:,} x "
-            f"update-freq {whole}), which {processes} processes cannot share evenly; possible: {fitting}"
+            f"update-freq {whole} ({tokens_per_update(options):,} tokens per update) cannot be shared evenly by "
+            f"{processes} processes; possible numbers: {fitting}"
         )
     return whole // processes
 
 
-def tokens_per_update(recipe: Recipe) -> int:
-    """The effective batch, at most: max-tokens x update-freq of one process."""
-    return recipe.train["max-tokens"] * recipe.train.get("update-freq", 1)
+def tokens_per_update(options: dict[str, Scalar]) -> int:
+    """Return the effective batch, at most: max-tokens x update-freq of one process."""
+    return options["max-tokens"] * options.get("update-freq", 1)
 
 
-def launch_command(recipe: Recipe, command: list[str], cluster: Cluster, folder: Path) -> list[str]:
-    """`command`, a fairseq-train of one process, as it is started on `cluster`.
+def report_effective_batch(options: dict[str, Scalar], cluster: Cluster) -> str:
+    """Return one line about the tokens per update. Raises UserError if the processes cannot share them."""
+    share = f"{cluster.processes} x {options['max-tokens']:,} max-tokens"
+    frequency = update_freq(options, cluster.processes)
+    return f"{tokens_per_update(options):,} tokens per update: {share} x update-freq {frequency}, {cluster.precision}"
 
-    bf16 goes by way of fairseq-hydra-train and `folder`/train.yaml (see hydra_config), for `--bf16` does not work on
-    fairseq-train's command line.
+
+def launch_command(run: Run, cluster: Cluster) -> list[str]:
+    """Return the words of the command that trains `run` on `cluster`.
+
+    bf16 uses fairseq-hydra-train and train.yaml (see hydra_config), because `--bf16` fails on the command line of
+    fairseq-train.
     """
-    frequency = str(update_freq(recipe, cluster.processes))
+    frequency = update_freq(run.options, cluster.processes)
+    alone = cluster.processes == 1  # without an explicit world size fairseq takes all GPUs it sees
     if cluster.precision == "bf16":
-        words = ["fairseq-hydra-train", "--config-dir", str(folder), "--config-name", "train"]
-        words += [f"optimization.update_freq=[{frequency}]", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-        # else fairseq takes all GPUs it sees
-        words += ["distributed_training.distributed_world_size=1"] if cluster.processes == 1 else []
-        return [*cluster.launcher(), *words]
-    place = command.index("--update-freq") + 1
-    words = [*command[:place], frequency, *command[place + 1 :]]
-    words += ["--fp16"] if cluster.precision == "fp16" else []
-    words += ["--distributed-world-size", "1"] if cluster.processes == 1 else []
+        config = cluster.hydra_file(run.folder)
+        words = ["fairseq-hydra-train", f"--config-dir={run.folder}", f"--config-name={config.stem}"]
+        words += [f"optimization.update_freq=[{frequency}]", f"hydra.run.dir={run.folder}", "hydra.output_subdir=null"]
+        words += ["distributed_training.distributed_world_size=1"] if alone else []
+    else:
+        changes = {"update_freq": frequency} | ({"fp16": True} if cluster.precision == "fp16" else {})
+        words = run.command_line(**changes, **({"distributed_world_size": 1} if alone else {}))
     return [*cluster.launcher(), *words]
 
 
-def hydra_config(command: list[str]) -> str:
-    """The YAML with which fairseq-hydra-train does what the fairseq-train `command` does, in bf16.
+def hydra_config(run: Run) -> str:
+    """Return the YAML with which fairseq-hydra-train trains `run` in bf16 as fairseq-train would in fp32.
 
-    Options are sorted into their sections by fairseq itself. Raises UserError for architectures other than
-    Transformers, or options fairseq-train would refuse.
+    fairseq itself sorts the options into their sections. Raises UserError for architectures other than Transformers,
+    and for options that fairseq-train would refuse.
     """
-    place = command.index("--user-dir")
-    words = command[1:place] + command[place + 2 :]  # registered below
+    import yaml
+
+    from ..plugin import register
+
+    words = run.arguments()
     with quiet_imports():
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -131,16 +139,16 @@ def hydra_config(command: list[str]) -> str:
         try:
             arguments = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
         except SystemExit:
-            raise UserError(f"fairseq-train refuses the options of the recipe: {shlex.join(words)}") from None
+            raise UserError(f"fairseq-train refuses the options of {run.name}: {' '.join(words)}") from None
         whole = convert_namespace_to_omegaconf(arguments)
     if not arguments.arch.startswith("transformer"):
-        raise UserError(f"bf16 is for Transformers, not {arguments.arch}")
+        raise UserError(f"--precision bf16 works for Transformers only, not for {arguments.arch}")
     model = OmegaConf.to_container(OmegaConf.structured(TransformerConfig.from_namespace(arguments)), enum_to_str=True)
     model["_name"] = "transformer"
     sections = {"model": model}
     for name in ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint"):
         if not OmegaConf.is_config(whole[name]):  # an old part of fairseq that only its command line can set
-            raise UserError(f"bf16: fairseq-hydra-train cannot be given the {name} {getattr(arguments, name)}")
+            raise UserError(f"--precision bf16: fairseq-hydra-train cannot set the {name} {getattr(arguments, name)}")
         sections[name] = OmegaConf.to_container(whole[name], enum_to_str=True)
-    sections["common"].update(user_dir=command[place + 1], bf16=True, fp16=False)
+    sections["common"].update(user_dir=str(USER_DIR), bf16=True, fp16=False)
     return "# @package _group_\n" + yaml.safe_dump(sections)

@@ -1,34 +1,74 @@
-"""A run is the folder of one training: what it holds, how it was trained, what its log says."""
+"""Read and write the folder of one training: how it was trained, how to score it, what its log says."""
 
 import json
-from dataclasses import dataclass, fields
+import shlex
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from ..errors import UserError
-from ..files import read_json, write_json
+from pydantic import ConfigDict, Field, StringConstraints
+from typing_extensions import NotRequired, TypedDict
+
+from ..data.manifest import PreparedData
+from ..environment import USER_DIR, Precision
+from ..errors import UserError, first_line
+from ..files import Record, Scalar, read_record, write_record
 from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
-from ..recipe import Recipe
+from ..recipe import AVERAGE, BEAM, LENPEN, Name
+
+OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
-@dataclass
-class Run:
+class Start(TypedDict):
+    """One start of a training: the command as it ran, when, and on what."""
+
+    __pydantic_config__ = STRICT
+    command: str
+    time: str
+    processes: int
+    versions: dict[str, str]
+    git_revision: str | None
+    machine: str
+
+
+class Provenance(TypedDict):
+    """The checksum of the training data and every start; empty where fairseq-train was run by hand."""
+
+    __pydantic_config__ = STRICT
+    data_sha256: NotRequired[str]
+    starts: NotRequired[list[Start]]
+
+
+class Run(Record):
     """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores.
 
-    command is that of a training on one process; what starts it on several is derived from it (cluster.py).
-    provenance has data_sha256 and, of each start, the command as it ran, versions, git revision and machine.
+    options are those of fairseq-train on one process, without dashes and in order; criterion and its own come last.
+    Data, plugin and checkpoint folder are not among them, so a work directory may be moved.
     """
 
-    folder: Path
+    remedy: ClassVar[str] = "score it with the version that trained it, or train again with another --work-dir"
+
+    format: Literal[2] = 2
+    folder: Path = Field(exclude=True)
     recipe: str
-    arm: str
-    seed: int
+    arm: Name
+    seed: int = Field(ge=0)
     data: Path
-    command: str
-    average: int
-    beam: int
+    options: dict[OptionName, Scalar]
+    average: int = Field(ge=1)
+    beam: int = Field(ge=1)
     lenpen: float
-    precision: str
-    provenance: dict
+    precision: Precision
+    provenance: Provenance
+
+    @classmethod
+    def upgrade(cls, content: dict) -> dict:
+        """Return a run.json of version 0.1, which holds a command line, as format 2 has it."""
+        if "format" not in content and isinstance(content.get("command"), str):
+            content = {"format": 2, **content}
+            content["options"] = parse_options(content.pop("command"))
+        return content
 
     @property
     def name(self) -> str:
@@ -40,84 +80,138 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """checkpoints/ of the folder, or the folder itself where fairseq-train was run by hand."""
         return checkpoint_folder(self.folder)
 
     @property
     def is_done(self) -> bool:
         return (self.folder / "train.done").exists()
 
+    def prepared(self) -> PreparedData:
+        """Return the data it was trained on. Raises UserError if that is gone."""
+        return PreparedData.open(self.data)
+
+    def command_line(self, **changes: Scalar) -> list[str]:
+        """Return the words of the fairseq-train that trains it on one process, with `changes` to the options.
+
+        A value is one word with its option, and our plugin comes last: fairseq imports whatever follows the last
+        --user-dir anywhere on the line.
+        """
+        return ["fairseq-train", *self.arguments(**changes), f"--user-dir={USER_DIR}"]
+
+    def arguments(self, **changes: Scalar) -> list[str]:
+        """Return data, checkpoint folder and options, with `changes`, as fairseq-train takes them."""
+        options = {**self.options, **{name.replace("_", "-"): value for name, value in changes.items()}}
+        return [str(self.data / "data-bin"), f"--save-dir={self.folder / 'checkpoints'}", *render_options(options)]
+
     def save(self) -> None:
-        """Write run.json. Raises UserError if the folder holds a training with another command, precision or data."""
+        """Write run.json. Raises UserError if the folder holds a training with other options, precision or data."""
         path = self.folder / "run.json"
+        run = self
         if path.exists():
-            before = open_run(self.folder)
-            shared = ("command", "precision")
-            differing = [name for name in shared if getattr(self, name) != getattr(before, name)]
-            if self.provenance["data_sha256"] != before.provenance["data_sha256"]:
-                differing.append("data")
-            if differing:
-                what = " and ".join(differing)
+            before = read_record(path, Run, folder=self.folder)
+            theirs, ours = before.shown_options(), self.shown_options()
+            changed = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+            changed += ["data"] * (self.provenance["data_sha256"] != before.provenance.get("data_sha256"))
+            if changed:
                 raise UserError(
-                    f"{self.folder}: holds a training with another {what} (run.json); choose another --work-dir"
+                    f"{self.folder}: already contains a training with different {', '.join(changed)} (run.json); "
+                    "choose another --work-dir"
                 )
-            self.provenance["starts"] = before.provenance.get("starts", []) + self.provenance["starts"]
-        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
+            starts = [*before.provenance.get("starts", []), *self.provenance["starts"]]
+            run = self.model_copy(update={"provenance": {**self.provenance, "starts": starts}})
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**record, "data": str(self.data)})
+        write_record(path, run)
+
+    def shown_options(self) -> dict[str, str]:
+        """Return options and precision as text, as they are on a command line."""
+        return {name: str(value) for name, value in {**self.options, "precision": self.precision}.items()}
+
+
+def render_options(options: dict[str, Scalar]) -> list[str]:
+    """Return options as command-line words: {"max-epoch": 3, "share-all-embeddings": True, ...}; False is left out."""
+    given = {name: value for name, value in options.items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def parse_options(command: str) -> dict[str, Scalar]:
+    """Return the options in a command line of version 0.1, less the paths. Raises UserError if it is not one."""
+    options: dict[str, Scalar] = {}
+    try:
+        words = shlex.split(command)[2:]
+    except ValueError:
+        words = [command]
+    while words:
+        name = words.pop(0)
+        if not name.startswith("--"):
+            raise UserError(f"not a command of fairseq-train: {command[:100]!r}")
+        has_value = words and not words[0].startswith("--")
+        options[name[2:]] = words.pop(0) if has_value else True
+    return {name: value for name, value in options.items() if name not in ("user-dir", "save-dir")}
 
 
 def checkpoint_folder(folder: Path) -> Path:
-    """checkpoints/ of a run's folder, or the folder itself where fairseq-train was run by hand."""
+    """Return checkpoints/ of a run's folder, or the folder itself where fairseq-train was run by hand."""
     nested = folder / "checkpoints"
     return nested if nested.is_dir() else folder
 
 
 def open_run(folder: Path, **changes) -> Run:
-    """The run in `folder`, from its run.json or, where fairseq-train was run by hand, its newest checkpoint.
+    """Return the run in `folder`, from its run.json or, where fairseq-train was run by hand, its newest checkpoint.
 
-    `changes` (data, average, beam, lenpen) stand for what was recorded unless they are None. Raises UserError if
+    `changes` (data, average, beam, lenpen) replace what was recorded unless they are None. Raises UserError if
     there is neither run.json nor a checkpoint, or the prepared data is gone.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory")
     folder = folder.resolve()
     if (folder / "run.json").exists():
-        record = read_json(folder / "run.json")
-        names = {field.name for field in fields(Run)} - {"folder"}
-        if set(record) != names:
-            raise UserError(f"{folder / 'run.json'}: written by another version")
-        if not Path(record["data"]).is_dir():
-            record["data"] = folder.parent / "data"  # the whole work directory was moved
+        run = read_record(folder / "run.json", Run, folder=folder)
+        if not run.data.is_dir():
+            changes = {"data": folder.parent / "data", **changes}  # the whole work directory was moved
     else:
-        options = load_checkpoint(newest_checkpoint(checkpoint_folder(folder)))["cfg"]
-        record = {
-            "recipe": "",
-            "arm": options["criterion"]["_name"],
-            "seed": options["common"]["seed"],
-            "data": Path(options["task"]["data"]).parent,
-            "command": "not recorded",
-            "average": Recipe.average,
-            "beam": Recipe.beam,
-            "lenpen": Recipe.lenpen,
-            "precision": precision_of(options),
-            "provenance": {},
-        }
-    record.update({name: value for name, value in changes.items() if value is not None})
-    record["data"] = Path(record["data"])
-    if not (record["data"] / "manifest.json").exists():
-        raise UserError(
-            f"{record['data']}: no data of `encourage-mt prepare` there (manifest.json); give its folder with --data"
+        run = run_by_hand(folder)
+    run = run.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    run.prepared()
+    return run
+
+
+def run_by_hand(folder: Path) -> Run:
+    """Return the run of a fairseq-train that was started without this program, from its newest checkpoint."""
+    path = newest_checkpoint(checkpoint_folder(folder))
+    state = load_checkpoint(path)
+    with options_of(path):
+        options = state["cfg"]
+        return Run(
+            folder=folder,
+            recipe="",
+            arm=options["criterion"]["_name"],
+            seed=options["common"]["seed"],
+            data=Path(options["task"]["data"]).parent,
+            options={"criterion": options["criterion"]["_name"]},
+            average=AVERAGE,
+            beam=BEAM,
+            lenpen=LENPEN,
+            precision=precision_of(options),
+            provenance={},
         )
-    if "text" not in read_json(record["data"] / "manifest.json"):
-        raise UserError(f"{record['data']}: prepared by another version; remove it and prepare again")
-    return Run(folder=folder, **record)
+
+
+@contextmanager
+def options_of(path: Path):
+    """Raise UserError if the block cannot find an option of the training in the state from checkpoint `path`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: its training options cannot be read ({problem}))") from None
 
 
 def training_settings(state: dict) -> dict:
-    """What a checkpoint's options say of the training but for criterion, seed, paths and logging: flat, for comparison.
+    """Return a checkpoint's training options except criterion, seed, paths and logging; flat, for comparison.
 
-    `tokens per update` is the effective batch: max-tokens x update-freq x processes (0 where batches are counted in
-    sentences alone); `sentences per update` likewise.
+    `tokens per update` is the effective batch: max-tokens x update-freq x processes (0 where only sentences are
+    counted); `sentences per update` likewise. Use it inside `options_of`, which reports missing options.
     """
     options = state["cfg"]
     world = options["distributed_training"]["distributed_world_size"]
@@ -140,11 +234,12 @@ def training_settings(state: dict) -> dict:
 
 
 def mapping(options) -> dict:
-    """A section of a checkpoint's options; fairseq's command line leaves some as a Namespace."""
+    """Return a section of a checkpoint's options as a dict; fairseq's command line leaves some as a Namespace."""
     return options if isinstance(options, dict) else vars(options)
 
 
 def precision_of(options: dict) -> str:
+    """Return the precision that a checkpoint's options set."""
     return next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
 
 
@@ -153,14 +248,14 @@ def _plain(options, section):
 
 
 def read_log(log: Path) -> list[dict]:
-    """The JSON records of a fairseq log, in order; values are the strings fairseq prints. Empty without a log."""
+    """Return the JSON records of a fairseq log in order; values are the strings fairseq prints. Empty without a log."""
     if not log.exists():
         return []
     return list(filter(None, map(record_of, log.read_text(encoding="utf-8", errors="replace").splitlines())))
 
 
 def record_of(line: str) -> dict | None:
-    """The JSON record at the end of a line of a fairseq log, if there is one."""
+    """Return the JSON record at the end of a line of a fairseq log, None if there is none."""
     start = line.find("{")
     if start < 0 or not line.endswith("}") or '"epoch"' not in line:
         return None

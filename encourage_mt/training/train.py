@@ -1,5 +1,6 @@
-"""Train runs side by side, resume what was interrupted, show how far each one is."""
+"""Train runs side by side, resume interrupted ones, and show the progress of each."""
 
+import logging
 import shlex
 import signal
 import subprocess
@@ -9,138 +10,186 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.prepare import data_checksum
-from ..environment import USER_DIR, describe_hardware, git_revision, versions
+from ..environment import Precision, describe_hardware, git_revision, versions
 from ..errors import UserError
-from ..plugin.fault_tolerance import STOPPED
-from ..processes import describe_failure, job_environment, locked, resolve
-from ..recipe import Recipe, as_flags
+from ..files import atomic_write
+from ..plugin.worker import SAVED, STOPPED
+from ..processes import describe_failure, job_environment, locked, program_path, start
+from ..recipe import AVERAGE, Recipe
 from .launch import Cluster, hydra_config, launch_command
 from .run_folder import Run, record_of
 
-
-def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, precision: str) -> Run:
-    """The run of `arm`: options of the recipe, then those of the arm's criterion. Nothing is written yet."""
-    folder = work_dir / f"{arm}.seed{seed}"
-    command = ["fairseq-train", str(data / "data-bin"), "--user-dir", str(USER_DIR)]
-    command += ["--source-lang", recipe.source, "--target-lang", recipe.target, "--seed", str(seed)]
-    command += as_flags({"update-freq": 1, **recipe.train})
-    command += ["--eval-bleu", "--eval-bleu-args", '{"beam": 1}', "--eval-bleu-remove-bpe", recipe.remove_bpe]
-    command += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
-    kept = max(recipe.average, Recipe.average)  # so that another number of them can be averaged later
-    command += ["--keep-last-epochs", str(kept), "--save-dir", str(folder / "checkpoints")]
-    command += ["--log-format", "json", "--log-interval", "20", "--num-workers", "0"]
-    command += ["--required-batch-size-multiple", "1", *as_flags(recipe.arms[arm])]
-    line = shlex.join(command)
-    return Run(folder, recipe.name, arm, seed, data, line, recipe.average, recipe.beam, recipe.lenpen, precision, {})
+logger = logging.getLogger(__name__)
 
 
-def record(run: Run, recipe: Recipe, cluster: Cluster) -> None:
-    """Write run.json, with what is started now, and with what, unless the run is done.
+def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, precision: Precision) -> Run:
+    """Return the run of `arm`: the recipe's options, ours, and those of the arm's criterion. Nothing is written."""
+    options = {
+        "source-lang": recipe.source,
+        "target-lang": recipe.target,
+        "seed": seed,
+        "update-freq": 1,
+        **recipe.train,
+        "eval-bleu": True,
+        "eval-bleu-args": '{"beam": 1}',
+        "eval-bleu-remove-bpe": recipe.remove_bpe,
+        "best-checkpoint-metric": "bleu",
+        "maximize-best-checkpoint-metric": True,
+        "keep-last-epochs": max(recipe.average, AVERAGE),  # so that another number of them can be averaged later
+        "log-format": "json",
+        "log-interval": 20,
+        "num-workers": 0,
+        "required-batch-size-multiple": 1,
+        **recipe.arms[arm],
+    }
+    return Run(
+        folder=work_dir / f"{arm}.seed{seed}",
+        recipe=recipe.name,
+        arm=arm,
+        seed=seed,
+        data=data,
+        options=options,
+        average=recipe.average,
+        beam=recipe.beam,
+        lenpen=recipe.lenpen,
+        precision=precision,
+        provenance={},
+    )
+
+
+def record(run: Run, cluster: Cluster) -> None:
+    """Write run.json, with the command that is started now and its environment, unless the run is done.
 
     Raises UserError if the folder holds another training.
     """
-    start = {
-        "command": shlex.join(launch_command(recipe, shlex.split(run.command), cluster, run.folder)),
+    now = {
+        "command": shlex.join(launch_command(run, cluster)),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "processes": cluster.processes,
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": describe_hardware(),
     }
-    run.provenance = {"data_sha256": data_checksum(run.data), "starts": [] if run.is_done else [start]}
-    run.save()
+    provenance = {"data_sha256": run.prepared().checksum, "starts": [] if run.is_done else [now]}
+    run.model_copy(update={"provenance": provenance}).save()
 
 
 def train(runs: list[Run], recipe: Recipe, cluster: Cluster, parallel: int) -> None:
-    """Train what is not done, `parallel` at a time, each on `cluster`; fairseq resumes from its last checkpoint.
+    """Train the runs that are not done, `parallel` at a time, each on `cluster`; interrupted ones resume.
 
     Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
-    trainings save and stop, and so does this process, with interruption.STOPPED.
+    trainings save and stop, and this process exits with STOPPED.
     """
     if cluster.node == 0:
         for run in runs:
-            record(run, recipe, cluster)
+            record(run, cluster)
     waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
-            print(f"{run.name}: trained already")
+            logger.info("%s: trained already", run.name)
     if not waiting:
         return
-    length = recipe.length
-    environment = job_environment(min(parallel, len(waiting)) * cluster.gpus)
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun gives its workers to save
-    whole = progress_bar("all trainings", len(waiting) * length[0], length[1], 0)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # by way of the finally below
-    active, ended, failures, due = [], 0, [], 0.0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # the trainings are stopped on the way out
+    trainings = Trainings(waiting, recipe.length, cluster, parallel)
     try:
-        while waiting or active:
-            while waiting and len(active) < parallel:
-                place = min(set(range(1, parallel + 1)) - {training.place for training in active})
-                active.append(Training(waiting.pop(0), recipe, cluster, environment, place))
-                whole.initial += active[-1].bar.initial
-            time.sleep(1)
-            shown = sys.stderr.isatty() or time.monotonic() > due  # a log file gets a line a minute
-            due = time.monotonic() + 60 if shown else due
-            for training in list(active):
-                code = training.process.poll()
-                training.read()
-                if shown or code is not None:
-                    training.bar.refresh()
-                if code is not None:
-                    training.close()
-                    active.remove(training)
-                    ended += length[0]
-                    if code == STOPPED:
-                        sys.exit(STOPPED)
-                    if code:
-                        failures.append(describe_failure("fairseq-train", code, training.run.log))
-                    else:
-                        (training.run.folder / "train.done").touch()
-            whole.n = ended + sum(training.bar.n for training in active)
-            if shown:
-                whole.refresh()
+        while trainings.waiting or trainings.active:
+            trainings.step()
+    except SystemExit:
+        logger.warning("Stopping: each training saves a checkpoint first.")
+        raise
     finally:
-        for training in active:
+        saved = trainings.stop()
+        signal.signal(signal.SIGTERM, before)
+        if saved:
+            logger.warning("Stopped and saved: %s. Run the same command again to continue.", ", ".join(saved))
+    if trainings.failures:
+        raise UserError("; ".join(trainings.failures))
+
+
+class Trainings:
+    """The trainings of `train`: those that wait, those that run, and a progress bar over all of them."""
+
+    def __init__(self, runs: list[Run], length: tuple[int, str], cluster: Cluster, parallel: int):
+        self.waiting, self.length, self.cluster, self.parallel = list(runs), length, cluster, parallel
+        self.active: list[Training] = []
+        self.failures: list[str] = []
+        self.ended = 0.0  # epochs or updates of the trainings that ended
+        self.next_line = 0.0  # when a log file gets its next line
+        self.environment = job_environment(min(parallel, len(runs)) * cluster.gpus)
+        self.environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun lets its workers save
+        self.bar = progress_bar("all trainings", len(runs) * length[0], length[1], 0)
+
+    def step(self) -> None:
+        """Start trainings where there is room, wait a second, and handle those that ended."""
+        while self.waiting and len(self.active) < self.parallel:
+            slot = min(set(range(1, self.parallel + 1)) - {training.slot for training in self.active})
+            self.active.append(Training(self.waiting.pop(0), self.length, self.cluster, self.environment, slot))
+            self.bar.initial += self.active[-1].bar.initial
+        time.sleep(1)
+        shown = sys.stderr.isatty() or time.monotonic() > self.next_line  # a log file gets a line a minute
+        self.next_line = time.monotonic() + 60 if shown else self.next_line
+        for training in list(self.active):
+            code = training.process.poll()
+            training.read()
+            if shown or code is not None:
+                training.bar.refresh()
+            if code is not None:
+                self.end(training, code)
+        self.bar.n = self.ended + sum(training.bar.n for training in self.active)
+        if shown:
+            self.bar.refresh()
+
+    def end(self, training: "Training", code: int) -> None:
+        """Note how a training ended. Exits with STOPPED if somebody sent it SIGTERM."""
+        if code == STOPPED:
+            sys.exit(STOPPED)
+        training.close()
+        self.active.remove(training)
+        self.ended += training.bar.n if code else self.length[0]
+        if code:
+            self.failures.append(describe_failure("fairseq-train", code, training.run.log))
+        else:
+            (training.run.folder / "train.done").touch()
+
+    def stop(self) -> list[str]:
+        """Stop what still runs and return the names of the trainings that saved a checkpoint before they ended."""
+        for training in self.active:
             training.process.terminate()
-        for training in active:
+        saved = []
+        for training in self.active:
             training.process.wait()
             training.close()
-        whole.close()
-        signal.signal(signal.SIGTERM, before)
-    if failures:
-        raise UserError("; ".join(failures))
+            if training.stopped_saved():
+                saved.append(training.run.name)
+        self.bar.close()
+        return saved
 
 
-def progress_bar(name: str, total: int, unit: str, place: int) -> tqdm:
+def progress_bar(name: str, total: int, unit: str, slot: int) -> tqdm:
     layout = "{desc}: {n:.{digits}f}/{total} {unit}s |{bar:20}| {elapsed}<{remaining}{postfix}"
     layout = layout.replace("{digits}", "1" if unit == "epoch" else "0")
-    return tqdm(total=total, desc=name, unit=unit, bar_format=layout, position=place)
+    return tqdm(total=total, desc=name, unit=unit, bar_format=layout, position=slot)
 
 
 class Training:
-    """A running fairseq-train and its progress bar in line `place` of the terminal."""
+    """A running fairseq-train, and its progress bar in line `slot` of the terminal."""
 
-    def __init__(self, run: Run, recipe: Recipe, cluster: Cluster, environment: dict[str, str], place: int):
-        self.run, self.place = run, place
-        command = shlex.split(run.command)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if cluster.precision == "bf16":
-            partial = run.folder / f"train.yaml.{cluster.node}"  # each node writes the same
-            partial.write_text(hydra_config(command), encoding="utf-8")
-            partial.replace(run.folder / "train.yaml")
-        argv = launch_command(recipe, command, cluster, run.folder)
-        environment = {**environment, **cluster.devices(place - 1)}
+    def __init__(self, run: Run, length: tuple[int, str], cluster: Cluster, environment: dict[str, str], slot: int):
+        self.run, self.slot = run, slot
+        words = launch_command(run, cluster)
+        program_path("fairseq-train")
+        environment = {**environment, **cluster.devices(slot - 1)}
         with locked(run.folder, cluster.node) as lock, open(run.log, "a", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                resolve(argv), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
-            )
-        self.bar = progress_bar(run.name, *recipe.length, place)
+            if cluster.precision == "bf16":
+                with atomic_write(cluster.hydra_file(run.folder)) as file:
+                    file.write(hydra_config(run))
+            self.process = start(words, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+        self.bar = progress_bar(run.name, *length, slot)
         self.lines = open(run.log, encoding="utf-8", errors="replace")
         self.rest = ""
         self.bleu = "-"
         self.read()
-        self.bar.initial = self.bar.n  # what an interrupted training had done says nothing of the time left
+        self.bar.initial = self.bar.n  # earlier progress says nothing about the time left
 
     def read(self) -> None:
         """Bring the bar, without drawing it, up to the end of the log."""
@@ -153,6 +202,10 @@ class Training:
             if reached is not None:
                 self.bar.n = min(self.bar.total, max(self.bar.n, float(reached)))
         self.bar.set_postfix_str(f"valid BLEU {self.bleu}", refresh=False)
+
+    def stopped_saved(self) -> bool:
+        """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
+        return SAVED in "\n".join(self.run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-100:])
 
     def close(self) -> None:
         self.bar.close()

@@ -233,7 +233,7 @@ def long_run(tiny, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     run("encourage-mt", "prepare", recipe, "--work-dir", work)
-    argv = ["encourage-mt", "train", str(recipe), "--work-dir", str(work), "--criterion", "el"]
+    argv = ["encourage-mt", "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
     return processes.resolve(argv), work / "el.seed1"
 
 

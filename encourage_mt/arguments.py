@@ -1,0 +1,209 @@
+"""Define the options of the command `encourage-mt`."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from .environment import DOWNLOADS, Precision
+from .errors import UserError
+
+OLD_SPELLINGS = {"--criteria": "--arms", "--criterion": "--arm"}  # of version 0.1
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    """Return the parsed command line. Raises UserError if it has a mistake."""
+    return build_parser().parse_args([modern_spelling(word) for word in words])
+
+
+def modern_spelling(word: str) -> str:
+    """Return the present name of an option in place of its name in version 0.1."""
+    name, equals, value = word.partition("=")
+    return OLD_SPELLINGS.get(name, name) + equals + value
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see: {self.prog} --help)")
+
+
+def count(text: str) -> int:
+    """Parse a number from 1 on."""
+    return whole_number(text, 1)
+
+
+def index(text: str) -> int:
+    """Parse a number from 0 on."""
+    return whole_number(text, 0)
+
+
+def whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+    return value
+
+
+def finite_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; heavy modules stay out, so that --help answers at once."""
+    parser = Parser(prog="encourage-mt", description="Turn raw text into scores, comparisons and a report.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name, help):
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+
+    command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
+    add_recipe_options(command)
+
+    command = add(
+        "run",
+        "prepare the data, train all arms and seeds, translate, score, compare and report; finished steps are kept and "
+        "interrupted trainings resume",
+    )
+    add_recipe_options(command)
+    add_cluster_options(command)
+    command.add_argument(
+        "--seeds",
+        type=index,
+        nargs="+",
+        default=[1],
+        metavar="SEED",
+        help="random seeds; each arm is trained once with each (default: 1)",
+    )
+    command.add_argument(
+        "--arms",
+        nargs="+",
+        default=["ce", "el"],
+        metavar="ARM",
+        help="arms of the recipe; the others are compared with the first (default: ce el)",
+    )
+    command.add_argument(
+        "--parallel", type=count, metavar="N", help="trainings at a time (default: 1 on a GPU, otherwise one per core)"
+    )
+
+    command = add(
+        "train",
+        "train one arm with one seed on the GPUs of one machine or, if started on each of them, of several; the tokens "
+        "per update stay those of the recipe; an interrupted training resumes",
+    )
+    add_recipe_options(command)
+    add_cluster_options(command)
+    command.add_argument("--arm", required=True, help="arm of the recipe (required)")
+    command.add_argument("--seed", type=index, default=1, help="random seed (default: %(default)s)")
+    command.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (default: %(default)s)")
+    command.add_argument(
+        "--node", type=index, default=0, metavar="N", help="number of this machine, from 0 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--master", metavar="HOST:PORT", help="address of machine 0; needed for several machines (default: none)"
+    )
+
+    command = add("evaluate", "average the last checkpoints of each run, translate and score; writes scores.json")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")
+    command.add_argument("--data", type=Path, help="folder of the prepared data (default: the data it was trained on)")
+    for name, kind, meaning in (
+        ("average", count, "number of last epoch checkpoints to average"),
+        ("beam", count, "beam size"),
+        ("lenpen", finite_number, "length penalty"),
+    ):
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as the recipe says)")
+    command.add_argument(
+        "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: no COMET)"
+    )
+
+    for name, help in (
+        ("compare", "compare runs: scores of each seed, tests over sentences and over seeds, a verdict"),
+        ("report", "compare runs and write one HTML page with charts, diagnostics and translations"),
+    ):
+        command = add(name, help)
+        for side in ("baseline", "candidate"):
+            command.add_argument(
+                f"--{side}",
+                type=Path,
+                nargs="+",
+                required=True,
+                metavar="RUN",
+                help=f"evaluated runs of the {side}, one per seed (required)",
+            )
+        command.add_argument(
+            "--allow-differences",
+            action="store_true",
+            help="compare even if the runs differ in more than the criterion (default: refuse, naming them)",
+        )
+    command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
+    return parser
+
+
+def add_recipe_options(command: argparse.ArgumentParser) -> None:
+    """Add the recipe, and the options that say which data is prepared from where to where."""
+    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    data = command.add_argument_group("data")
+    data.add_argument(
+        "--raw-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the recipe's files or archives (default: download them)",
+    )
+    data.add_argument(
+        "--download-dir",
+        type=Path,
+        default=DOWNLOADS,
+        metavar="DIR",
+        help="folder where downloads are kept for all recipes (default: %(default)s)",
+    )
+    data.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="folder for everything that is made (default: runs/NAME OF RECIPE)"
+    )
+    data.add_argument(
+        "--overwrite", action="store_true", help="prepare again and replace the prepared data (default: keep it)"
+    )
+    data.add_argument("--reverse", action="store_true", help="swap source and target language (default: no)")
+    data.add_argument(
+        "--modern",
+        action="store_true",
+        help="prepare cased text without tokenizer, by SentencePiece with NFKC and byte fallback (default: as the "
+        "recipe says)",
+    )
+    data.add_argument(
+        "--bitext",
+        nargs="+",
+        metavar="FILE",
+        help="your own text for examples/own: two files or a tab-separated one, plain or .gz (default: none)",
+    )
+    for option, side in (("--source", "first"), ("--target", "second")):
+        data.add_argument(
+            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: the suffix of its file)"
+        )
+    data.add_argument(
+        "--workers", type=count, metavar="N", help="processes that share the preparation (default: one per core)"
+    )
+
+
+def add_cluster_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that say what each training runs on."""
+    command.add_argument(
+        "--gpus", type=count, default=1, metavar="N", help="GPUs for each training on a machine (default: %(default)s)"
+    )
+    command.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="arithmetic in training (default: fp16 on a GPU, fp32 on a CPU)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the commands of the trainings, do nothing (default: no)"
+    )
