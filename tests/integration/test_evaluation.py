@@ -68,9 +68,7 @@ def test_scores_are_those_of_the_translations_and_the_translations_whole(work):
 
 def test_a_second_run_of_all_has_nothing_to_do(work):
     before = {path: path.stat().st_mtime_ns for name in RUNS for path in (work.folder / name).rglob("*.*")}
-    again = run(
-        "encourage-mt", "run", work.recipe, "--work-dir", work.folder, "--seeds", 2, 1, "--arms", "el", "ce"
-    )
+    again = run("encourage-mt", "run", work.recipe, "--work-dir", work.folder, "--seeds", 2, 1, "--arms", "el", "ce")
     for name in RUNS:
         assert f"{name}: trained already" in again.stdout and f"{name}: scored already" in again.stdout
     after = {path: path.stat().st_mtime_ns for path in before}
