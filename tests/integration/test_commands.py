@@ -11,7 +11,6 @@ import torch
 import yaml
 from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
-from encourage_mt import processes
 from encourage_mt.environment import USER_DIR
 from encourage_mt.plugin import checkpoints
 from encourage_mt.training.run_folder import read_log
@@ -31,18 +30,6 @@ def generate(checkpoint, data, *options, code=0):
 def hypotheses(output):
     lines = [line[2:].split("\t") for line in output.splitlines() if line.startswith("D-")]
     return {int(index): text for index, _, text in lines}
-
-
-def test_jobs_share_the_cores_and_what_the_user_set_for_glibc_stays(monkeypatch):
-    monkeypatch.setattr(processes, "cores", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
-    environment = processes.job_environment(3)
-    assert environment["OMP_NUM_THREADS"] == "2" and environment["MALLOC_MMAP_MAX_"] == "7"
-    assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 10**12
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "MALLOC_TRIM_THRESHOLD_" not in processes.job_environment(3)
 
 
 def test_training_logs_likelihood_and_bonus(el_run):

@@ -25,7 +25,8 @@ def command(data, folder, *options):
     for name, value in {**TINY["train"], "max-tokens": 400, "max-epoch": 20}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", value]
     argv += ["--disable-validation", "--log-format", "json", "--log-interval", "1", "--num-workers", "0"]
-    return processes.resolve([str(word) for word in (*argv, "--required-batch-size-multiple", "1", *options)])
+    argv += ["--required-batch-size-multiple", "1", *options]
+    return [processes.program_path(argv[0]), *map(str, argv[1:])]
 
 
 def finish(argv):
@@ -142,7 +143,7 @@ def flip_a_byte(path):
 def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one(harm, saved, caplog):
     harm(saved / "checkpoint_last.pt")
     truncate(saved / "checkpoint4.pt")
-    fault_tolerance.mend_last(saved)
+    fault_tolerance.restore_last_checkpoint(saved)
     assert (saved / "checkpoint_last.pt").read_bytes() == (saved / "checkpoint3.pt").read_bytes()
     assert "checkpoint4.pt is damaged" in caplog.text and "resuming from" in caplog.text
     if harm is not Path.unlink:
@@ -179,7 +180,7 @@ def test_the_order_of_checkpoints(tmp_path):
 
 
 def test_a_new_folder_needs_no_mending(tmp_path):
-    fault_tolerance.mend_last(tmp_path)
+    fault_tolerance.restore_last_checkpoint(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +217,7 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, ti
     done = finish(command(tiny[1], small_disk))
     assert done.returncode == 2 and "Traceback" not in done.said
     assert done.said.count("cannot save") == 1 and "no space left" in done.said
-    assert fault_tolerance.damage(small_disk / "checkpoint_last.pt") is None
+    assert checkpoints.find_corruption(small_disk / "checkpoint_last.pt") is None
     assert not list(small_disk.glob("*.tmp"))
     for path in small_disk.glob("checkpoint[0-9].pt"):
         path.unlink()
@@ -234,7 +235,7 @@ def long_run(tiny, tmp_path):
     work.mkdir()
     run("encourage-mt", "prepare", recipe, "--work-dir", work)
     argv = ["encourage-mt", "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
-    return processes.resolve(argv), work / "el.seed1"
+    return [processes.program_path(argv[0]), *argv[1:]], work / "el.seed1"
 
 
 def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
@@ -244,7 +245,7 @@ def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
     process.terminate()
     assert process.wait(60) == 143
     assert "stopped by SIGTERM after" in (folder / "train.log").read_text()
-    assert fault_tolerance.damage(folder / "checkpoints" / "checkpoint_last.pt") is None
+    assert checkpoints.find_corruption(folder / "checkpoints" / "checkpoint_last.pt") is None
     record = commands_of(folder)
     (first,) = record["provenance"]["starts"]
     assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__

@@ -1,0 +1,47 @@
+"""The command line: quick help, mistakes in one line."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import refused
+
+from encourage_mt.arguments import build_parser
+
+COMMANDS = ["prepare", "run", "train", "evaluate", "compare", "report"]
+HEAVY = ["torch", "fairseq", "matplotlib", "sacrebleu", "pydantic", "numpy", "yaml", "scipy", "sentencepiece"]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from encourage_mt.cli import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
+    code += f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--arms" in done.stdout and done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text_with_its_default(command, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = [word for word in text.split(" options: ")[1].split() if word.startswith("--")]
+    assert text.count("(default: ") + text.count("(required)") >= len(set(options)) - 1, "all but --help"
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["run"], "recipe"),
+        (["run", "r.yaml", "--seeds=-1"], "--seeds"),
+        (["run", "r.yaml", "--parallel", "0"], "--parallel"),
+        (["run", "r.yaml", "--workers", "1.5"], "--workers"),
+        (["evaluate", "x", "--beam", "0"], "--beam"),
+        (["evaluate", "x", "--average", "-1"], "--average"),
+        (["evaluate", "x", "--lenpen", "nan"], "--lenpen"),
+        (["evaluate", "x", "--lenpen", "--user-dir=evil"], "--lenpen"),
+        (["compare", "--baseline", "x"], "--candidate"),
+        (["launch"], "launch"),
+    ],
+)
+def test_a_mistake_is_one_line(words, expected, capsys):
+    assert expected in refused(capsys, *words)
