@@ -29,14 +29,14 @@ from encourage_mt.data import subwords
 from encourage_mt.data.bitext import iterate_pairs
 from encourage_mt.data.stages import EncodeStage, TextStage, drop_reason, ordered_map
 from encourage_mt.environment import cores, describe_hardware
-from encourage_mt.recipe import MODERN_SUBWORD, Recipe
+from encourage_mt.recipe import Clean, Recipe, modern_subword
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "bundled_de_en"))
 import grammar  # noqa: E402
 
-CLEAN = {"max_length": 175, "max_ratio": 1.5, "unit": "tokens"}
+CLEAN = Clean(max_length=175, max_ratio=1.5, unit="tokens")
 PUBLISHED = {"tokenizer": "moses", "lowercase": True, "clean": CLEAN, "subword": {"merges": 10000}}
-MODERN = {"clean": {"max_length": 250, "max_ratio": 3}, "subword": {"vocab_size": 10000, **MODERN_SUBWORD}}
+MODERN = {"clean": Clean(max_length=250, max_ratio=3), "subword": modern_subword(10000)}
 BASE_PAIRS = 20_000  # of the grammar, which is slow; respelled again and again
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ei", "au")]
 
@@ -112,8 +112,8 @@ def tokenized(recipe, pairs, workers):
 
 
 def encoded(recipe, pairs, prefix, workers):
-    clean = {} if recipe.tokenizer == "moses" else recipe.clean
-    stage = EncodeStage(recipe.subword, prefix, clean, bool(recipe.subword.get("byte_fallback")))
+    clean = Clean() if recipe.tokenizer == "moses" else recipe.clean
+    stage = EncodeStage(recipe.subword.options, prefix, clean, recipe.subword.byte_fallback)
     for chunk, result in ordered_map(stage, pairs, workers):
         yield len(chunk), result.text
 
@@ -153,16 +153,23 @@ def measure(number, baseline_number, workers, folder):
     rows = []
     raw = folder / "raw"
     time_row("generating", lines_of(generate(number)), number, [], raw)
-    rest = dict(name="bench", source="de", target="en", data=[{}], train={}, average=1, beam=1, arms={})
-    published, modern = Recipe(**PUBLISHED, **rest), Recipe(**MODERN, **rest)
+    rest = {
+        "name": "bench",
+        "source": "de",
+        "target": "en",
+        "data": {split: [f"{split}.de", f"{split}.en"] for split in ("train", "valid", "test")},
+        "train": {"max-tokens": 1000, "max-epoch": 10},
+        "arms": {"ce": {"criterion": "cross_entropy"}},
+    }
+    published, modern = (Recipe.model_validate({**options, **rest}) for options in (PUBLISHED, MODERN))
     learned_on = min(number, 100_000)
     subwords.learn(
         tokenized(published, itertools.islice(pairs_of(raw), learned_on), 1),
         learned_on,
-        published.subword,
+        published.subword.options,
         folder / "published",
     )
-    subwords.learn(itertools.islice(pairs_of(raw), learned_on), learned_on, modern.subword, folder / "modern")
+    subwords.learn(itertools.islice(pairs_of(raw), learned_on), learned_on, modern.subword.options, folder / "modern")
 
     first = list(itertools.islice(pairs_of(raw), baseline_number))
     time_row("sacremoses, subword-nmt", line_by_line(first, folder / "published"), len(first), rows, folder / "slow")

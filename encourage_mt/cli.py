@@ -48,7 +48,7 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
     from .recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.source, arguments.target, arguments.bitext)
-    recipe = recipe.turned_round() if arguments.reverse else recipe
+    recipe = recipe.reversed() if arguments.reverse else recipe
     recipe = recipe.modern() if arguments.modern else recipe
     return recipe, (arguments.work_dir or Path("runs") / recipe.name).resolve()
 

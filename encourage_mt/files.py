@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -33,7 +34,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def _check_scalar(value: Any) -> Any:
     if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"must be text, a finite number, true or false, got {_shown(value)}")
+        raise ValueError(f"must be text, a finite number, true or false, got {short_repr(value)}")
     return value
 
 
@@ -64,12 +65,12 @@ def read_record(path: Path, model: type[AnyRecord], **fields: Any) -> AnyRecord:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, got {_shown(content)}")
+        raise UserError(f"{path}: must be a JSON object, got {short_repr(content)}")
     content = model.upgrade(content)
     if "format" in model.model_fields:
         expected = model.model_fields["format"].default
         if content.get("format") != expected or isinstance(content["format"], bool):
-            written = _shown(content.get("format"))
+            written = short_repr(content.get("format"))
             raise UserError(f"{path}: format: must be {expected}, got {written} (another version); {model.remedy}")
     for name in fields:
         if name in content:
@@ -89,7 +90,7 @@ def write_record(path: Path, record: Record) -> None:
 def describe_problem(error: ValidationError) -> str:
     """Return the first problem pydantic found, as one line "KEY: problem"."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    key = ".".join(str(part)[:100] for part in first["loc"] if part != "[key]")
     kind, text = first["type"], first["msg"]
     if kind == "extra_forbidden":
         text = "unknown key"
@@ -98,13 +99,19 @@ def describe_problem(error: ValidationError) -> str:
     elif kind in ("value_error", "assertion_error"):
         text = str(first["ctx"]["error"])
     else:
-        text = f"{text.replace('Input should be', 'must be', 1)}, got {_shown(first['input'])}"
+        text = f"{text.replace('Input should be', 'must be', 1)}, got {short_repr(first['input'])}"
     return _one_line(f"{key}: {text}" if key else text)
 
 
-def _shown(value: Any) -> str:
-    text = _one_line(repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def short_repr(value: Any, limit: int = 60) -> str:
+    """Return a value as at most `limit` printable characters on one line, however large it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, limit, limit
+    try:
+        text = _one_line(short.repr(value))
+    except ValueError:  # an integer of too many digits
+        return "a number too long to show"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _one_line(text: str) -> str:

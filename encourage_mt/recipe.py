@@ -1,103 +1,227 @@
-"""A recipe: the data, its preparation, the options of fairseq-train, and the arms that differ by criterion alone."""
+"""Read a recipe: the data, its preparation, the training options, and the arms that are compared."""
 
+import io
 import re
-from dataclasses import dataclass, field, fields, replace
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from .errors import UserError
-from .loss.options import OPTION_NAMES
+from .fields import (
+    Checksum,
+    Count,
+    Files,
+    Language,
+    Name,
+    OptionValue,
+    RelativePath,
+    Split,
+    TrainOptions,
+    Url,
+    check_split,
+    file_lists,
+    matching,
+    within,
+)
+from .files import Record, describe_problem, short_repr
+from .loss.options import OPTION_NAMES, OPTIONS, check_option
 
-AVERAGE, BEAM, LENPEN = 10, 5, 1.0  # how a model is scored where its recipe does not say
+MAX_BYTES = 1_000_000  # of a recipe file
 TOKENIZED_BLEU = "BLEU on tokenized text"
-METRICS = ("sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU, "COMET")
-# names of recipes, splits and arms become names of files; fairseq splits a pair of languages at its hyphen
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\z", max_length=100)]
-Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*\z", max_length=20)]
-KINDS = {"name": str, "source": str, "target": str, "average": int, "beam": int, "lenpen": (int, float)}
-KINDS.update(
-    dict.fromkeys(("subword", "train", "arms"), dict), data=(dict, list), clean=dict, expected=dict, published=dict
-)
-KINDS["tokenizer"] = str
-KINDS.update(
-    dict.fromkeys(
-        ("lowercase", "aggressive_hyphens", "normalize_punctuation", "straight_apostrophes", "joined_dictionary"), bool
-    )
-)
-DATA_OPTIONS = {"urls", "checksums", "columns", "drop_tags", "valid_every", "held_out"}
-MODERN_SUBWORD = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "character_coverage": 0.9999,  # rarer characters become bytes, so that the pieces of bytes are trained
-    "normalization_rule_name": "nmt_nfkc",
-}
+Metric = Literal["sacreBLEU", "chrF++", "TER", "BLEU on tokenized text", "COMET"]
+METRICS = get_args(Metric)
+STAGES = ("read", "empty", "too_long", "ratio", "held_out", "before_cleaning", "with_text", "kept")
+AVERAGE, BEAM, LENPEN = 10, 5, 1.0  # the defaults
 
 
-@dataclass
-class Recipe:
-    """The content of an examples/*/recipe.yaml, checked.
+def _in_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
-    train holds options of fairseq-train without their dashes; arms maps a name to {"criterion": ..., its options}.
-    The last `average` epoch checkpoints are averaged, and the mean translates with `beam` and length penalty `lenpen`.
 
-    data lists alternatives (in the file, a single one needs no list): the first whose files are all at hand is taken,
-    else the first. Each is {split: files, ...}, with options:
-    files     [source, target] or [tab-separated file], or a list of such lists, which are joined. "a.tgz:b/c" is the
-              member b/c of the archive a.tgz. Every split but train and valid is a test set
-    urls      folders to download the files from, tried in order
-    checksums {file: "sha256:..." or "md5:...", or a list of which one has to match}
-    columns   [source, target] columns of tab-separated files, counted from 1 (default: [1, 2])
-    drop_tags lines of train.tags files that are left out (default: [url, talkid, keywords])
-    valid_every, held_out  where train holds the others too: every n-th pair of train is valid; or {split: pairs}, taken
-              by hash among the pairs whose sentences stand nowhere else in the corpus
+class Corpus(Record):
+    """Files and where to get them. Keys that are not fields are splits: {split: files}.
 
-    Preparation:
-    tokenizer             none or moses
-    aggressive_hyphens    Moses option: a-b becomes a @-@ b
-    normalize_punctuation in train and what is held out of it, by Moses' scripts
-    straight_apostrophes  in the files of valid and tests, the typographic apostrophe becomes '
-    lowercase             after tokenizing
-    clean                 {"max_length", "max_ratio", "unit": tokens or pieces (default)}: longer or more unequal pairs
-                          are dropped from train, and from what valid_every takes of it
-    subword               {"merges": N} for subword-nmt, else options of SentencePiece's trainer
-    joined_dictionary     one dictionary for both sides
-    expected              {split: {stage: pairs, or a list of such}}, published counts to compare with
-
-    published: {"source": text, "metric": its name, "scores": {arm: [mean, standard deviation]}}, what a paper reports.
+    Files are [source, target] or [tab-separated file], or a list of such lists, which are joined. "a.tgz:b/c" is the
+    member b/c of the archive a.tgz. Every split except train and valid is a test set.
     """
 
-    name: str
-    source: str
-    target: str
-    data: list[dict]
-    subword: dict
-    train: dict
-    arms: dict
-    average: int = AVERAGE
-    beam: int = BEAM
-    lenpen: float = LENPEN
-    tokenizer: str = "none"
-    aggressive_hyphens: bool = False
-    normalize_punctuation: bool = False
-    straight_apostrophes: bool = False
-    lowercase: bool = False
-    clean: dict = field(default_factory=lambda: {"max_length": 1000})
-    joined_dictionary: bool = True
-    expected: dict = field(default_factory=dict)
-    published: dict = field(default_factory=dict)
-    folder: Path = Path()  # of the recipe file; files that are not downloaded may lie there
-    tests: list = field(init=False)
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Files] = Field(init=False)
 
-    def __post_init__(self):
-        self.tests = _tests(self.data[0])
+    urls: list[Url] = []  # folders to download the files from, tried in order
+    checksums: dict[RelativePath, Annotated[list[Checksum], BeforeValidator(_in_list)]] = {}  # one of them must match
+    columns: Annotated[list[Annotated[int, within(1, 1000)]], Field(min_length=2, max_length=2)] = [1, 2]  # from 1
+    drop_tags: list[str] = ["url", "talkid", "keywords"]  # lines of train.tags files to leave out
+    valid_every: Annotated[int, within(2, 10**9)] | None = None  # every n-th pair of train becomes valid
+    # {split: pairs} taken from train, by hash, among the pairs whose sentences occur only once in the corpus
+    held_out: dict[Split, Annotated[int, within(1, 10**9)]] = {}
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "Corpus":
+        names = [*self.splits, *["valid"] * bool(self.valid_every), *self.held_out]
+        for name in names:
+            check_split(name)
+        for required in ("train", "valid"):
+            if required not in names:
+                raise ValueError(f"has no {required}")
+        if len(set(names)) < len(names):
+            raise ValueError("names a split twice")
+        if not self.tests:
+            raise ValueError("has no test set")
+        return self
+
+    @property
+    def splits(self) -> dict[str, list[list[str]]]:
+        """{split: its lists of files}."""
+        return {split: file_lists(files) for split, files in (self.model_extra or {}).items()}
+
+    @property
+    def tests(self) -> list[str]:
+        return [name for name in (*self.splits, *self.held_out) if name not in ("train", "valid")]
+
+    def reversed(self) -> "Corpus":
+        """Return the same files with source and target exchanged."""
+        splits = {split: [files[::-1] for files in lists] for split, lists in self.splits.items()}
+        return self.model_copy(update={**splits, "columns": self.columns[::-1]})
+
+
+class Clean(Record):
+    """Which pairs are dropped from train, and from what valid_every takes of it: too long, or of unequal lengths."""
+
+    max_length: Annotated[int, within(1, 10**6)] | None = None
+    max_ratio: Annotated[float, within(1, 10**6)] | None = None
+    unit: Literal["tokens", "pieces"] = "pieces"
+
+
+class Subword(Record):
+    """Either {merges: N} for subword-nmt, or options of SentencePiece's trainer, with its defaults."""
+
+    merges: Annotated[int, within(1, 10**6)] | None = None
+    vocab_size: Annotated[int, within(8, 10**6)] = 8000
+    model_type: Literal["bpe", "unigram", "char", "word"] = "unigram"
+    byte_fallback: bool = False
+    character_coverage: Annotated[float, within(0.5, 1)] = 1.0
+    normalization_rule_name: Literal["nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf", "identity"] = "nmt_nfkc"
+    split_digits: bool = False
+    split_by_number: bool = True
+    split_by_unicode_script: bool = True
+    hard_vocab_limit: bool = True
+    max_sentence_length: Annotated[int, within(1, 10**6)] = 4192  # in bytes
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "Subword":
+        if self.merges and self.model_fields_set != {"merges"}:
+            raise ValueError("merges (of subword-nmt) must stand alone: the other options are SentencePiece's")
+        if not self.model_fields_set:
+            raise ValueError("must set merges (subword-nmt) or vocab_size (SentencePiece)")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that are set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Arm(Record):
+    """One side of a comparison: a criterion with its options, and training options that replace the recipe's."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, OptionValue] = Field(init=False)
+
+    criterion: Annotated[str, matching("[a-z][a-z0-9_]*", "the name of a criterion of fairseq")]
+    train: TrainOptions = {}
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "Arm":
+        foreign = sorted(set(self.options) - OPTION_NAMES - {"criterion"})
+        if foreign:
+            raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (train: is for others)")
+        for name, value in self.options.items():
+            if name != "bonus" and name.replace("-", "_") in OPTIONS:  # a bonus may have to be imported
+                check_option(name.replace("-", "_"), value)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The criterion and its options, as options of fairseq-train."""
+        return {"criterion": self.criterion, **(self.model_extra or {})}
+
+
+class Published(Record):
+    """The scores a paper reports: {arm: [mean, standard deviation]}."""
+
+    source: str
+    metric: Metric
+    scores: Annotated[dict[Name, Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=2)]
+
+
+class Recipe(Record):
+    """The content of a recipe.yaml.
+
+    data holds alternatives (in the file, a single one needs no list): the first whose files are all found locally is
+    used, otherwise the first one.
+    """
+
+    name: Name
+    source: Language
+    target: Language
+    data: Annotated[list[Corpus], BeforeValidator(_in_list), Field(min_length=1, max_length=100)]
+    subword: Subword
+    train: TrainOptions
+    arms: Annotated[dict[Name, Arm], Field(min_length=1, max_length=1000)]
+    average: Annotated[int, within(1, 1000)] = AVERAGE  # epoch checkpoints, the last ones, whose mean translates
+    beam: Annotated[int, within(1, 1000)] = BEAM
+    lenpen: Annotated[float, within(-10, 10)] = LENPEN  # exponent of the length penalty
+    tokenizer: Literal["none", "moses"] = "none"
+    aggressive_hyphens: bool = False  # Moses option: a-b becomes a @-@ b
+    normalize_punctuation: bool = False  # in train and what is held out of it, as Moses' scripts do
+    straight_apostrophes: bool = False  # in files of valid and tests, the typographic apostrophe becomes '
+    lowercase: bool = False  # after tokenizing
+    clean: Clean = Clean(max_length=1000)
+    joined_dictionary: bool = True  # one dictionary for both sides
+    # {split: {stage: pairs}} and {dictionary: {language: types}} to compare with; any number of a list is right
+    expected: dict[str, dict[str, Annotated[list[Count], BeforeValidator(_in_list)]]] = {}
+    published: Published | None = None  # to show beside the scores
+    _file: Path = PrivateAttr(Path("recipe.yaml"))
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.source == self.target:
+            raise ValueError(f"target: must differ from source, both are {self.source}")
+        if len({tuple(corpus.tests) for corpus in self.data}) > 1:
+            raise ValueError("data: the alternatives have different test sets")
+        for name in ("aggressive_hyphens", "normalize_punctuation"):
+            if getattr(self, name) and self.tokenizer == "none":
+                raise ValueError(f"{name}: needs tokenizer: moses")
+        for arm in self.arms:
+            _check_length(f"arms.{arm}.train" if self.arms[arm].train else "train", self.arm_train(arm), self.average)
+        known: dict[str, tuple] = {split: STAGES for split in ("train", "valid", *self.tests)}
+        known["dictionary"] = (self.source, self.target)
+        for split, counts in self.expected.items():
+            for key in counts if split in known else [None]:
+                if key not in known.get(split, ()):
+                    raise ValueError(f"expected.{split}{f'.{key}' if key else ''}: unknown key")
+        for arm in self.published.scores if self.published else ():
+            if arm not in self.arms:
+                raise ValueError(f"published.scores.{arm}: is not an arm of the recipe")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """The file the recipe was read from; files that are not downloaded may lie beside it."""
+        return self._file
+
+    @property
+    def tests(self) -> list[str]:
+        return self.data[0].tests
 
     @property
     def remove_bpe(self) -> str:
         """The value for fairseq's --remove-bpe."""
-        return "@@ " if "merges" in self.subword else "sentencepiece"
+        return "@@ " if self.subword.merges else "sentencepiece"
 
     @property
     def corpus(self) -> str:
@@ -105,232 +229,152 @@ class Recipe:
         return self.name.removesuffix(".modern").removesuffix(f"_{self.source}_{self.target}")
 
     @property
-    def preparation(self) -> dict:
-        """All options that decide the prepared data."""
-        other = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published", "folder", "tests"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in other}
-
-    def turned_round(self) -> "Recipe":
-        """The other direction of the same corpus."""
-        return replace(
-            self,
-            name=f"{self.corpus}_{self.target}_{self.source}",
-            source=self.target,
-            target=self.source,
-            data=[_turned_round(data) for data in self.data],
-            published={},
-        )
-
-    def modern(self) -> "Recipe":
-        """The same corpus as raw cased text, straight into SentencePiece with NFKC and byte fallback."""
-        plain = {f.name: f.default for f in fields(self) if KINDS.get(f.name) is bool} | {"tokenizer": "none"}
-        size = self.subword.get("merges") or self.subword.get("vocab_size", 8000)
-        return replace(
-            self,
-            **plain,
-            name=f"{self.name}.modern",
-            clean={"max_length": 250, "max_ratio": 3},
-            subword={"vocab_size": size, **MODERN_SUBWORD},
-            expected={},
-            published={},
-        )
+    def preparation(self) -> dict[str, Any]:
+        """The options that decide the prepared data, as plain values."""
+        others = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published"}
+        options = {name: getattr(self, name) for name in type(self).model_fields if name not in others}
+        parts = {name: options[name].model_dump(exclude_unset=True) for name in ("subword", "clean")}
+        return {**options, **parts, "data": [corpus.model_dump(exclude_unset=True) for corpus in self.data]}
 
     @property
     def length(self) -> tuple[int, str]:
-        """(how many, of what) a training lasts: epochs or, where max-update is set, updates."""
+        """How long a training lasts: (number, "epoch") or, where max-update is set, (number, "update")."""
         updates = self.train.get("max-update")
         return (updates, "update") if updates else (self.train["max-epoch"], "epoch")
 
+    def arm_train(self, arm: str) -> dict[str, Any]:
+        """Return the training options of an arm: the recipe's, replaced where the arm has its own."""
+        own = self.arms[arm].train
+        lengths = {"max-epoch", "max-update"} if {"max-epoch", "max-update"} & set(own) else set()
+        return {**{name: value for name, value in self.train.items() if name not in lengths}, **own}
 
-def _tests(data):
-    names = [*data, *data.get("held_out", {})]
-    return [name for name in names if name not in {"train", "valid", *DATA_OPTIONS}]
+    def arm_differences(self, arm: str) -> list[str]:
+        """Return the training options in which an arm differs from the recipe."""
+        return [name for name, value in self.arms[arm].train.items() if value != self.train.get(name)]
+
+    def reversed(self) -> "Recipe":
+        """Return the other direction of the same corpus."""
+        changes = {"name": f"{self.corpus}_{self.target}_{self.source}", "source": self.target, "target": self.source}
+        return self.model_copy(
+            update={**changes, "data": [corpus.reversed() for corpus in self.data], "published": None}
+        )
+
+    def modern(self) -> "Recipe":
+        """Return the same corpus as raw cased text, straight into SentencePiece with NFKC and byte fallback."""
+        subword = modern_subword(self.subword.merges or self.subword.vocab_size)
+        changes = {"name": f"{self.name}.modern", "subword": subword, "clean": Clean(max_length=250, max_ratio=3)}
+        plain = ("aggressive_hyphens", "normalize_punctuation", "straight_apostrophes", "lowercase")
+        changes |= dict.fromkeys(plain, False) | {"tokenizer": "none", "joined_dictionary": True}
+        return self.model_copy(update={**changes, "expected": {}, "published": None})
 
 
-def _turned_round(data):
-    turned = {}
-    for key, value in data.items():
-        is_files = key not in DATA_OPTIONS
-        turned[key] = [files[::-1] for files in file_lists(value)] if is_files else value
-    return turned | {"columns": data.get("columns", [1, 2])[::-1]}
+def modern_subword(size: int) -> Subword:
+    """Return the subword model of `Recipe.modern`. Rare characters become bytes, so that bytes are trained."""
+    options = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9999}
+    return Subword(vocab_size=size, **options, normalization_rule_name="nmt_nfkc")
 
 
-def file_lists(files) -> list[list[str]]:
-    """A split's files as a list of [source, target] or [tab-separated file]; a single one needs no list around it."""
-    return [files] if isinstance(files[0], str) else files
+def _check_length(key: str, options: dict[str, Any], average: int) -> None:
+    for name in ("max-tokens", "update-freq", "max-epoch", "max-update"):
+        value = options.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10**9:
+            raise ValueError(f"{key}.{name}: must be a whole number from 1 to 1,000,000,000, got {short_repr(value)}")
+    if "max-tokens" not in options:
+        raise ValueError(f"{key}.max-tokens: is missing")
+    if len({"max-epoch", "max-update"} & set(options)) != 1:
+        raise ValueError(f"{key}: must set max-epoch or max-update, one of the two")
+    if average > options.get("max-epoch", average):
+        raise ValueError(f"average: must be between 1 and max-epoch {options['max-epoch']}, got {average}")
 
 
-def split_files(data: dict) -> dict[str, list[list[str]]]:
-    """{split: its lists of files} of one alternative of a recipe's data."""
-    return {split: file_lists(files) for split, files in data.items() if split not in DATA_OPTIONS}
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value}: occurs twice", key.start_mark)
+            keys.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+        content = yaml.load(text, _Loader) if len(text) <= MAX_BYTES else None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())[:300]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a recipe: it must be a mapping of options, of at most {MAX_BYTES:,} bytes")
+    return content
 
 
 def load_recipe(
     path: Path, source: str | None = None, target: str | None = None, bitext: list[str] | None = None
 ) -> Recipe:
-    """Read and check a recipe; source, target and the files of train may be given here where it names none.
+    """Read and check a recipe; for one without files, `bitext` names them and source, target its languages.
 
-    Raises UserError naming the file and what is wrong.
+    Raises UserError "FILE: KEY: problem".
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of options")
+    content = _read_yaml(path)
+    is_own = isinstance(content.get("data"), dict) and "held_out" in content["data"] and "train" not in content["data"]
     if bitext or source or target:
-        _insert_own(path, content, source, target, bitext)
-    required = {"name", "source", "target", "data", "subword", "train", "arms"}
-    allowed = {f.name for f in fields(Recipe) if f.init and f.name != "folder"}
-    for what, names in (("unknown", set(content) - allowed), ("missing", required - set(content))):
-        if names == {"source", "target"} and what == "missing":
-            raise UserError(f"{path}: is for your own text: name your files with --bitext corpus.de corpus.en")
-        if names:
-            raise UserError(f"{path}: {what} {', '.join(sorted(names))}")
-    for name, value in content.items():
-        _check_kind(path, name, value)
-    content["data"] = content["data"] if isinstance(content["data"], list) else [content["data"]]
-    for data in content["data"]:
-        _check_data(path, data)
-    if len({tuple(_tests(data)) for data in content["data"]}) > 1:
-        raise UserError(f"{path}: the alternatives of data have different test sets")
-    recipe = Recipe(**content, folder=path.parent)
-    _check_preparation(path, recipe)
-    if not recipe.tests:
-        raise UserError(f"{path}: data has no test set")
-    if len({"max-epoch", "max-update"} & set(recipe.train)) != 1:
-        raise UserError(f"{path}: train must set max-epoch or max-update, one of the two")
-    if not 1 <= recipe.average <= recipe.train.get("max-epoch", recipe.average):
-        raise UserError(f"{path}: average must be between 1 and max-epoch {recipe.train.get('max-epoch')}")
-    for arm, options in recipe.arms.items():
-        if not isinstance(options, dict):
-            raise UserError(f"{path}: arm {arm} names no criterion")
-        foreign = set(options) - OPTION_NAMES - {"criterion"}
-        if "criterion" not in options or foreign:
-            what = f"sets {', '.join(sorted(foreign))}" if foreign else "names no criterion"
-            raise UserError(f"{path}: arm {arm} {what}; arms differ by criterion and its options alone")
-    _check_published(path, recipe)
+        if not is_own:
+            raise UserError(f"{path}: has data of its own; --bitext, --source and --target go with examples/own")
+        _insert_bitext(content, source, target, bitext)
+    elif is_own:
+        raise UserError(f"{path}: is for your own text: name your files with --bitext corpus.de corpus.en")
+    try:
+        recipe = Recipe.model_validate(content, context=bitext)
+    except ValidationError as error:
+        problem = describe_problem(error)
+        if not isinstance(content.get("data"), list):
+            problem = re.sub(r"^data\.0", "data", problem)
+        raise UserError(f"{path}: {problem}") from None
+    recipe._file = path
     return recipe
 
 
-def _insert_own(path, content, source, target, bitext):
-    if not (isinstance(content.get("data"), dict) and "held_out" in content["data"]):
-        raise UserError(
-            f"{path}: has data of its own; --bitext, --source and --target go with examples/own/recipe.yaml"
-        )
+def _insert_bitext(content: dict, source: str | None, target: str | None, bitext: list[str] | None) -> None:
     if not bitext:
         raise UserError("--source and --target go with --bitext")
     if len(bitext) > 2:
         raise UserError(f"--bitext takes two files or one tab-separated file, got {len(bitext)}")
     suffixes = [Path(name.removesuffix(".gz")).suffix[1:] for name in bitext] if len(bitext) == 2 else ["", ""]
     source, target = source or suffixes[0], target or suffixes[1]
-    for language in (source, target):
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", language):  # fairseq splits src-tgt at the hyphen
-            raise UserError(f"--source and --target must be language codes such as de, got {language!r}")
-    if source == target:
-        raise UserError(f"--source and --target are both {source}")
-    content.update(source=source, target=target, name=f"{content['name']}_{source}_{target}")
+    for option, language in (("--source", source), ("--target", target)):
+        if not language:
+            raise UserError(f"{option}: is missing, and the file has no suffix that names its language, such as .de")
+    content.update(source=source, target=target, name=f"{content.get('name')}_{source}_{target}")
     content["data"]["train"] = list(bitext)
 
 
-def _check_kind(path, name, value):
-    if not isinstance(value, KINDS[name]) or value in ({}, []) or (KINDS[name] is int and isinstance(value, bool)):
-        kinds = {dict: "a mapping", str: "text", bool: "true or false", (dict, list): "a mapping"}
-        kind = kinds.get(KINDS[name], "a number")
-        raise UserError(f"{path}: {name} must be {kind} (in quotes where YAML reads otherwise), got {value!r}")
+def check_train_options(recipe: Recipe) -> None:
+    """Ask fairseq's own parser about the options of every arm (this imports fairseq, which takes seconds).
 
+    Raises UserError if an option is unknown or has a value fairseq does not take.
+    """
+    from .environment import quiet_imports
 
-def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    messages = io.StringIO()
+    with quiet_imports(), redirect_stderr(messages):
+        from fairseq import options
 
+        from .plugin import register
 
-def _check_data(path, data):
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: data must be a mapping, got {data!r}")
-    splits = [name for name in data if name not in DATA_OPTIONS]
-    for split in splits:
-        files = data[split]
-        lists = files if isinstance(files, list) and files and isinstance(files[0], list) else [files]
-        for names in lists:
-            good = isinstance(names, list) and len(names) in (1, 2) and all(isinstance(n, str) for n in names)
-            if not good:
-                raise UserError(f"{path}: {split} must be [source file, target file], got {names!r}")
-    splits += ["valid"] * ("valid_every" in data) + list(data.get("held_out", {}))
-    for split in ("train", "valid"):
-        if split not in splits:
-            raise UserError(f"{path}: data has no {split}")
-    if len(set(splits)) < len(splits):
-        raise UserError(f"{path}: a split is named twice in data")
-    _check_data_options(path, data)
-
-
-def _check_data_options(path, data):
-    every, held_out = data.get("valid_every", 2), data.get("held_out", {"valid": 1})
-    columns = data.get("columns", [1, 2])
-    if not _is_count(every) or every < 2:
-        raise UserError(f"{path}: valid_every must be a number from 2 on, got {every!r}")
-    if not isinstance(held_out, dict) or not held_out or not all(map(_is_count, held_out.values())):
-        raise UserError(f"{path}: held_out must be a mapping of splits to numbers of pairs, got {held_out!r}")
-    if not isinstance(columns, list) or len(columns) != 2 or not all(map(_is_count, columns)):
-        raise UserError(f"{path}: columns must be [source column, target column], counted from 1, got {columns!r}")
-    for option in ("urls", "drop_tags"):
-        value = data.get(option, ["x"])
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{path}: {option} must be a list, got {value!r}")
-    for name, known in data.get("checksums", {}).items():
-        for checksum in known if isinstance(known, list) else [known]:
-            if not re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", str(checksum)):
-                raise UserError(f"{path}: checksum of {name} must be sha256:... or md5:..., got {checksum!r}")
-
-
-def _check_preparation(path, recipe):
-    if recipe.tokenizer not in ("none", "moses"):
-        raise UserError(f"{path}: tokenizer must be none or moses, got {recipe.tokenizer!r}")
-    if recipe.tokenizer == "none":
-        for name in ("aggressive_hyphens", "normalize_punctuation"):
-            if getattr(recipe, name):
-                raise UserError(f"{path}: {name} goes with tokenizer: moses")
-    clean = recipe.clean
-    unknown = set(clean) - {"max_length", "max_ratio", "unit"}
-    if unknown or not _is_count(clean.get("max_length", 1)):
-        raise UserError(f"{path}: clean takes max_length (a number from 1 on), max_ratio and unit, got {clean!r}")
-    ratio = clean.get("max_ratio", 1)
-    if not isinstance(ratio, (int, float)) or ratio < 1:
-        raise UserError(f"{path}: max_ratio must be a number from 1 on, got {ratio!r}")
-    if clean.get("unit", "pieces") not in ("tokens", "pieces"):
-        raise UserError(f"{path}: unit of clean must be tokens or pieces, got {clean['unit']!r}")
-    if "merges" in recipe.subword and (set(recipe.subword) != {"merges"} or not _is_count(recipe.subword["merges"])):
-        raise UserError(f"{path}: subword with merges takes their number alone, got {recipe.subword!r}")
-
-
-def _check_published(path, recipe):
-    published = recipe.published
-    if not published:
-        return
-    scores = published.get("scores")
-    good = (
-        set(published) == {"source", "metric", "scores"}
-        and isinstance(published["source"], str)
-        and published["metric"] in METRICS
-        and isinstance(scores, dict)
-        and len(scores) > 1
-        and set(scores) <= set(recipe.arms)
-        and all(isinstance(pair, list) and len(pair) == 2 for pair in scores.values())
-        and all(isinstance(figure, (int, float)) for pair in scores.values() for figure in pair)
-    )
-    if not good:
-        raise UserError(
-            f"{path}: published takes source (text), metric ({', '.join(METRICS)}) and scores of two arms or more "
-            f"({{arm: [mean, deviation]}}), got {published!r}"
-        )
-
-
-def as_flags(options: dict) -> list[str]:
-    """{"max-epoch": 3, "share-all-embeddings": True, "adam-betas": "(0.9, 0.98)"} as command-line words."""
-    words = []
-    for name, value in options.items():
-        if value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+        register()
+        for arm in recipe.arms:
+            values = {**recipe.arm_train(arm), **recipe.arms[arm].options}.items()
+            words = [
+                f"--{name}" if value is True else f"--{name}={value}" for name, value in values if value is not False
+            ]
+            try:
+                options.parse_args_and_arch(options.get_training_parser(), ["data-bin", *words])
+            except (SystemExit, ValueError, TypeError, KeyError, RuntimeError) as error:
+                problem = messages.getvalue().strip().rpartition("error: ")[2] or str(error)
+                problem = short_repr(problem, 200).strip("'\"")
+                raise UserError(f"{recipe.file}: arms.{arm}: fairseq-train refuses it: {problem}") from None

@@ -3,17 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue, StringConstraints, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from ..errors import UserError
+from ..fields import SHA256, Count, Language, Name, Split
 from ..files import Record, read_record, write_record
-from ..recipe import Language, Name
 from .bitext import read_lines
-
-Count = Annotated[int, Field(ge=0)]
-SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
 
 
 class SourceFile(Record):
@@ -53,21 +50,21 @@ class PreparedData(Record):
     folder: Path = Field(exclude=True)
     source: Language
     target: Language
-    tests: list[Name]
+    tests: list[Split]
     tokenizer: Literal["none", "moses"]
     lowercase: bool
     remove_bpe: Literal["@@ ", "sentencepiece"]
     byte_fallback: bool
     options: dict[str, JsonValue]
     sources: dict[str, SourceFile]
-    counts: dict[Name, dict[Name, Count]]
+    counts: dict[Split, dict[str, Count]]
     learned_on_lines: Count
-    percent_unknown: dict[Name, dict[Language, float]]
+    percent_unknown: dict[Split, dict[Language, float]]
     dictionary: dict[Language, Count]
     checksums: dict[Name, SHA256]
-    lengths_in_pieces: dict[Name, dict[Language, Lengths]]
+    lengths_in_pieces: dict[Split, dict[Language, Lengths]]
     duplicate_train_pairs: Count
-    leakage: dict[Name, Leakage]
+    leakage: dict[Split, Leakage]
     versions: dict[str, str]
     warnings: list[str]
 

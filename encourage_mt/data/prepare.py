@@ -22,13 +22,11 @@ from ..environment import DOWNLOADS, cores, versions
 from ..errors import UserError
 from ..files import file_hash
 from ..processes import locked, program_path, run_quietly
-from ..recipe import Recipe, split_files
+from ..recipe import Clean, Recipe
 from . import subwords
 from .bitext import iterate_pairs
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
-
-DROP_TAGS = ["url", "talkid", "keywords"]
 
 
 def prepare(
@@ -113,7 +111,7 @@ class _Preparation:
         prefix = self.folder / "subword"
         count = self.counts["train"]["before_cleaning"]
         print(f"subword model: learning on {count:,} pairs")
-        learned = subwords.learn(self._read("tokenized", "train"), count, self.recipe.subword, prefix)
+        learned = subwords.learn(self._read("tokenized", "train"), count, self.recipe.subword.options, prefix)
         pieces = Counter()
         for split in self.splits:
             pieces += self._encode(split, prefix)
@@ -132,7 +130,7 @@ class _Preparation:
                 "tokenizer": self.recipe.tokenizer,
                 "lowercase": self.recipe.lowercase,
                 "remove_bpe": self.recipe.remove_bpe,
-                "byte_fallback": bool(self.recipe.subword.get("byte_fallback")),
+                "byte_fallback": self.recipe.subword.byte_fallback,
             },
             "subword": learned,
             **binarized,
@@ -154,21 +152,21 @@ class _Preparation:
 
     def _open_sources(self):
         """Set `available`: {split: () -> its pairs}, and `held_out`: {place in train: split}."""
-        data = self.sources.choose()
-        self.valid_every = data.get("valid_every")
+        corpus = self.sources.choose()
+        self.valid_every = corpus.valid_every
         self.held_out = {}
-        files = split_files(data)
+        files = corpus.splits
         names = [name for lists in files.values() for pair in lists for name in pair]
         paths = self.sources.files(names, self.folder / "raw")
-        columns, tags = data.get("columns", [1, 2]), data.get("drop_tags", DROP_TAGS)
+        columns, tags = corpus.columns, corpus.drop_tags
         self.available = {
             split: lambda lists=lists: (
                 pair for names in lists for pair in iterate_pairs([paths[name] for name in names], columns, tags)
             )
             for split, lists in files.items()
         }
-        if "held_out" in data:
-            self.held_out = hold_out(self._bar(self.available["train"](), "choosing valid and test"), data["held_out"])
+        if corpus.held_out:
+            self.held_out = hold_out(self._bar(self.available["train"](), "choosing valid and test"), corpus.held_out)
 
     def _bar(self, items, what, total=None):
         return tqdm(items, desc=what, unit=" pairs", unit_scale=True, total=total, mininterval=1, leave=False)
@@ -178,7 +176,7 @@ class _Preparation:
     def _write_text(self, split):
         """tokenized/SPLIT.LANG, and text/SPLIT.LANG of what is not train, of `split` and what is held out of it."""
         stage, counts = TextStage(self.recipe, is_train=split == "train"), self.counts[split]
-        by_tokens = self.recipe.clean.get("unit") == "tokens"
+        by_tokens = self.recipe.clean.unit == "tokens"
         place = passed = 0
         with ExitStack() as files:
             raw, tokenized = _Writer(self, files, "text"), _Writer(self, files, "tokenized")
@@ -224,9 +222,9 @@ class _Preparation:
         recipe, counts = self.recipe, self.counts[split]
         clean = None
         if split == "train" or (split == "valid" and self.valid_every):
-            clean = recipe.clean if recipe.clean.get("unit", "pieces") == "pieces" else {}
-        needs_counts = split == "train" and bool(recipe.subword.get("byte_fallback"))
-        stage = EncodeStage(recipe.subword, prefix, clean, needs_counts)
+            clean = recipe.clean if recipe.clean.unit == "pieces" else Clean()
+        needs_counts = split == "train" and recipe.subword.byte_fallback
+        stage = EncodeStage(recipe.subword.options, prefix, clean, needs_counts)
         pieces, kept = Counter(), bytearray()
         lengths, hashes = (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
         pairs = self._bar(self._read("tokenized", split), f"encoding {split}", counts["before_cleaning"])
@@ -307,7 +305,6 @@ class _Preparation:
         warnings = []
         for what, stages in self.recipe.expected.items():
             for stage, published in stages.items():
-                published = published if isinstance(published, list) else [published]
                 if counts[what][stage] not in published:
                     told = " or ".join(f"{number:,}" for number in published)
                     warnings.append(f"{what}, {stage}: {counts[what][stage]:,}, published {told}")

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..files import file_hash
-from ..recipe import Recipe, split_files
+from ..recipe import Corpus, Recipe
 from .archives import extract
 from .download import download, is_html, matches
 
@@ -25,14 +25,14 @@ class Sources:
 
     def __post_init__(self):
         self.found = {}
-        self.data = self.recipe.data[0]
+        self.corpus = self.recipe.data[0]
         if self.raw_dir is not None and not self.raw_dir.is_dir():
             raise UserError(f"{self.raw_dir}: no such folder")
 
     def find_local(self, name: str) -> Path | None:
         """The file in `raw_dir` (without it, and without addresses, by its own path or beside the recipe), or None."""
         if self.raw_dir is None:
-            paths = [] if self.data.get("urls") else [Path(name), self.recipe.folder / name]
+            paths = [] if self.corpus.urls else [Path(name), self.recipe.file.parent / name]
             return next((path for path in paths if path.is_file()), None)
         for folder in (self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus):
             for relative in (name, PurePosixPath(name).name):
@@ -40,13 +40,13 @@ class Sources:
                     return folder / relative
         return None
 
-    def choose(self) -> dict:
+    def choose(self) -> Corpus:
         """The alternative of the recipe's data to be used: the first with all files at hand, else the first."""
-        for data in reversed(self.recipe.data):
-            names = {name for lists in split_files(data).values() for files in lists for name in files}
+        for corpus in reversed(self.recipe.data):
+            names = {name for lists in corpus.splits.values() for files in lists for name in files}
             if all(self.find_local(name.partition(":")[0]) for name in names):
-                self.data = data
-        return self.data
+                self.corpus = corpus
+        return self.corpus
 
     def files(self, names: list[str], extracted: Path) -> dict[str, Path]:
         """{name: file} for names as the recipe has them; members of archives are extracted below `extracted`.
@@ -71,8 +71,7 @@ class Sources:
     def _file(self, name):
         if name in self.found:
             return Path(self.found[name]["path"])
-        checksums = self.data.get("checksums", {}).get(name, [])
-        checksums = [checksums] if isinstance(checksums, str) else checksums
+        checksums = self.corpus.checksums.get(name, [])
         path = self.find_local(name)
         if path is None:
             path = self._downloaded(name, checksums)
@@ -86,7 +85,7 @@ class Sources:
         return path
 
     def _downloaded(self, name, checksums):
-        urls = self.data.get("urls")
+        urls = self.corpus.urls
         if not urls:
             path = self.raw_dir / name if self.raw_dir else name
             raise UserError(f"{path}: no such file; --raw-dir names the folder of the recipe's files")

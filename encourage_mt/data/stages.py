@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..processes import set_up_worker
-from ..recipe import Recipe
+from ..recipe import Clean, Recipe
 from . import subwords
 from .tokenization import PunctuationNormalizer, Tokenizer
 
@@ -74,14 +74,14 @@ def _apply(chunk):
     return _stage(chunk)
 
 
-def drop_reason(source_length: int, target_length: int, clean: dict) -> str:
+def drop_reason(source_length: int, target_length: int, clean: Clean) -> str:
     """Why a pair of these lengths is dropped ("empty", "too_long", "ratio"), or "". As Moses' clean-corpus-n.perl."""
     shorter, longer = sorted((source_length, target_length))
     if not shorter:
         return "empty"
-    if longer > clean.get("max_length", longer):
+    if longer > (clean.max_length or longer):
         return "too_long"
-    return "ratio" if longer / shorter > clean.get("max_ratio", longer) else ""
+    return "ratio" if longer / shorter > (clean.max_ratio or longer) else ""
 
 
 @dataclass
@@ -120,7 +120,7 @@ class TextStage:
             for step in steps:
                 lines = map(step, lines)
             columns.append(lines)
-        clean = self.recipe.clean if self.is_train and self.recipe.clean.get("unit") == "tokens" else None
+        clean = self.recipe.clean if self.is_train and self.recipe.clean.unit == "tokens" else None
         if clean is None:
             return [("", source, target) for source, target in zip(*columns, strict=True)]
         return [
@@ -147,7 +147,7 @@ class EncodeStage:
 
     options: dict
     prefix: Path
-    clean: dict | None
+    clean: Clean | None
     count_pieces: bool
 
     @cached_property

@@ -162,9 +162,9 @@ def curve_table(results: list[dict]) -> str:
 def published_table(recipe: Recipe, results: list[dict]) -> str:
     """The figures that the recipe's `published` names, and beneath them ours, or "not yet run"."""
     published = recipe.published
-    metric, theirs = published["metric"], list(published["scores"].values())
-    arms = list(published["scores"])
-    rows = [[published["source"], *(f"{m:.2f} ± {sd:.2f}" for m, sd in theirs), f"{theirs[-1][0] - theirs[0][0]:+.2f}"]]
+    metric, theirs = published.metric, list(published.scores.values())
+    arms = list(published.scores)
+    rows = [[published.source, *(f"{m:.2f} ± {sd:.2f}" for m, sd in theirs), f"{theirs[-1][0] - theirs[0][0]:+.2f}"]]
     ran = by_arm(results)
     for split in recipe.tests:
         scores = {arm: [run["scores"].get(split, {}) for run in ran.get(arm, [])] for arm in arms}

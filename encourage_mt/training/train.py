@@ -29,7 +29,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "target-lang": recipe.target,
         "seed": seed,
         "update-freq": 1,
-        **recipe.train,
+        **recipe.arm_train(arm),
         "eval-bleu": True,
         "eval-bleu-args": '{"beam": 1}',
         "eval-bleu-remove-bpe": recipe.remove_bpe,
@@ -40,7 +40,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "log-interval": 20,
         "num-workers": 0,
         "required-batch-size-multiple": 1,
-        **recipe.arms[arm],
+        **recipe.arms[arm].options,
     }
     return Run(
         folder=work_dir / f"{arm}.seed{seed}",

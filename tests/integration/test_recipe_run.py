@@ -9,8 +9,6 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run, write_recipe
 
-from encourage_mt.recipe import load_recipe
-
 
 def table_rows(output):
     return [line for line in output.splitlines() if line.startswith(("| ce.seed", "| el.seed"))]
@@ -60,30 +58,6 @@ def test_a_recipe_runs_to_a_report_and_a_second_run_has_nothing_to_do(tmp_path):
     assert "ce.seed1: already contains a training with different lr" in error
 
 
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({"arms": {"el": {"criterion": "x", "lr": 1}}}, "arm el sets lr; arms differ by criterion"),
-        ({"arms": {"el": {"log-end": 1}}}, "arm el names no criterion"),
-        ({"colour": "red"}, "unknown colour"),
-        ({"train": {"arch": "transformer"}}, "train must set max-epoch or max-update"),
-        ({"train": {"max-epoch": 2, "max-update": 9}}, "one of the two"),
-        ({"average": 3}, "average must be between 1 and max-epoch 2"),
-        ({"source": False}, "source must be text (in quotes where YAML reads otherwise), got False"),
-        ({"arms": {}}, "arms must be a mapping"),
-        ({"data": {"train": "a", "valid": ["c", "d"], "test": ["e", "f"]}}, "train must be [source file, target file]"),
-        ({"data": {"train": ["a", "b"], "valid": ["c", "d"]}}, "data has no test set"),
-        ({"data": {"train": ["a", "b"], "test": ["c", "d"]}}, "data has no valid"),
-    ],
-)
-def test_a_recipe_with_a_mistake_is_refused_in_one_line(changes, expected, tmp_path):
-    error = run(
-        "encourage-mt", "run", write_recipe(tmp_path, **changes), "--work-dir", tmp_path / "work", code=2
-    ).stderr
-    assert expected in error and error.count("\n") == 1
-    assert not (tmp_path / "work").exists()
-
-
 def test_command_line_mistakes_are_refused_in_one_line(tmp_path):
     recipe = write_recipe(tmp_path)
     for options, expected in (
@@ -107,13 +81,6 @@ def test_without_fairseq_one_line_tells(tmp_path):
     error = run(*argv, code=2).stderr
     assert "fairseq-preprocess is not installed" in error and error.strip().count("\n") == 0
     assert not (tmp_path / "work" / "data").exists()
-
-
-def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
-    for path in sorted((ROOT / "examples").glob("*/recipe.yaml")):
-        recipe = load_recipe(path, bitext=["a.de", "a.en"] if path.parent.name == "own" else None)
-        assert set(recipe.arms) >= {"ce", "el"}
-        assert not {"criterion", "label-smoothing"} & set(recipe.train)
 
 
 # --- the scripts

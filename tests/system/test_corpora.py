@@ -127,8 +127,8 @@ def test_iwslt14(iwslt14, tmp_path, capfd):
     assert "warning: test, kept: 5, published 6,750" in capfd.readouterr().out
 
 
-def test_iwslt14_turned_round_and_modern(iwslt14, tmp_path):
-    recipe = example(tmp_path, "iwslt14_de_en", subword={"merges": 400}).turned_round().modern()
+def test_iwslt14_reversed_and_modern(iwslt14, tmp_path):
+    recipe = example(tmp_path, "iwslt14_de_en", subword={"merges": 400}).reversed().modern()
     assert recipe.name == "iwslt14_en_de.modern" and recipe.remove_bpe == "sentencepiece"
     data = prepare(recipe, tmp_path / "work", iwslt14)
     assert (data / "data-bin" / "test.en-de.en.bin").exists() and not (data / "tokenized").exists()
@@ -247,7 +247,8 @@ def test_tatoeba_from_its_archive(tmp_path):
         file.writestr("_about.txt", "CC BY 2.0 FR")
         file.writestr("deu.txt", "\n".join(lines))
     recipe = example(tmp_path, "tatoeba_de_en", subword={"vocab_size": 330, "model_type": "bpe", "byte_fallback": True})
-    recipe.data[0]["held_out"] = {"valid": 20, "test": 30}
+    corpus = recipe.data[0].model_copy(update={"held_out": {"valid": 20, "test": 30}})
+    recipe = recipe.model_copy(update={"data": [corpus, *recipe.data[1:]]})
     data = prepare(recipe, tmp_path / "work", tmp_path / "raw")
     counts = json.loads((data / "manifest.json").read_text())["counts"]
     assert [counts[split]["kept"] for split in ("train", "valid", "test")] == [253, 20, 30]
