@@ -1,123 +1,193 @@
-"""The loss for NVIDIA GPUs: one kernel for the sums of a row, one for its gradient.
+"""Compute the loss on NVIDIA GPUs: one kernel for the sums of a row, one kernel for its gradient.
 
-Derivation as in chunked.py. The forward kernel reads the logits and keeps seven figures a row; the backward kernel
-reads them again and writes the gradient. That is one more read of the logits, where a gradient kept from the forward
-pass would cost a write and a read in float32: half types lose nothing before the upstream gradient (the loss scale) is
-known, because it is multiplied in before the cast. Memory: the gradient in the type of the logits, no more.
+The derivation is in chunked.py. The forward kernel keeps five numbers a row; the backward kernel reads the logits again
+and writes the gradient. That second read costs less than a gradient kept from the forward pass, which would be written
+and read in float32. Half types lose nothing, because the upstream gradient (the loss scale) is multiplied in before the
+cast. Extra memory: the gradient in the type of the logits.
 
-Tested on a CPU with Triton's interpreter (TRITON_INTERPRET=1).
+Rows of up to WHOLE_ROW types stay in registers and are read once by each kernel; the forward kernel reads longer rows
+three times (twice without smoothing). With a bonus start or log_end < 0.5 the limit is half as high, or registers would
+spill. Loads and stores are 16 bytes wide if every row starts at a multiple of 16 bytes:
+V % 8 == 0 in half types, V % 4 == 0 in float32. Otherwise they are as wide as the start of a row allows: V % 4 gives
+8 bytes and V % 2 gives 4 bytes in half types, V % 2 gives 8 bytes in float32, and an odd V gives one value at a time.
+
+Tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1) and compile them for GPUs that are not there
+(benchmarks/gpu_bounds.py).
 """
 
-from contextlib import nullcontext
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
+# Triton's kernels are a language of their own, without Python's types, and torch leaves Function.apply untyped.
+
+import dataclasses
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bonuses import LOG_BONUS_FLOOR
+from .bonuses import LOG_BONUS_FLOOR, bonus_of
 from .options import LossOptions
 from .terms import LossTerms, clone_terms, refuse_double_backward
 
-STATISTICS = 7  # of a row: highest logit, 1 / total, top type, 1 - p of it, sum without it, sum of all, a of the target
-BLOCK = 4096  # types that a program holds at a time
+BONUS_KINDS = {"none": 0, "log": 1, "power": 2, "cosine": 3}
+STATISTICS = 5  # rows of the statistics: the forward kernel stores them, the backward kernel loads them
+WHOLE_ROW = 32768  # types of the longest row that stays in registers: 8 blocks
+BLOCK = 4096  # types of the longest block
+SMALLEST_BLOCK = 256  # of the forward kernel: 8 types a thread of one warp
 
-KINDS = {"none": 0, "log": 1, "power": 2, "cosine": 3}  # bonuses that the kernels compute
-NONE, LOG, POWER, COSINE = (tl.constexpr(kind) for kind in KINDS.values())
+NONE, LOG, POWER, COSINE = (tl.constexpr(kind) for kind in BONUS_KINDS.values())
 FLOOR = tl.constexpr(LOG_BONUS_FLOOR)
-PI = tl.constexpr(3.141592653589793)
+HALF_PI = tl.constexpr(math.pi / 2)
+PI = tl.constexpr(math.pi)
 
 
 def supports(options: LossOptions) -> bool:
     """Return whether the kernels compute this bonus."""
-    return options.bonus in KINDS and not options.bonus_start
+    return options.bonus in BONUS_KINDS
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
-    """As `reference.loss_terms`; only loss has a gradient. float64 logits are computed in float32."""
+    """Return what `reference.loss_terms` returns; only loss has a gradient. float64 logits are computed in float32."""
     return LossTerms(*_Triton.apply(logits.contiguous(), target, options, ignored, reduce))
 
 
 class _Triton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, options, ignored, reduce):
-        terms, statistics = forward(logits, target, options)
-        terms.masked_fill_(ignored, 0.0)
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool
+    ) -> tuple[Tensor, ...]:
+        bonus_and_scalars = _bonus_and_scalars(options, logits.size(1))
+        terms, statistics = row_sums(logits, target, ignored, *bonus_and_scalars)
         ctx.save_for_backward(logits, target, ignored, statistics)
-        ctx.options = options
+        ctx.bonus_and_scalars = bonus_and_scalars
         loss, nll_loss, bonus = clone_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         logits, target, ignored, statistics = ctx.saved_tensors
-        upstream = upstream.expand(logits.size(0)).masked_fill(ignored, 0.0)
-        return backward(logits, target, ctx.options, statistics, upstream, torch.empty_like(logits)), *[None] * 4
+        upstream = upstream.expand(logits.size(0)).contiguous()
+        gradient = torch.empty_like(logits)
+        write_gradient(gradient, logits, target, ignored, statistics, upstream, *ctx.bonus_and_scalars)
+        return gradient, *[None] * 4
 
 
 def terms_and_gradient_(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(terms [3, tokens], gradient times `scale` [tokens, V]); the gradient takes the place of `logits`."""
-    terms, statistics = forward(logits, target, options)
-    upstream = torch.where(ignored, 0.0, scale)
-    return terms.masked_fill_(ignored, 0.0), backward(logits, target, options, statistics, upstream, logits)
+    """Return (terms [3, tokens], gradient times `scale` [tokens, V]); the gradient replaces `logits`."""
+    bonus_and_scalars = _bonus_and_scalars(options, logits.size(1))
+    terms, statistics = row_sums(logits, target, ignored, *bonus_and_scalars)
+    write_gradient(logits, None, target, ignored, statistics, torch.full_like(terms[0], scale), *bonus_and_scalars)
+    return terms, logits
 
 
-def forward(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """(terms [3, tokens], statistics [STATISTICS, tokens]) of contiguous logits [tokens, V], in float32."""
+@torch.library.custom_op("encourage_mt::triton_row_sums", mutates_args=())
+def row_sums(
+    logits: Tensor, target: Tensor, ignored: Tensor, bonus: str, scalars: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Return (terms [3, tokens], statistics [STATISTICS, tokens]) of contiguous logits [tokens, V], in float32."""
     tokens, vocabulary = logits.shape
     terms = logits.new_empty((3, tokens), dtype=torch.float32)
     statistics = logits.new_empty((STATISTICS, tokens), dtype=torch.float32)
+    shared = constants(logits, bonus, scalars)
     if tokens:
-        with _on_device_of(logits):
+        with _device_of(logits):
             _forward[(tokens,)](
-                logits, target, terms, statistics, tokens, vocabulary, *_figures(options, vocabulary),
-                **_constants(options), SMOOTHED=options.label_smoothing > 0, BLOCK=_block(vocabulary), num_warps=8,
+                logits, target, ignored, terms, statistics, tokens, vocabulary, *scalars,
+                **shared, **forward_blocks(vocabulary, shared),
             )  # fmt: skip
     return terms, statistics
 
 
-def backward(
-    logits: Tensor, target: Tensor, options: LossOptions, statistics: Tensor, upstream: Tensor, out: Tensor
-) -> Tensor:
-    """Gradient for `upstream` [tokens] (0 where ignored), written to `out` [tokens, V]; `out` may be `logits`."""
-    tokens, vocabulary = logits.shape
-    block = _block(vocabulary)
+@row_sums.register_fake
+def _(logits, target, ignored, bonus, scalars):
+    return tuple(logits.new_empty((rows, logits.size(0)), dtype=torch.float32) for rows in (3, STATISTICS))
+
+
+@torch.library.custom_op("encourage_mt::triton_write_gradient", mutates_args=("out",))
+def write_gradient(
+    out: Tensor,
+    logits: Tensor | None,
+    target: Tensor,
+    ignored: Tensor,
+    statistics: Tensor,
+    upstream: Tensor,
+    bonus: str,
+    scalars: list[float],
+) -> None:
+    """Write the gradient for `upstream` [tokens] to `out` [tokens, V]; without `logits`, `out` holds them."""
+    tokens, vocabulary = out.shape
+    blocks = backward_blocks(vocabulary)
     if tokens:
-        with _on_device_of(logits):
-            _backward[(tokens, triton.cdiv(vocabulary, block))](
-                logits, target, statistics, upstream, out, tokens, vocabulary, *_figures(options, vocabulary),
-                **_constants(options), BLOCK=block, num_warps=8,
+        with _device_of(out):
+            _backward[(tokens, triton.cdiv(vocabulary, blocks["BLOCK"]))](
+                out if logits is None else logits, target, ignored, statistics, upstream, out, tokens, vocabulary,
+                *scalars, **constants(out, bonus, scalars), **blocks,
             )  # fmt: skip
-    return out
 
 
-def _on_device_of(logits):
-    """Triton launches on the current device, which need not be that of the logits."""
+def forward_blocks(vocabulary: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return how the forward kernel divides a row: `BLOCKS` blocks at a time, of 8 types a thread."""
+    crowded = constants["STARTED"] or constants["TANGENT"]  # these need more registers
+    whole = vocabulary <= (WHOLE_ROW // 2 if crowded else WHOLE_ROW)
+    block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, WHOLE_ROW // BLOCK))))
+    blocks = triton.cdiv(vocabulary, block) if whole else 1
+    return {"BLOCK": block, "BLOCKS": blocks, "WHOLE": whole, "num_warps": max(1, block // 256)}
+
+
+def backward_blocks(vocabulary: int) -> dict[str, Any]:
+    """Return how the backward kernel divides a row: a program a block, 16 types a thread."""
+    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
+
+
+def constants(logits: Tensor, bonus: str, scalars: list[float]) -> dict[str, Any]:
+    """Return the compile-time constants that both kernels share."""
+    _, smoothing_mass, _, start, _, least, _ = scalars
+    return {
+        "KIND": BONUS_KINDS[bonus],
+        "FLOORED": least == LOG_BONUS_FLOOR,
+        "TANGENT": bonus == "log" and least > 0.5,  # a type other than the top can then lie on the tangent
+        "STARTED": start > 0,
+        "SMOOTHED": smoothing_mass > 0,
+        "ALIGNMENT": math.gcd(logits.size(1), 16 // logits.itemsize),
+    }
+
+
+def _device_of(logits: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of `logits` the current one, because Triton launches on the current device."""
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
-def _block(vocabulary):
-    return min(BLOCK, triton.next_power_of_2(vocabulary))
-
-
-def _figures(options, vocabulary):
-    of_target, share = options.smoothing_masses(vocabulary)
-    weight = options.bonus_weight if options.has_bonus else 0.0
+def _bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[float]]:
+    """Return the bonus in effect and the numbers that both kernels take, in their order."""
+    start = torch.tensor(options.bonus_start, dtype=torch.float64)
+    at_start = bonus_of(start, 1.0 - start, dataclasses.replace(options, bonus_start=0.0)).item()
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
-    return of_target, share, weight, least, options.bonus_exponent
-
-
-def _constants(options):
-    return {"KIND": KINDS[options.bonus], "FLOORED": options.log_end == 1}
+    numbers = [options.bonus_weight, options.bonus_start, at_start, least, options.bonus_exponent]
+    return options.bonus if options.has_bonus else "none", [*options.smoothing_masses(vocabulary), *numbers]
 
 
 @triton.jit
-def _bonus(p, c, least, exponent, KIND: tl.constexpr, FLOORED: tl.constexpr):
-    """(b(p), -p b'(p)) for p and its exact complement c."""
+def _sine(x):
+    """sin(x) for 0 <= x <= pi / 2, to one rounding step of float32; tl.sin would spill registers."""
+    square = x * x
+    tail = square * (2.7557319e-6 - square * (2.5052108e-8 - square * 1.6059044e-10))
+    return x * (1.0 - square * (1.0 / 6 - square * (1.0 / 120 - square * (1.0 / 5040 - tail))))
+
+
+@triton.jit
+def _bonus(
+    p, c, log_p, start, at_start, least, exponent,
+    KIND: tl.constexpr, FLOORED: tl.constexpr, STARTED: tl.constexpr,
+):  # fmt: skip
+    """(b(p), -p b'(p)) for p, its exact complement c, and log p."""
     if KIND == LOG:
         held = tl.maximum(c, least)
         bonus = tl.log(held)
@@ -127,125 +197,193 @@ def _bonus(p, c, least, exponent, KIND: tl.constexpr, FLOORED: tl.constexpr):
         else:
             bonus -= (held - c) / least
     elif KIND == POWER:
-        power = tl.exp(exponent * tl.log(p))
+        power = tl.exp(exponent * log_p)
         bonus = -power
         slope = exponent * power
     elif KIND == COSINE:
-        half = tl.sin(p * (0.5 * PI))
+        half = _sine(p * HALF_PI)
         bonus = -2.0 * half * half
-        slope = p * PI * tl.sin(p * PI)
+        slope = p * PI * _sine(tl.minimum(p, c) * PI)
     else:
         bonus = p * 0.0
         slope = p * 0.0
+    if STARTED:
+        bonus = tl.where(p < start, 0.0, bonus - at_start)
+        slope = tl.where(p < start, 0.0, slope)
     return bonus, slope
 
 
 @triton.jit
+def _load(logits, types, vocabulary):
+    """(logits in float32, whether the types exist); -inf where they do not."""
+    exists = types < vocabulary
+    return tl.load(logits + types, mask=exists, other=float("-inf")).to(tl.float32), exists
+
+
+@triton.jit
+def _add_fractions(numerator, denominator, other_numerator, other_denominator):
+    return numerator * other_denominator + other_numerator * denominator, denominator * other_denominator
+
+
+@triton.jit
 def _forward(
-    logits, target, terms, statistics, tokens, vocabulary, of_target, share, weight, least, exponent,
-    KIND: tl.constexpr, FLOORED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, target, ignored, terms, statistics, tokens, vocabulary,
+    target_mass, smoothing_mass, weight, start, at_start, least, exponent,
+    KIND: tl.constexpr, FLOORED: tl.constexpr, TANGENT: tl.constexpr, STARTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    start_of_row = logits + row.to(tl.int64) * vocabulary
+    if tl.load(ignored + row):
+        for term in tl.static_range(3):
+            tl.store(terms + term * tokens + row, 0.0)
+        return
+    vocabulary = vocabulary // ALIGNMENT * ALIGNMENT  # tells the compiler how rows are aligned
+    logits += row.to(tl.int64) * vocabulary
     types = tl.arange(0, BLOCK)
+    # a loop of one step is unrolled, and the compiler then merges the three loads of each block
+    end = BLOCKS * BLOCK if WHOLE else vocabulary
 
-    highest = tl.full((), float("-inf"), tl.float32)
-    top = tl.full((), 0, tl.int32)
-    not_numbers = tl.full((), 0.0, tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        z = tl.load(start_of_row + start + types, mask=start + types < vocabulary, other=float("-inf")).to(tl.float32)
-        of_block = tl.max(z, axis=0)
-        top = tl.where(of_block > highest, start + tl.argmax(z, axis=0), top)
-        highest = tl.maximum(highest, of_block)
-        not_numbers += tl.sum(tl.where((z != z) | (z == float("inf")), 1.0, 0.0), axis=0)
-    # maxima pass over NaN, and +inf leaves no finite rest: make every figure of the row show it
-    highest = tl.where(not_numbers > 0, float("nan"), highest)
+    highest_logits = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, end, BLOCKS * BLOCK):
+        for block in tl.static_range(BLOCKS):
+            z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
+            highest_logits = tl.maximum(highest_logits, z)
+    highest = tl.max(highest_logits, axis=0)
+    # +inf leaves no finite rest: the row becomes NaN
+    highest = tl.where(highest == float("inf"), float("nan"), highest)
 
-    rest = tl.full((), 0.0, tl.float32)
-    shifted_sum = tl.full((), 0.0, tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        exists = start + types < vocabulary
-        z = tl.load(start_of_row + start + types, mask=exists, other=float("-inf")).to(tl.float32)
-        shifted = z - highest
-        rest += tl.sum(tl.where(exists & (start + types != top), tl.exp(shifted), 0.0), axis=0)
-        if SMOOTHED:
-            shifted_sum += tl.sum(tl.where(exists, shifted, 0.0), axis=0)
+    rests = tl.zeros((BLOCK,), tl.float32)
+    ties = tl.zeros((BLOCK,), tl.float32)
+    shifted_sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, end, BLOCKS * BLOCK):
+        for block in tl.static_range(BLOCKS):
+            z, exists = _load(logits, first + block * BLOCK + types, vocabulary)
+            # NaN is not >= highest, so that it reaches every result of the row
+            rests += tl.where(z >= highest, 0.0, tl.exp(z - highest))
+            ties += tl.where(z == highest, 1.0, 0.0)
+            if SMOOTHED:
+                shifted_sums += tl.where(exists, z - highest, 0.0)
+    ties = tl.sum(ties, axis=0)
+    rest = tl.sum(rests, axis=0) + (ties - 1.0)  # of all types but one of the highest logit
     total = 1.0 + rest
     log_total = tl.where(rest < 1e-4, rest - 0.5 * rest * rest, tl.log(total))  # log(1 + rest) to full precision
+    p_top = 1.0 / total
     c_top = rest / total
 
     correct = tl.load(target + row)
-    is_top = correct == top
-    # a target that is no type shows as NaN, for a kernel cannot raise
+    # a target outside the vocabulary gives NaN, because a kernel cannot raise
     is_type = (correct >= 0) & (correct < vocabulary)
-    shifted_target = tl.load(start_of_row + correct, mask=is_type, other=float("nan")).to(tl.float32) - highest
-    p_target = tl.exp(shifted_target) / total
+    z_target = tl.load(logits + correct, mask=is_type, other=float("nan")).to(tl.float32)
+    is_top = z_target == highest
+    shifted = z_target - highest
+    p_target = tl.exp(shifted) / total
     c_target = tl.where(is_top, c_top, 1.0 - p_target)
-    b_target, slope_target = _bonus(p_target, c_target, least, exponent, KIND, FLOORED)
-    b_top, slope_top = _bonus(1.0 / total, c_top, least, exponent, KIND, FLOORED)
+    b_target, slope_target = _bonus(
+        p_target, c_target, shifted - log_total, start, at_start, least, exponent, KIND, FLOORED, STARTED
+    )
+    b_top, slope_top = _bonus(p_top, c_top, -log_total, start, at_start, least, exponent, KIND, FLOORED, STARTED)
 
-    nll_loss = log_total - shifted_target
-    loss = of_target * nll_loss
-    bonus = of_target * b_target
-    others = tl.where(is_top, 0.0, of_target * (1.0 + weight * slope_target))
+    # sums over q_k a_k as in chunked.py: the share of the target, of all types but the top, of all types, of the top
+    a_target = target_mass * (1.0 + weight * slope_target)
+    a_others = tl.where(is_top, 0.0, a_target)
+    a_all = a_target
+    a_top = tl.where(is_top, a_target, 0.0)
+    nll_loss = log_total - shifted
+    loss = target_mass * nll_loss
+    bonus = target_mass * b_target
     if SMOOTHED:
-        b_sum = b_top
-        slope_sum = tl.full((), 0.0, tl.float32)
-        if KIND != NONE:
-            for start in range(0, vocabulary, BLOCK):
-                exists = start + types < vocabulary
-                z = tl.load(start_of_row + start + types, mask=exists, other=float("-inf")).to(tl.float32)
-                p = tl.where(start + types != top, tl.exp(z - highest) / total, 0.0)
-                b, slope = _bonus(p, 1.0 - p, least, exponent, KIND, FLOORED)
-                b_sum += tl.sum(tl.where(exists, b, 0.0), axis=0)
-                slope_sum += tl.sum(tl.where(exists, slope, 0.0), axis=0)
-        loss += share * (vocabulary * log_total - shifted_sum)
-        bonus += share * b_sum
-        others += share * (vocabulary - 1 + weight * slope_sum)
+        # sums over all types but the top
+        b_sum = 0.0
+        slope_sum = 0.0
+        if KIND == LOG:
+            # The sum of p / held is kept as a fraction: its denominator is the product of all held, whose logarithm
+            # is the sum of log(held). That takes 3 operations a type in place of a division and a logarithm. The
+            # product is at least 1/4, because the sum of p is at most 1 and none of these p is above 1/2; nor does
+            # any of them reach the floor of log_end 1.
+            numerators = tl.zeros((BLOCK,), tl.float32)
+            denominators = tl.full((BLOCK,), 1.0, tl.float32)
+            excesses = tl.zeros((BLOCK,), tl.float32)
+            for first in range(0, end, BLOCKS * BLOCK):
+                for block in tl.static_range(BLOCKS):
+                    z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
+                    p = tl.where(z >= highest, 0.0, tl.exp(z - highest)) * p_top
+                    held = 1.0 - p
+                    if TANGENT:
+                        excess = tl.maximum(p - (1.0 - least), 0.0)
+                        held += excess
+                        excesses += tl.where(p < start, 0.0, excess) if STARTED else excess
+                    if STARTED:
+                        excesses += tl.where(p < start, 0.0, least * at_start)
+                        held = tl.where(p < start, 1.0, held)
+                        p = tl.where(p < start, 0.0, p)
+                    numerators = numerators * held + p * denominators
+                    denominators *= held
+            numerator, denominator = tl.reduce((numerators, denominators), 0, _add_fractions)
+            b_sum = tl.log(denominator) - tl.sum(excesses, axis=0) / least
+            slope_sum = numerator / denominator
+        elif KIND != NONE:
+            b_sums = tl.zeros((BLOCK,), tl.float32)
+            slope_sums = tl.zeros((BLOCK,), tl.float32)
+            for first in range(0, end, BLOCKS * BLOCK):
+                for block in tl.static_range(BLOCKS):
+                    z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
+                    p = tl.where(z >= highest, 0.0, tl.exp(z - highest)) * p_top
+                    log_p = tl.where(z >= highest, float("-inf"), z - highest - log_total)
+                    b, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
+                    b_sums += b
+                    slope_sums += slope
+            b_sum = tl.sum(b_sums, axis=0)
+            slope_sum = tl.sum(slope_sums, axis=0)
+        loss += smoothing_mass * (vocabulary * log_total - tl.sum(shifted_sums, axis=0))
+        bonus += smoothing_mass * (b_sum + ties * b_top)
+        a_others += smoothing_mass * (vocabulary - 1 + weight * slope_sum)
+        a_all += smoothing_mass * (vocabulary + weight * (slope_sum + ties * slope_top))
+        a_top += smoothing_mass * (1.0 + weight * slope_top)
     bonus = weight * bonus
-    of_top = share + tl.where(is_top, of_target, 0.0)
 
     tl.store(terms + row, loss + bonus)
     tl.store(terms + tokens + row, nll_loss)
     tl.store(terms + 2 * tokens + row, bonus)
     tl.store(statistics + row, highest)
-    tl.store(statistics + tokens + row, 1.0 / total)
-    tl.store(statistics + 2 * tokens + row, top.to(tl.float32))  # exact below 2^24 types
-    tl.store(statistics + 3 * tokens + row, c_top)
-    tl.store(statistics + 4 * tokens + row, others)
-    tl.store(statistics + 5 * tokens + row, others + of_top * (1.0 + weight * slope_top))
-    tl.store(statistics + 6 * tokens + row, 1.0 + weight * slope_target)
+    tl.store(statistics + tokens + row, p_top)
+    tl.store(statistics + 2 * tokens + row, a_all)
+    tl.store(statistics + 3 * tokens + row, a_target)
+    # the gradient of the top type from its exact complement, not as a difference of large terms
+    tl.store(statistics + 4 * tokens + row, p_top * a_others - a_top * c_top)
 
 
 @triton.jit
 def _backward(
-    logits, target, statistics, upstream, out, tokens, vocabulary, of_target, share, weight, least, exponent,
-    KIND: tl.constexpr, FLOORED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, target, ignored, statistics, upstream, out, tokens, vocabulary,
+    target_mass, smoothing_mass, weight, start, at_start, least, exponent,
+    KIND: tl.constexpr, FLOORED: tl.constexpr, TANGENT: tl.constexpr, STARTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    vocabulary = vocabulary // ALIGNMENT * ALIGNMENT
     row = tl.program_id(0)
     types = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = types < vocabulary
     offset = row.to(tl.int64) * vocabulary + types
+    if tl.load(ignored + row):
+        tl.store(out + offset, tl.zeros((BLOCK,), out.dtype.element_ty), mask=exists)
+        return
 
+    scale = tl.load(upstream + row).to(tl.float32)
     highest = tl.load(statistics + row)
     p_top = tl.load(statistics + tokens + row)
-    top = tl.load(statistics + 2 * tokens + row).to(tl.int32)
-    c_top = tl.load(statistics + 3 * tokens + row)
-    others = tl.load(statistics + 4 * tokens + row)
-    grand = tl.load(statistics + 5 * tokens + row)
-    a_target = tl.load(statistics + 6 * tokens + row)
-    scale = tl.load(upstream + row).to(tl.float32)
-    correct = tl.load(target + row)
+    a_all = tl.load(statistics + 2 * tokens + row) * scale
+    a_target = tl.load(statistics + 3 * tokens + row) * scale
+    of_top = tl.load(statistics + 4 * tokens + row) * scale
+    correct = tl.load(target + row).to(tl.int32)
 
     z = tl.load(logits + offset, mask=exists, other=float("-inf")).to(tl.float32)
     p = tl.exp(z - highest) * p_top
-    _, slope = _bonus(p, 1.0 - p, least, exponent, KIND, FLOORED)
-    gradient = p * grand - share * (1.0 + weight * slope)
-    gradient -= tl.where(types == correct, of_target * a_target, 0.0)
-    # the top type: 1 - p of it is known exactly, so no difference of large terms
-    _, slope_top = _bonus(p_top, c_top, least, exponent, KIND, FLOORED)
-    of_top = share + tl.where(correct == top, of_target, 0.0)
-    gradient_top = p_top * others - of_top * (1.0 + weight * slope_top) * c_top
-    gradient = tl.where(types == top, gradient_top, gradient)
-    gradient = tl.where(scale == 0.0, 0.0, gradient * scale)
+    gradient = p * a_all - tl.where(types == correct, a_target, 0.0)
+    if SMOOTHED:
+        log_p = z - highest + tl.log(p_top)
+        _, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
+        gradient -= smoothing_mass * scale * (1.0 + weight * slope)
+    # if p_top is at most 1/2 there may be several highest logits, and the difference above loses nothing
+    only_top = tl.where(p_top > 0.5, highest, float("nan"))
+    gradient = tl.where(z == only_top, of_top, gradient)
     tl.store(out + offset, gradient, mask=exists)
