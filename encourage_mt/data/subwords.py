@@ -1,8 +1,9 @@
 """Subword models: SentencePiece, or subword-nmt where the merges of a published pipeline must match."""
 
 import functools
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -10,40 +11,45 @@ import sentencepiece
 from subword_nmt import apply_bpe, learn_bpe
 
 from ..errors import UserError
+from ..files import atomic_write
 
-SAMPLED_LINES = 4_000_000  # SentencePiece holds all it learns from
+SAMPLED_LINES = 4_000_000  # SentencePiece keeps all lines it learns from in memory
 CACHED_WORDS = 2**16
 
 
 def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> dict:
-    """Learn a joint model on both sides of `count` pairs; writes `prefix`.model (SentencePiece) or `prefix`.codes.
+    """Learn a joint model on both sides of `count` pairs, and write it.
 
-    options {"merges": N} is subword-nmt, on all lines; others are SentencePiece's trainer options, on at most
-    SAMPLED_LINES lines, every k-th pair. Returns how many lines were learned from. Raises UserError if it fails.
+    options {"merges": N} is subword-nmt, on all lines, and writes `prefix`.codes. Others are SentencePiece's trainer
+    options, on at most SAMPLED_LINES lines, every k-th pair, and write `prefix`.model and `prefix`.vocab. Returns how
+    many lines were learned from. Raises UserError if learning fails.
     """
     if "merges" in options:
         lines = (line for pair in pairs for line in pair)
-        with open(f"{prefix}.codes", "w", encoding="utf-8", newline="\n") as codes:
+        with atomic_write(Path(f"{prefix}.codes")) as codes:
             try:
                 learn_bpe.learn_bpe(lines, codes, options["merges"])
-            except ValueError:  # the maximum over no pairs of characters
-                raise UserError("subword model: no word has two characters") from None
+            except ValueError:  # it takes the maximum over no pairs of characters
+                raise UserError("subword model: no word of train has two characters") from None
         return {"learned_on_lines": 2 * count}
     step = -(-2 * count // SAMPLED_LINES)
     lines = (line for pair in islice(pairs, 0, None, step) for line in pair)
+    proto = io.BytesIO()  # SentencePiece itself would not notice that it cannot write its file
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_prefix=str(prefix),
-            **{"character_coverage": 1.0, "minloglevel": 2, **options},
-        )
+        options = {"character_coverage": 1.0, "minloglevel": 2, **options}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=proto, **options)
     except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"subword model: {' '.join(str(error).split())}") from None
+    with atomic_write(Path(f"{prefix}.model"), "wb") as file:
+        file.write(proto.getvalue())
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
+    with atomic_write(Path(f"{prefix}.vocab")) as file:
+        file.writelines(f"{model.id_to_piece(i)}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size()))
     return {"learned_on_lines": 2 * -(-count // step)}
 
 
 class SentencePieceEncoder:
-    """text -> pieces joined by spaces."""
+    """Callable that turns text into pieces joined by spaces."""
 
     def __init__(self, prefix: Path):
         self._encode = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model").encode
@@ -53,7 +59,7 @@ class SentencePieceEncoder:
 
 
 class BPEEncoder:
-    """tokens -> pieces joined by spaces, as subword-nmt segments them, word by word from a cache."""
+    """Callable that turns tokens into pieces joined by spaces, as subword-nmt does, with a cache of words."""
 
     def __init__(self, prefix: Path):
         with open(f"{prefix}.codes", encoding="utf-8", newline="\n") as codes:
@@ -61,20 +67,20 @@ class BPEEncoder:
         self._word = functools.lru_cache(CACHED_WORDS)(lambda word: self._segment(bpe, word))
 
     def _segment(self, bpe, word):
-        bpe.cache.clear()  # it has no bound of its own
+        bpe.cache.clear()  # it would grow without limit
         return bpe.segment(word)
 
     def __call__(self, line: str) -> str:
         return " ".join(map(self._word, line.split()))
 
 
-def encoder(options: dict, prefix: Path):
-    """The encoder of the model that `learn` wrote with these options."""
+def encoder(options: dict, prefix: Path) -> Callable[[str], str]:
+    """Return the encoder of the model that `learn` wrote with these options."""
     return BPEEncoder(prefix) if "merges" in options else SentencePieceEncoder(prefix)
 
 
 def pieces(prefix: Path) -> Iterator[str]:
-    """All pieces of a SentencePiece model that text can be encoded into, without <unk> and its like."""
+    """Yield the pieces of a SentencePiece model into which text can be encoded; <unk> and control pieces are not."""
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     for index in range(model.get_piece_size()):
         if not (model.is_unknown(index) or model.is_control(index)):
@@ -82,9 +88,9 @@ def pieces(prefix: Path) -> Iterator[str]:
 
 
 def restore_bytes(line: str) -> str:
-    """Text from which --remove-bpe sentencepiece has left byte pieces: <0xE2><0x82><0xAC> becomes the euro sign.
+    """Return text in which byte pieces are characters again: <0xE2><0x82><0xAC> becomes the euro sign.
 
-    Bytes that are no UTF-8 become U+FFFD.
+    --remove-bpe sentencepiece leaves byte pieces as they are. Bytes that are not UTF-8 become U+FFFD.
     """
     return _BYTES.sub(lambda run: bytes.fromhex(re.sub("<0x|>", "", run.group())).decode(errors="replace"), line)
 

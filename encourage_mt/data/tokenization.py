@@ -1,4 +1,4 @@
-"""Moses tokenization, exactly as sacremoses does it but word by word from a cache, and its undoing."""
+"""Tokenize and detokenize as Moses does: exactly like sacremoses, but fast, with a cache of words."""
 
 import functools
 import re
@@ -7,11 +7,11 @@ import regex
 from sacremoses import MosesDetokenizer, MosesPunctNormalizer, MosesTokenizer
 
 CACHED_WORDS = 2**16  # of each kind; about 30 MB
-FIRST, LAST = 1, 2  # a word's place in its line: some rules look at the ends
+FIRST, LAST = 1, 2  # flags of a word's position: some rules look at the ends of a line
 
 
 class _WithinWords(MosesTokenizer):
-    """The rules of sacremoses that look no further than a word and the spaces around it."""
+    """The rules of sacremoses that only look at a word and the spaces around it."""
 
     def handles_nonbreaking_prefixes(self, text):
         return text
@@ -21,13 +21,15 @@ class _WithinWords(MosesTokenizer):
 
 
 class Tokenizer:
-    """line -> tokens joined by spaces, XML-escaped; equal to sacremoses' MosesTokenizer(language) for every line.
+    """Callable that turns a line into tokens joined by spaces, XML-escaped, exactly as sacremoses does.
 
-    Each of sacremoses' rules but the one of full stops sees one character left and right of what it changes, so the
-    tokens of a word follow from the word and from whether it begins or ends the line. Three things reach further: an
-    apostrophe at the end of a word and one at the start of the next share the space between them, control characters
-    vanish, and a final .' leaves spaces. Lines with those go through sacremoses itself.
-    aggressive_hyphens splits a-b into a @-@ b.
+    Every rule of sacremoses, except the one for full stops, sees one character to the left and to the right of what it
+    changes. So the tokens of a word depend only on the word, and on whether it begins or ends the line, and can be
+    cached. Three exceptions look further: an apostrophe at the end of a word and one at the start of the next share the
+    space between them, control characters vanish, and a final .' leaves spaces. Lines with those go through sacremoses
+    itself.
+
+    aggressive_hyphens: split a-b into a @-@ b.
     """
 
     def __init__(self, language: str, aggressive_hyphens: bool = False):
@@ -49,42 +51,43 @@ class Tokenizer:
             return ""
         out = list(map(self._middle, words))
         out[0] = out[-1] = None
-        last, place = len(out) - 1, -1
+        last, position = len(out) - 1, -1
         for _ in range(out.count(None)):
-            place = out.index(None, place + 1)
-            text, tokens, has_full_stop = self._word(words[place], (place == 0) * FIRST | (place == last) * LAST)
+            position = out.index(None, position + 1)
+            ends = (position == 0) * FIRST | (position == last) * LAST
+            text, tokens, has_full_stop = self._word(words[position], ends)
             if has_full_stop:
-                after = place + 1
-                following = self._word(words[after], (after == last) * LAST)[1][0][0] if place < last else ""
-                text = self._full_stops(tokens, following)
-            out[place] = text
+                after = position + 1
+                next_tokens = self._word(words[after], (after == last) * LAST)[1] if position < last else [""]
+                text = self._full_stops(tokens, next_tokens[0][:1])
+            out[position] = text
         return " ".join(out)
 
     def _tokenize_middle(self, word):
-        """The text of a word that is neither first nor last, or None if what follows has to be looked at."""
+        """Return the text of a word inside a line, or None if it depends on the next word."""
         text, _, has_full_stop = self._word(word, 0)
         return None if has_full_stop else text
 
-    def _tokenize_word(self, word, place):
-        """(text if no full stop is split off, tokens before escaping, whether a token ends with a full stop)."""
-        if "MULTI" not in word:  # which stands for dots
+    def _tokenize_word(self, word, ends):
+        """Return (text if no full stop is split off, tokens before escaping, whether a token ends with a full stop)."""
+        if "MULTI" not in word:  # sacremoses writes dots as MULTI for a while
             if self._alnum.issuperset(word):
                 return word, (word,), False
             letters = word.rstrip(_TAIL)
-            if len(letters) > 1 and self._alpha.issuperset(letters):  # to what follows, one letter is like another
-                _, (first, *others), _ = self._word("x" + word[len(letters) :], place)
+            if len(letters) > 1 and self._alpha.issuperset(letters):  # to the rules, one letter is like another
+                _, (first, *others), _ = self._word("x" + word[len(letters) :], ends)
                 return self._entry((letters + first[1:], *others))
-        context = f"{'' if place & FIRST else 'x '}{word}{'' if place & LAST else ' x'}"
+        context = f"{'' if ends & FIRST else 'x '}{word}{'' if ends & LAST else ' x'}"
         tokens = self._within.tokenize(context, escape=False, **self._options)
-        return self._entry(tuple(tokens[not place & FIRST : len(tokens) - (not place & LAST)]))
+        return self._entry(tuple(tokens[not ends & FIRST : len(tokens) - (not ends & LAST)]))
 
     def _entry(self, tokens):
         return " ".join(map(self._finish, tokens)), tokens, any(len(t) > 1 and t[-1] == "." for t in tokens)
 
     def _split_full_stops(self, tokens, following):
-        """The tokens of a word as text, full stops split off as handles_nonbreaking_prefixes does.
+        """Return the tokens of a word as text, with full stops split off as handles_nonbreaking_prefixes does.
 
-        following is the first character after the word, empty at the end of the line.
+        following: the first character of the next word's tokens, empty at the end of the line.
         """
         out = []
         for token, after in zip(tokens, [*(t[0] for t in tokens[1:]), following], strict=True):
@@ -112,7 +115,7 @@ _TAIL = ',.;:?!"”“)'
 
 
 class PunctuationNormalizer:
-    """line -> line with plain punctuation: normalize-punctuation.perl, then remove-non-printing-char.perl."""
+    """Callable that simplifies punctuation, as normalize-punctuation.perl and remove-non-printing-char.perl do."""
 
     def __init__(self, language: str):
         rules = MosesPunctNormalizer(language, perl_parity=True).substitutions
@@ -122,22 +125,22 @@ class PunctuationNormalizer:
         if _NORMALIZABLE.search(line):
             for pattern, substitution in self._rules:
                 line = pattern.sub(substitution, line)
-        # Moses puts a space where sacremoses puts nothing
+        # Moses replaces them by a space, sacremoses deletes them
         return _NOT_PRINTING.sub(" ", line.strip())
 
 
-_NORMALIZABLE = re.compile("[\r()`„“”–—´‘‚’…«»\u00a0\"]|  | [%:;]|''")  # what any of the rules needs to match
+_NORMALIZABLE = re.compile("[\r()`„“”–—´‘‚’…«»\u00a0\"]|  | [%:;]|''")  # every rule needs one of these to match
 _NOT_PRINTING = regex.compile(r"\p{C}")
 
 tokenizer = functools.cache(Tokenizer)
 
 
 def tokenize(lines: list[str], language: str, aggressive_hyphens: bool = False) -> list[str]:
-    """Moses tokens of each line, joined by spaces, XML-escaped."""
+    """Return the Moses tokens of each line, joined by spaces, XML-escaped."""
     return [tokenizer(language, aggressive_hyphens)(line) for line in lines]
 
 
 def detokenize(lines: list[str], language: str) -> list[str]:
-    """Plain text from Moses tokens: punctuation joined to its words, @-@ and XML escapes undone."""
+    """Return plain text from Moses tokens: punctuation joined to its words, @-@ and XML escapes undone."""
     detokenizer = MosesDetokenizer(language)
     return [detokenizer.detokenize(line.split()) for line in lines]

@@ -1,6 +1,7 @@
-"""Tokens and pieces are those of sacremoses and subword-nmt, from one process or several."""
+"""Tokens and pieces equal those of sacremoses and subword-nmt."""
 
 import io
+import os
 import random
 import time
 
@@ -14,7 +15,7 @@ from encourage_mt.data import subwords
 from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
 from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
 
-# what the rules look at: full stops, prefixes, commas, numbers, apostrophes, dots, hyphens, quotes, spaces, controls
+# the rules look at full stops, prefixes, commas, numbers, apostrophes, dots, hyphens, quotes, spaces and controls
 BITS = [*"aZé5'’\".,  -`:;!?()[]|<>&/…«»„“–—%№ßĳ٣あ漢😀@#sdmn\u00a0\u2028\x85\x01"]
 BITS += ["...", "Dr.", "No.", "DOTMULTI", "'s", " ' ", "z.B.", "e.g.", "5,000", "5.", " 5", "n't", ".'", "wort"]
 
@@ -27,7 +28,7 @@ def lines(seed, number):
 
 @pytest.mark.parametrize("aggressive_hyphens", [False, True])
 @pytest.mark.parametrize("language", ["de", "en", "fr", "ru", "fi", "xx"])
-def test_tokens_are_those_of_sacremoses(language, aggressive_hyphens):
+def test_tokens_equal_those_of_sacremoses(language, aggressive_hyphens):
     slow, fast = MosesTokenizer(language), Tokenizer(language, aggressive_hyphens)
     for line in lines(1, 2000):
         expected = slow.tokenize(line, aggressive_dash_splits=aggressive_hyphens, return_str=True)
@@ -35,13 +36,13 @@ def test_tokens_are_those_of_sacremoses(language, aggressive_hyphens):
 
 
 @pytest.mark.parametrize("language", ["de", "en", "cs"])
-def test_punctuation_is_that_of_sacremoses_with_spaces_for_what_does_not_print(language):
+def test_punctuation_equals_that_of_sacremoses_except_for_unprintable_characters(language):
     slow, fast = MosesPunctNormalizer(language, perl_parity=True), PunctuationNormalizer(language)
     for line in lines(2, 2000):
         assert fast(line) == regex.sub(r"\p{C}", " ", slow.normalize(line)), repr(line)
 
 
-def test_detokenized_text_is_what_was_tokenized():
+def test_detokenizing_restores_the_text():
     text = ["He said: \"It's 5,000 & more [now] - isn't it?\"", "A well-known <b> | Dr. No."]
     tokens = tokenize(text, "en", aggressive_hyphens=True)
     assert tokens[1] == "A well @-@ known &lt; b &gt; &#124; Dr. No ."
@@ -62,7 +63,7 @@ def codes(tmp_path_factory):
     return prefix
 
 
-def test_merges_and_pieces_are_those_of_subword_nmt(codes):
+def test_merges_and_pieces_equal_those_of_subword_nmt(codes):
     from subword_nmt.learn_bpe import learn_bpe
 
     text = io.StringIO("\n".join(side for pair in grammar.generate(1, {"train": 300})["train"] for side in pair))
@@ -75,7 +76,7 @@ def test_merges_and_pieces_are_those_of_subword_nmt(codes):
         assert fast(line) == slow.process_line(line)
 
 
-def test_bytes_become_characters_again():
+def test_byte_pieces_become_characters():
     assert restore_bytes("5 <0xE2><0x82><0xAC> und <0xC3><0xA4>b <0xE2>") == "5 € und äb \ufffd"
 
 
@@ -87,3 +88,14 @@ def test_sentencepiece_learns_on_a_sample_of_large_text(tmp_path, monkeypatch):
     monkeypatch.undo()
     learn(pairs[::3], 100, options, tmp_path / "same")
     assert (tmp_path / "sampled.vocab").read_text() == (tmp_path / "same.vocab").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize(
+    "file, options", [("codes", {"merges": 9}), ("model", {"vocab_size": 90}), ("vocab", {"vocab_size": 90})]
+)
+def test_full_disk_is_reported(file, options, tmp_path):
+    (tmp_path / f"subword.{file}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        learn(grammar.generate(1, {"train": 50})["train"], 50, options, tmp_path / "subword")
+    assert not (tmp_path / f"subword.{file}").exists()
