@@ -15,12 +15,12 @@ import urllib3
 from conftest import run, write_recipe
 from test_archives import archive
 
+from encourage_mt import processes
 from encourage_mt.data import download as downloads
 from encourage_mt.data.download import download
 from encourage_mt.data.prepare import prepare
 from encourage_mt.data.sources import Sources
 from encourage_mt.errors import UserError
-from encourage_mt.processes import locked
 from encourage_mt.recipe import load_recipe
 
 CONTENT = bytes(range(256)) * 2000
@@ -250,8 +250,9 @@ def test_reason_for_each_address_is_given(server, tmp_path):
     assert "\n" not in str(error.value) and files_in(tmp_path) == []
 
 
-def test_only_one_process_downloads_into_a_folder(server, tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match=str(tmp_path)):
+def test_only_one_process_downloads_into_a_folder(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    with processes.locked(tmp_path), pytest.raises(UserError, match=str(tmp_path)):
         download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
 
 

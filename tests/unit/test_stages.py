@@ -13,6 +13,7 @@ from encourage_mt import processes
 from encourage_mt.data import stages
 from encourage_mt.data.stages import drop_reason, hash64, ordered_map
 from encourage_mt.errors import UserError
+from encourage_mt.recipe import Clean
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from encourage_mt.errors import UserError
     [((0, 3), "empty"), ((175, 117), ""), ((176, 170), "too_long"), ((3, 2), ""), ((2, 4), "ratio"), ((1, 1), "")],
 )
 def test_pairs_strictly_beyond_a_limit_are_dropped(lengths, expected):
-    assert drop_reason(*lengths, {"max_length": 175, "max_ratio": 1.5}) == expected
+    assert drop_reason(*lengths, Clean(max_length=175, max_ratio=1.5)) == expected
 
 
 def slow_first(chunk):
