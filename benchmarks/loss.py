@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from encourage_mt.environment import describe_hardware
 from encourage_mt.loss import chunked
-from encourage_mt.loss.functional import loss_terms, projected_loss_terms
+from encourage_mt.loss.functional import loss_terms
+from encourage_mt.loss.fused_projection import projected_loss_terms
 from encourage_mt.loss.options import LossOptions
 
 EL = LossOptions(label_smoothing=0.1, smoothing_convention="fairseq")

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bonuses import register_bonus
-    from .functional import EncouragingLoss, encouraging_loss, loss_terms, projected_loss_terms
+    from .functional import EncouragingLoss, encouraging_loss, loss_terms
+    from .fused_projection import linear_encouraging_loss, projected_loss_terms
     from .options import BACKENDS, LossOptions
     from .terms import LossTerms
 
@@ -14,12 +15,20 @@ __all__ = [
     "LossOptions",
     "LossTerms",
     "encouraging_loss",
+    "linear_encouraging_loss",
     "loss_terms",
     "projected_loss_terms",
     "register_bonus",
 ]
 
-_MODULES = {"BACKENDS": "options", "LossOptions": "options", "LossTerms": "terms", "register_bonus": "bonuses"}
+_MODULES = {
+    "BACKENDS": "options",
+    "LossOptions": "options",
+    "LossTerms": "terms",
+    "linear_encouraging_loss": "fused_projection",
+    "projected_loss_terms": "fused_projection",
+    "register_bonus": "bonuses",
+}
 
 
 def __getattr__(name: str) -> Any:

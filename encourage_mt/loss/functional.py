@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import fused_projection, reference
+from . import reference
 from .bonuses import check_bonus
 from .options import BACKENDS, LossOptions
 from .terms import LossTerms
@@ -52,41 +52,6 @@ def loss_terms(
     implementation = find_backend(backend, options, logits.device.type, logits.dtype)
     terms: LossTerms = implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)
     return terms
-
-
-def projected_loss_terms(
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    options: LossOptions,
-    ignore_index: int = -100,
-    backend: str = "auto",
-    accuracy: bool = False,
-) -> tuple[LossTerms, Tensor]:
-    """Return `loss_terms` of logits = features [tokens, D] @ weight.T, weight [V, D], without storing [tokens, V].
-
-    Also returns the number of targets predicted right if `accuracy`, 0 otherwise. Raises ValueError if shapes do not
-    fit, and for a backend or bonus that cannot be fused.
-    """
-    if features.dim() != 2 or target.shape != features.shape[:1] or weight.dim() != 2 or weight.size(0) < 2:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in (features, weight, target))
-        raise ValueError(f"expected features [tokens, D], weight [V >= 2, D] and target [tokens], got {shapes}")
-    device = features.device.type
-    if torch.is_autocast_enabled(device):  # as it would cast them for the product
-        dtype = torch.get_autocast_dtype(device)
-        features, weight = features.to(dtype), weight.to(dtype)
-    ignored = target.eq(ignore_index)
-    implementation = find_backend(backend, options, device, features.dtype)
-    if implementation is reference:
-        raise ValueError(
-            f"only the reference backend computes the {options.bonus} bonus with these options, and it cannot be fused "
-            "with the projection: drop --fuse-projection, or choose another --loss-backend or bonus"
-        )
-    target = target.masked_fill(ignored, 0)
-    with torch.autocast(device, enabled=False):
-        return fused_projection.loss_terms(
-            features, weight, target, options, ignored, implementation.terms_and_gradient_, accuracy
-        )
 
 
 def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:

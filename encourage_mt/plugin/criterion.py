@@ -18,7 +18,8 @@ from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
 from ..loss.bonuses import registered_bonuses
-from ..loss.functional import loss_terms, projected_loss_terms
+from ..loss.functional import loss_terms
+from ..loss.fused_projection import projected_loss_terms
 from ..loss.options import OPTIONS, CriterionOptions, LossOptions, check_option
 
 DEFAULTS = {"smoothing_convention": "fairseq"}  # where the criterion keeps fairseq's default, not that of the loss
