@@ -53,6 +53,8 @@ setup(
             "sentencepiece>=0.2",
             "subword-nmt>=0.3.8",
             "tqdm",
+            "typing_extensions",
+            "urllib3",
         ],
         "transformers": ["transformers>=5.0", "accelerate>=1.1"],
         "bench": ["liger-kernel"],

@@ -14,7 +14,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     If the block raises, `path` stays as it was and nothing is left beside it. Text is UTF-8 with \\n line ends.
     """
     partial = path.with_name(path.name + ".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(partial, mode, **text) as file:
             yield file

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import parse_arguments
-from .environment import cores
+from .environment import Precision, cores
 from .errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def check_arms(option: str, arms: list[str], recipe: "Recipe") -> None:
             raise UserError(f"{option}: the recipe has no arm {arm}; it has {', '.join(recipe.arms)}")
 
 
-def choose_precision(arguments) -> str:
+def choose_precision(arguments) -> Precision:
     """Return the precision asked for, otherwise the default of this machine."""
     import torch
 
@@ -177,7 +177,8 @@ def compare_runs(arguments) -> None:
     """Carry out `encourage-mt compare`."""
     from .evaluation.comparison import compare
 
-    print(compare(*open_sides(arguments), arguments.allow_differences).markdown())
+    baseline, candidate = open_sides(arguments)
+    print(compare(baseline, candidate, arguments.allow_differences).markdown())
 
 
 def report_runs(arguments) -> None:

@@ -240,7 +240,7 @@ class Recipe(Record):
     def length(self) -> tuple[int, str]:
         """How long a training lasts: (number, "epoch") or, where max-update is set, (number, "update")."""
         updates = self.train.get("max-update")
-        return (updates, "update") if updates else (self.train["max-epoch"], "epoch")
+        return (int(updates), "update") if updates else (int(self.train["max-epoch"]), "epoch")
 
     def arm_train(self, arm: str) -> dict[str, Any]:
         """Return the training options of an arm: the recipe's, replaced where the arm has its own."""
@@ -270,7 +270,7 @@ class Recipe(Record):
 
 def modern_subword(size: int) -> Subword:
     """Return the subword model of `Recipe.modern`. Rare characters become bytes, so that bytes are trained."""
-    options = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9999}
+    options: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9999}
     return Subword(vocab_size=size, **options, normalization_rule_name="nmt_nfkc")
 
 

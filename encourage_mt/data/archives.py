@@ -31,6 +31,7 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
     Raises UserError, before anything is written, if the archive has a link, a device or a path that leads out of it, or
     if a member is missing, is a folder or occurs twice; and if the archive is damaged, encrypted, or beyond the limits.
     """
+    entries: list[tuple]
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:

@@ -112,7 +112,7 @@ class _Preparation:
         count = self.counts["train"]["before_cleaning"]
         print(f"subword model: learning on {count:,} pairs")
         learned = subwords.learn(self._read("tokenized", "train"), count, self.recipe.subword.options, prefix)
-        pieces = Counter()
+        pieces: Counter[str] = Counter()
         for split in self.splits:
             pieces += self._encode(split, prefix)
         binarized = self._binarize(pieces, prefix, log)
@@ -365,10 +365,10 @@ def hold_out(pairs, sizes: dict[str, int]) -> dict[int, str]:
         source, target = (" ".join(side.split()).casefold() for side in (source, target))
         sources.append(hash64(source) if source else 0)
         targets.append(hash64(target) if target else 0)
-    sources, targets = (np.frombuffer(side, dtype=np.uint64) for side in (sources, targets))
-    order = sources + targets  # the same for both directions
+    sides = [np.frombuffer(side, dtype=np.uint64) for side in (sources, targets)]
+    order = sides[0] + sides[1]  # the same for both directions
     once = np.ones(len(order), dtype=bool)
-    for side in (sources, targets):
+    for side in sides:
         _, inverse, number = np.unique(side, return_inverse=True, return_counts=True)
         once &= (number[inverse] == 1) & (side != 0)
     candidates = np.flatnonzero(once)

@@ -53,7 +53,8 @@ class Sources:
 
         Raises UserError if one is nowhere to be had, is not the published one, or if an archive is not to be trusted.
         """
-        paths, members = {}, {}
+        paths: dict[str, Path] = {}
+        members: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             archive, _, member = name.partition(":")
             if not member:

@@ -47,7 +47,7 @@ def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tupl
     # forked, because a spawned worker would import torch and fairseq again
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (stage, os.getpid()))
-    waiting = deque()
+    waiting: deque = deque()
     try:
         for chunk in parts:
             waiting.append((chunk, pool.submit(_apply, chunk)))

@@ -158,13 +158,13 @@ def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
 
 def saved_checkpoints(folder: Path, suffix: str) -> list[Path]:
     """Return epoch and update checkpoints, newest first, then checkpoint_best.pt."""
-    found = {}
+    found: dict[Path, tuple[float, float]] = {}
     for path in folder.glob("checkpoint*.pt"):
         match = re.fullmatch(rf"checkpoint(?:_?(\d+)(?:_(\d+))?|_best){re.escape(suffix)}\.pt", path.name)
         if match:
             epoch, updates = match.groups()
             found[path] = (int(epoch or -1), int(updates) if updates else float("inf"))
-    return sorted(found, key=found.get, reverse=True)
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 # --- stopping

@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -30,7 +31,7 @@ def die_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
-def placement(environment: dict[str, str], gpu: bool) -> dict:
+def placement(environment: Mapping[str, str], gpu: bool) -> dict:
     """Return fairseq's distributed options for the rank that torchrun's `environment` describes; gloo on a CPU."""
     options = {
         "distributed_world_size": environment["WORLD_SIZE"],

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..environment import USER_DIR, Precision, quiet_imports
 from ..errors import UserError
@@ -66,7 +67,7 @@ class Cluster:
         if self.nodes == 1:
             words += ["--standalone"]
         else:
-            host, _, port = self.master.rpartition(":")
+            host, _, port = (self.master or "").rpartition(":")
             words += ["--nnodes", str(self.nodes), "--node-rank", str(self.node)]
             words += ["--master-addr", host, "--master-port", port]
         return [*words, str(WORKER)]
@@ -77,7 +78,7 @@ def update_freq(options: dict[str, Scalar], processes: int) -> int:
 
     Raises UserError if `processes` does not divide the update-freq of the options.
     """
-    whole = options.get("update-freq", 1)
+    whole = int(options.get("update-freq", 1))
     if whole % processes:
         fitting = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
         raise UserError(
@@ -89,7 +90,7 @@ def update_freq(options: dict[str, Scalar], processes: int) -> int:
 
 def tokens_per_update(options: dict[str, Scalar]) -> int:
     """Return the effective batch, at most: max-tokens x update-freq of one process."""
-    return options["max-tokens"] * options.get("update-freq", 1)
+    return int(options["max-tokens"]) * int(options.get("update-freq", 1))
 
 
 def report_effective_batch(options: dict[str, Scalar], cluster: Cluster) -> str:
@@ -140,12 +141,13 @@ def hydra_config(run: Run) -> str:
             arguments = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
         except SystemExit:
             raise UserError(f"fairseq-train refuses the options of {run.name}: {' '.join(words)}") from None
-        whole = convert_namespace_to_omegaconf(arguments)
+        whole: Any = convert_namespace_to_omegaconf(arguments)
     if not arguments.arch.startswith("transformer"):
         raise UserError(f"--precision bf16 works for Transformers only, not for {arguments.arch}")
-    model = OmegaConf.to_container(OmegaConf.structured(TransformerConfig.from_namespace(arguments)), enum_to_str=True)
+    structured = OmegaConf.structured(TransformerConfig.from_namespace(arguments))
+    model: Any = OmegaConf.to_container(structured, enum_to_str=True)
     model["_name"] = "transformer"
-    sections = {"model": model}
+    sections: dict[str, Any] = {"model": model}
     for name in ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint"):
         if not OmegaConf.is_config(whole[name]):  # an old part of fairseq that only its command line can set
             raise UserError(f"--precision bf16: fairseq-hydra-train cannot set the {name} {getattr(arguments, name)}")

@@ -4,9 +4,9 @@ import json
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from ..data.manifest import PreparedData
@@ -20,10 +20,10 @@ OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
+@with_config(STRICT)
 class Start(TypedDict):
     """One start of a training: the command as it ran, when, and on what."""
 
-    __pydantic_config__ = STRICT
     command: str
     time: str
     processes: int
@@ -32,10 +32,10 @@ class Start(TypedDict):
     machine: str
 
 
+@with_config(STRICT)
 class Provenance(TypedDict):
     """The checksum of the training data and every start; empty where fairseq-train was run by hand."""
 
-    __pydantic_config__ = STRICT
     data_sha256: NotRequired[str]
     starts: NotRequired[list[Start]]
 
@@ -59,7 +59,7 @@ class Run(Record):
     average: int = Field(ge=1)
     beam: int = Field(ge=1)
     lenpen: float
-    precision: Precision
+    precision: Precision | Literal["amp"]  # amp: fairseq-train by hand
     provenance: Provenance
 
     @classmethod
@@ -238,7 +238,7 @@ def mapping(options) -> dict:
     return options if isinstance(options, dict) else vars(options)
 
 
-def precision_of(options: dict) -> str:
+def precision_of(options: dict) -> Any:
     """Return the precision that a checkpoint's options set."""
     return next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
 
