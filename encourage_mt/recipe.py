@@ -186,6 +186,7 @@ class Recipe(Record):
     expected: dict[str, dict[str, Annotated[list[Count], BeforeValidator(_in_list)]]] = {}
     published: Published | None = None  # to show beside the scores
     _file: Path = PrivateAttr(Path("recipe.yaml"))
+    _folder: Path = PrivateAttr(Path())
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -211,8 +212,13 @@ class Recipe(Record):
 
     @property
     def file(self) -> Path:
-        """The file the recipe was read from; files that are not downloaded may lie beside it."""
+        """The file the recipe was read from."""
         return self._file
+
+    @property
+    def folder(self) -> Path:
+        """The folder of files that are not downloaded: the recipe's, or the current one for those of --bitext."""
+        return self._folder
 
     @property
     def tests(self) -> list[str]:
@@ -335,7 +341,7 @@ def load_recipe(
         if not isinstance(content.get("data"), list):
             problem = re.sub(r"^data\.0", "data", problem)
         raise UserError(f"{path}: {problem}") from None
-    recipe._file = path
+    recipe._file, recipe._folder = path, Path() if bitext else path.parent
     return recipe
 
 

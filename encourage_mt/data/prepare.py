@@ -119,7 +119,7 @@ class _Preparation:
         duplicates, leakage = self._repetitions()
         manifest = {
             "options": self.recipe.preparation,
-            "sources": self.sources.found,
+            "sources": self.sources.used,
             "pairs": {split: counts["kept"] for split, counts in self.counts.items()},
             "counts": self.counts,
             "text": {
@@ -157,7 +157,7 @@ class _Preparation:
         self.held_out = {}
         files = corpus.splits
         names = [name for lists in files.values() for pair in lists for name in pair]
-        paths = self.sources.files(names, self.folder / "raw")
+        paths = self.sources.collect(names, self.folder / "raw")
         columns, tags = corpus.columns, corpus.drop_tags
         self.available = {
             split: lambda lists=lists: (
@@ -233,7 +233,7 @@ class _Preparation:
             out = [files.enter_context(_open(self._path("pieces", split, lang), "w")) for lang in self.languages]
             for _, chunk in ordered_map(stage, pairs, self.workers):
                 kept += chunk.kept
-                counts.update(chunk.faults)
+                counts.update(chunk.dropped)
                 pieces.update(chunk.pieces)
                 for file, text in zip(out, chunk.text, strict=True):
                     file.write(text)

@@ -1,4 +1,4 @@
-"""Where a recipe's files come from: at hand, downloaded before, or downloaded now; alone or in archives."""
+"""Find the files a recipe names: in a local folder, downloaded before, or downloaded now; alone or in archives."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,11 +12,13 @@ from .download import download, is_html, matches
 
 @dataclass
 class Sources:
-    """Finds the files that a recipe names, "FILE" or "ARCHIVE:MEMBER".
+    """Finds the files that a recipe names as "FILE" or "ARCHIVE:MEMBER".
 
-    A file is taken from `raw_dir` (or its subfolder named after the recipe or its corpus) if that is given, else from
-    `download_dir`, where it is downloaded unless it is there. For the members of an archive that is not in `raw_dir`,
-    the extracted files will do. `found` tells what was used: {name: {"path", "bytes", "sha256", "checked"}}.
+    With `raw_dir`, a file is taken from this folder or from its subfolder named after the recipe or its corpus.
+    Otherwise it is taken from `download_dir`, and downloaded first if it is not there; a recipe without addresses has
+    its files beside it. In place of an archive that is not in `raw_dir`, its extracted files are accepted.
+
+    `used` records the files: {name: {"path", "bytes", "sha256", "checked"}}.
     """
 
     recipe: Recipe
@@ -24,34 +26,32 @@ class Sources:
     download_dir: Path
 
     def __post_init__(self):
-        self.found = {}
+        self.used = {}
         self.corpus = self.recipe.data[0]
         if self.raw_dir is not None and not self.raw_dir.is_dir():
             raise UserError(f"{self.raw_dir}: no such folder")
 
     def find_local(self, name: str) -> Path | None:
-        """The file in `raw_dir` (without it, and without addresses, by its own path or beside the recipe), or None."""
-        if self.raw_dir is None:
-            paths = [] if self.corpus.urls else [Path(name), self.recipe.file.parent / name]
-            return next((path for path in paths if path.is_file()), None)
-        for folder in (self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus):
-            for relative in (name, PurePosixPath(name).name):
-                if (folder / relative).is_file():
-                    return folder / relative
-        return None
+        """Return the path of a file that needs no download, or None."""
+        if self.raw_dir:
+            folders = [self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus]
+            paths = [folder / relative for folder in folders for relative in (name, PurePosixPath(name).name)]
+        else:
+            paths = [] if self.corpus.urls else [self.recipe.folder / name]
+        return next((path for path in paths if path.is_file()), None)
 
     def choose(self) -> Corpus:
-        """The alternative of the recipe's data to be used: the first with all files at hand, else the first."""
+        """Choose the first alternative of the recipe's data whose files are all found locally, otherwise the first."""
         for corpus in reversed(self.recipe.data):
             names = {name for lists in corpus.splits.values() for files in lists for name in files}
             if all(self.find_local(name.partition(":")[0]) for name in names):
                 self.corpus = corpus
         return self.corpus
 
-    def files(self, names: list[str], extracted: Path) -> dict[str, Path]:
-        """{name: file} for names as the recipe has them; members of archives are extracted below `extracted`.
+    def collect(self, names: list[str], extracted: Path) -> dict[str, Path]:
+        """Return {name: path} for names as the recipe has them; members of archives are extracted below `extracted`.
 
-        Raises UserError if one is nowhere to be had, is not the published one, or if an archive is not to be trusted.
+        Raises UserError if a file is not found, is not the published one, or is an archive that is refused.
         """
         paths: dict[str, Path] = {}
         members: dict[str, list[str]] = {}
@@ -70,26 +70,26 @@ class Sources:
         return paths
 
     def _file(self, name):
-        if name in self.found:
-            return Path(self.found[name]["path"])
+        if name in self.used:
+            return Path(self.used[name]["path"])
         checksums = self.corpus.checksums.get(name, [])
         path = self.find_local(name)
         if path is None:
             path = self._downloaded(name, checksums)
         elif is_html(path):
-            raise UserError(f"{path}: a web page, not the file it is named after")
+            raise UserError(f"{path}: is a web page; download {path.name} again")
         elif checksums and not matches(path, checksums):
-            raise UserError(f"{path}: is not the published file ({' or '.join(checksums)})")
+            raise UserError(f"{path}: is not the published file ({' or '.join(checksums)}); download it again")
         digest = file_hash(path)
         checked = " or ".join(checksums) if checksums else "no checksum is published"
-        self.found[name] = {"path": str(path), "bytes": path.stat().st_size, "sha256": digest, "checked": checked}
+        self.used[name] = {"path": str(path), "bytes": path.stat().st_size, "sha256": digest, "checked": checked}
         return path
 
     def _downloaded(self, name, checksums):
         urls = self.corpus.urls
         if not urls:
-            path = self.raw_dir / name if self.raw_dir else name
-            raise UserError(f"{path}: no such file; --raw-dir names the folder of the recipe's files")
+            path = (self.raw_dir or self.recipe.folder) / name
+            raise UserError(f"{path}: no such file; use --raw-dir to name the folder of the recipe's files")
         if self.raw_dir is not None:
             raise UserError(f"{self.raw_dir}: has no {name}; without --raw-dir it is downloaded")
         path = self.download_dir / self.recipe.corpus / name

@@ -1,4 +1,4 @@
-"""What is done to every pair: tokenize, clean, encode; in chunks, by several processes, in order."""
+"""Tokenize, clean and encode pairs, in chunks that several processes work on; the order is kept."""
 
 import gc
 import multiprocessing
@@ -21,30 +21,38 @@ from ..recipe import Clean, Recipe
 from . import subwords
 from .tokenization import PunctuationNormalizer, Tokenizer
 
-CHUNK = 1000  # pairs
-WAITING = 4  # chunks under way for each worker: what bounds the memory
+CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # a chunk ends when it has that many pairs, or characters
+WAITING = 4  # chunks per worker that are held in memory at a time
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def chunks(items: Iterable) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(islice(items, CHUNK)):
+def chunks(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Yield lists of pairs, each bounded in number and in characters."""
+    chunk, size = [], 0
+    for pair in pairs:
+        chunk.append(pair)
+        size += len(pair[0]) + len(pair[1])
+        if len(chunk) >= CHUNK or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 
-def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tuple[list, object]]:
-    """(chunk, stage(chunk)) for all chunks of `items`, in order; `stage` is picklable and keeps its caches by worker.
+def ordered_map(stage: Callable, pairs: Iterable[tuple[str, str]], workers: int) -> Iterator[tuple[list, object]]:
+    """Yield (chunk, stage(chunk)) for all chunks of `pairs`, in order, computed by `workers` processes.
 
-    Only a few chunks are held at a time. Raises UserError if a worker dies (out of memory).
+    `stage` is picklable; each worker has its own copy, with its own caches. Only a few chunks are in memory at a time.
+    Raises UserError if a worker dies (out of memory).
     """
-    parts = chunks(items)
+    parts = chunks(pairs)
     first = list(islice(parts, 2))
     parts = chain(first, parts)
     if workers == 1 or len(first) < 2:
         for chunk in parts:
             yield chunk, stage(chunk)
         return
-    # forked, because a spawned worker would import torch and fairseq again
+    # fork, because a spawned worker would import everything again
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (stage, os.getpid()))
     waiting: deque = deque()
@@ -58,7 +66,7 @@ def ordered_map(stage: Callable, items: Iterable, workers: int) -> Iterator[tupl
             done, result = waiting.popleft()
             yield done, result.result()
     except BrokenProcessPool:
-        raise UserError("a worker was killed, out of memory most likely; try --workers 1") from None
+        raise UserError("a worker process was killed, probably out of memory; try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -75,7 +83,10 @@ def _apply(chunk):
 
 
 def drop_reason(source_length: int, target_length: int, clean: Clean) -> str:
-    """Why a pair of these lengths is dropped ("empty", "too_long", "ratio"), or "". As Moses' clean-corpus-n.perl."""
+    """Return why a pair of these lengths is dropped, as by Moses' clean-corpus-n.perl: "empty", "too_long", "ratio".
+
+    Returns "" for a pair that is kept.
+    """
     shorter, longer = sorted((source_length, target_length))
     if not shorter:
         return "empty"
@@ -86,9 +97,10 @@ def drop_reason(source_length: int, target_length: int, clean: Clean) -> str:
 
 @dataclass
 class TextStage:
-    """[(source, target)] -> [(fault, source, target)]: normalized, tokenized, checked by tokens, lowercased.
+    """Turns [(source, target)] into [(drop reason, source, target)]: normalized, tokenized, lowercased.
 
-    is_train: the text is train's (or valid's, held out of it); else it is a valid or test set of its own.
+    The drop reason is "" unless the recipe cleans by tokens. is_train: the text is train, or held out of it; otherwise
+    it is a valid or test set with files of its own.
     """
 
     recipe: Recipe
@@ -99,7 +111,7 @@ class TextStage:
         return [self._side(language) for language in (self.recipe.source, self.recipe.target)]
 
     def _side(self, language):
-        """Functions text -> text, one after the other."""
+        """Return the functions to apply to a text, one after the other."""
         recipe = self.recipe
         steps = []
         if recipe.straight_apostrophes and not self.is_train:
@@ -131,19 +143,19 @@ class TextStage:
 
 @dataclass
 class Encoded:
-    """A chunk in pieces: what of it is kept, as text and as one value for each pair kept."""
+    """A chunk in pieces: the text of the pairs that are kept, and values for each of them."""
 
-    kept: bytearray  # for each pair of the chunk, whether it is
-    faults: Counter
+    kept: bytearray  # 1 or 0 for each pair of the chunk
+    dropped: Counter  # {drop reason: pairs}
     text: tuple[str, str]  # lines of source and target
     lengths: tuple[array, array]  # in pieces
-    hashes: tuple[array, array, array]  # of 64 bits: of source, target and pair before encoding
-    pieces: Counter  # empty unless asked for
+    hashes: tuple[array, array, array]  # 64 bits of source, target and pair before encoding
+    pieces: Counter  # empty unless they are counted
 
 
 @dataclass
 class EncodeStage:
-    """[(source, target)] -> Encoded, cleaned by the number of pieces unless `clean` is None."""
+    """Turns [(source, target)] into Encoded, cleaned by the number of pieces unless `clean` is None."""
 
     options: dict
     prefix: Path
@@ -155,7 +167,7 @@ class EncodeStage:
         return subwords.encoder(self.options, self.prefix)
 
     def __call__(self, pairs):
-        kept, faults, pieces = bytearray(), Counter(), Counter()
+        kept, dropped, pieces = bytearray(), Counter(), Counter()
         text, lengths, hashes = ([], []), (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
         for pair in pairs:
             encoded = [self.encode(side) for side in pair]
@@ -163,7 +175,7 @@ class EncodeStage:
             reason = drop_reason(*length, self.clean) if self.clean is not None else ""
             kept.append(not reason)
             if reason:
-                faults[reason] += 1
+                dropped[reason] += 1
                 continue
             for side in (0, 1):
                 text[side].append(encoded[side])
@@ -173,7 +185,7 @@ class EncodeStage:
         if self.count_pieces:
             for side in text:
                 pieces.update(piece for line in side for piece in line.split(" "))
-        return Encoded(kept, faults, tuple("".join(f"{x}\n" for x in side) for side in text), lengths, hashes, pieces)
+        return Encoded(kept, dropped, tuple("".join(f"{x}\n" for x in side) for side in text), lengths, hashes, pieces)
 
 
 _ODD = 0x9E3779B97F4A7C15
@@ -184,5 +196,5 @@ def _length(pieces):
 
 
 def hash64(text: str) -> int:
-    """The same everywhere and always, unlike hash()."""
+    """Return a hash that is the same in every process and on every machine, unlike hash()."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")

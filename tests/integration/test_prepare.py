@@ -1,14 +1,18 @@
 """Prepare bitext: a user's own files, bad files, options."""
 
+import functools
 import gzip
+import http.server
 import json
 import os
+import threading
 
 import grammar
 import pytest
 import yaml
 from conftest import ROOT, TINY, refused, run, write_recipe
 
+from encourage_mt.data import stages
 from encourage_mt.data.bitext import read_lines
 from encourage_mt.data.prepare import data_checksum, prepare
 from encourage_mt.errors import UserError
@@ -16,6 +20,7 @@ from encourage_mt.recipe import load_recipe
 
 
 def write(path, content):
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -212,3 +217,28 @@ def test_too_few_pairs_to_hold_out_are_refused(corpus, tmp_path, capsys):
         work = tmp_path / "work"
         assert expected in refused(capsys, "prepare", corpus / "recipe.yaml", *files, "--work-dir", work)
         assert not (work / "data").exists()
+
+
+def test_recipe_downloads_its_files_once(tmp_path, capsys):
+    for split, pairs in grammar.generate(5, {"train": 200, "valid": 10, "test": 10}).items():
+        for side, language in enumerate(("de", "en")):
+            write(tmp_path / "served" / f"{split}.{language}", "".join(pair[side] + "\n" for pair in pairs))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        data = {split: [f"{split}.de", f"{split}.en"] for split in ("train", "valid", "test")}
+        data["urls"] = [f"http://127.0.0.1:{server.server_port}"]
+        recipe = load_recipe(write_recipe(tmp_path, data=data))
+        prepare(recipe, tmp_path / "work", download_dir=tmp_path / "downloads")
+        server.shutdown()
+    output = capsys.readouterr()
+    assert "train: 200 pairs" in output.out and output.err.count('"GET ') == 6
+
+
+def test_any_number_of_workers_makes_the_same_data(tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path, tokenizer="moses", subword={"merges": 200}))
+    one = prepare(recipe, tmp_path / "one", workers=1)
+    monkeypatch.setattr(stages, "CHUNK", 37)
+    three = prepare(recipe, tmp_path / "three", workers=3)
+    manifests = [json.loads((data / "manifest.json").read_text()) for data in (one, three)]
+    assert manifests[0] == manifests[1]

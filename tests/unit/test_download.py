@@ -8,17 +8,15 @@ import os
 import re
 import threading
 
-import grammar
 import pytest
 import requests
 import urllib3
-from conftest import run, write_recipe
+from conftest import ROOT, write_recipe
 from test_archives import archive
 
 from encourage_mt import processes
 from encourage_mt.data import download as downloads
 from encourage_mt.data.download import download
-from encourage_mt.data.prepare import prepare
 from encourage_mt.data.sources import Sources
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
@@ -264,7 +262,7 @@ def test_full_disk_is_reported(server, tmp_path, monkeypatch):
     assert not (tmp_path / "a.tgz").exists()
 
 
-# --- where a recipe's files come from
+# --- where the files of a recipe come from
 
 
 def sources_of(tmp_path, raw_dir=None, **data):
@@ -273,59 +271,55 @@ def sources_of(tmp_path, raw_dir=None, **data):
     return Sources(recipe, raw_dir, tmp_path / "downloads")
 
 
-def test_files_at_hand_are_found_in_the_folder_or_that_of_the_corpus(tmp_path):
+def test_local_files_are_found_in_the_folder_or_that_of_the_corpus(tmp_path):
     (tmp_path / "tiny" / "x").mkdir(parents=True)
     archive(tmp_path / "tiny" / "a.tgz", ("x/t.de", "eins\n"), ("x/t.en", "one\n"))
     (tmp_path / "v.de").write_text("zwei\n")
     sources = sources_of(tmp_path, tmp_path)
-    paths = sources.files(["a.tgz:x/t.de", "a.tgz:x/t.en", "v.de"], tmp_path / "out")
+    paths = sources.collect(["a.tgz:x/t.de", "a.tgz:x/t.en", "v.de"], tmp_path / "out")
     assert [path.read_text() for path in paths.values()] == ["zwei\n", "eins\n", "one\n"]
-    assert set(sources.found) == {"a.tgz", "v.de"} and sources.found["v.de"]["checked"] == "no checksum is published"
+    assert set(sources.used) == {"a.tgz", "v.de"} and sources.used["v.de"]["checked"] == "no checksum is published"
     with pytest.raises(UserError, match="v.en: no such file"):
-        sources.files(["v.en"], tmp_path / "out")
+        sources.collect(["v.en"], tmp_path / "out")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         sources_of(tmp_path, tmp_path / "nowhere")
 
 
-def test_extracted_files_do_in_place_of_their_archive(tmp_path):
+def test_extracted_files_replace_their_archive(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "t.de").write_text("eins\n")
-    paths = sources_of(tmp_path, tmp_path).files(["a.tgz:x/t.de"], tmp_path / "out")
+    paths = sources_of(tmp_path, tmp_path).collect(["a.tgz:x/t.de"], tmp_path / "out")
     assert list(paths.values()) == [tmp_path / "x" / "t.de"]
 
 
-def test_files_at_hand_are_checked(tmp_path):
+def test_local_files_are_checked(tmp_path):
     (tmp_path / "v.de").write_text("zwei\n")
     wrong = {"v.de": "sha256:" + "0" * 64}
     with pytest.raises(UserError, match="v.de: is not the published file"):
-        sources_of(tmp_path, tmp_path, checksums=wrong).files(["v.de"], tmp_path / "out")
+        sources_of(tmp_path, tmp_path, checksums=wrong).collect(["v.de"], tmp_path / "out")
     (tmp_path / "v.de").write_text("<html>moved</html>")
-    with pytest.raises(UserError, match="v.de: a web page"):
-        sources_of(tmp_path, tmp_path).files(["v.de"], tmp_path / "out")
+    with pytest.raises(UserError, match="v.de: is a web page"):
+        sources_of(tmp_path, tmp_path).collect(["v.de"], tmp_path / "out")
 
 
-def test_a_second_run_reuses_downloads_and_both_directions_share_them(server, tmp_path, capsys):
+def test_downloads_are_reused_by_both_directions(server, tmp_path, capsys):
     server.files["/v.de"] = b"zwei\n"
     for name in ("tiny_de_en", "tiny_en_de"):
         data = {split: ["v.de", "v.de"] for split in ("train", "valid", "test")}
         data |= {"urls": [server.url], "checksums": {"v.de": "sha256:" + hashlib.sha256(b"zwei\n").hexdigest()}}
         turned = {"source": "en", "target": "de"} if name == "tiny_en_de" else {}
         recipe = load_recipe(write_recipe(tmp_path, name=name, data=data, **turned))
-        paths = Sources(recipe, None, tmp_path / "downloads").files(["v.de"], tmp_path / "out")
+        paths = Sources(recipe, None, tmp_path / "downloads").collect(["v.de"], tmp_path / "out")
         assert paths["v.de"].read_text() == "zwei\n"
     assert len(server.requests) == 1
     assert "v.de: reused" in capsys.readouterr().out
 
 
-def test_a_recipe_downloads_and_prepares(server, tmp_path):
-    for split, pairs in grammar.generate(5, {"train": 200, "valid": 10, "test": 10}).items():
-        for side, language in enumerate(("de", "en")):
-            server.files[f"/{split}.{language}"] = "".join(pair[side] + "\n" for pair in pairs).encode()
-    data = {split: [f"{split}.de", f"{split}.en"] for split in ("train", "valid", "test")} | {"urls": [server.url]}
-    recipe = write_recipe(tmp_path, data=data)
-    options = ("--work-dir", tmp_path / "work", "--download-dir", tmp_path / "downloads")
-    done = run("encourage-mt", "prepare", recipe, *options)
-    assert "train: 200 pairs" in done.stdout
-    again = run("encourage-mt", "prepare", recipe, *options, "--overwrite")
-    assert again.stdout.count("reused") == 6 and len(server.requests) == 6
-    assert prepare(load_recipe(recipe), tmp_path / "work").is_dir()
+def test_files_of_a_recipe_lie_beside_it_not_in_the_current_folder(tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "test.tsv").write_text("eins\tone\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Sources(recipe, None, tmp_path).find_local("test.tsv") == tmp_path / "test.tsv"
+    own = load_recipe(ROOT / "examples/own/recipe.yaml", "de", "en", ["test.tsv"])
+    assert Sources(own, None, tmp_path).find_local("test.tsv").resolve() == tmp_path / "elsewhere" / "test.tsv"

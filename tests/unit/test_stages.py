@@ -24,9 +24,13 @@ def test_pairs_strictly_beyond_a_limit_are_dropped(lengths, expected):
     assert drop_reason(*lengths, Clean(max_length=175, max_ratio=1.5)) == expected
 
 
+def pairs(number):
+    return [(str(n), "") for n in range(number)]
+
+
 def slow_first(chunk):
-    time.sleep(0.2 if chunk[0] == 0 else 0)
-    return [item * 2 for item in chunk]
+    time.sleep(0.2 if chunk[0][0] == "0" else 0)
+    return [source for source, _ in chunk]
 
 
 def die(chunk):
@@ -36,17 +40,22 @@ def die(chunk):
 def test_pool_keeps_order_and_holds_few_chunks(monkeypatch):
     monkeypatch.setattr(stages, "CHUNK", 10)
     taken = []
-    numbers = (taken.append(n) or n for n in range(500))
-    results = ordered_map(slow_first, numbers, 2)
-    assert next(results) == (list(range(10)), list(range(0, 20, 2)))
+    results = ordered_map(slow_first, (taken.append(pair) or pair for pair in pairs(500)), 2)
+    assert next(results)[1] == [str(n) for n in range(10)]
     assert len(taken) <= 10 * (2 * stages.WAITING + 2)
-    assert [item for _, result in results for item in result] == list(range(20, 1000, 2))
+    assert [item for _, result in results for item in result] == [str(n) for n in range(10, 500)]
+
+
+def test_chunks_are_bounded_in_pairs_and_characters():
+    sizes = [1, 2, 10**6, 10**7, 3] + [1] * 2500
+    lengths = [len(chunk) for chunk in stages.chunks(("x" * size, "y" * 10) for size in sizes)]
+    assert lengths == [4, 1000, 1000, 501] and list(stages.chunks([])) == []
 
 
 def test_dead_worker_is_reported(monkeypatch):
     monkeypatch.setattr(stages, "CHUNK", 1)
-    with pytest.raises(UserError, match="a worker was killed"):
-        list(ordered_map(die, range(9), 2))
+    with pytest.raises(UserError, match="--workers 1"):
+        list(ordered_map(die, pairs(9), 2))
 
 
 def test_hash_is_the_same_on_every_machine():
@@ -62,7 +71,7 @@ def work_under_lock(folder):
     global stages_folder
     stages_folder = folder
     with processes.locked(folder):
-        list(ordered_map(write_pid, range(9), 2))
+        list(ordered_map(write_pid, pairs(9), 2))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux")
