@@ -3,7 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}
-EXTRAS=fairseq,recipes,test
+EXTRAS=fairseq,recipes,transformers,test
 
 fail() {
     echo "error: $1" >&2
@@ -41,12 +41,14 @@ ensure_environment() {
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
         "${pip[@]}" 'pip<24.1'
-        "${pip[@]}" -e "$root[$EXTRAS]"
+        "${pip[@]}" -e "$root[${EXTRAS/transformers,/}]" # the tested transformers needs Python 3.11; its tests skip
     else
         # an isolated build of fairseq would fetch a second torch
         "${pip[@]}" torch numpy cython setuptools wheel ninja
         "${pip[@]}" --no-build-isolation -e "$root[$EXTRAS]"
     fi
+    # fairseq-fixed requires torchaudio for speech only; a torchaudio that this torch cannot load breaks transformers
+    "$VENV/bin/python" -c 'import torchaudio' 2>/dev/null || "$VENV/bin/python" -m pip uninstall -qy torchaudio
     echo "$wanted" >"$VENV/installed"
 }
 
