@@ -6,6 +6,7 @@ module does not import torch; making a `LossOptions` does, to look up its bonus.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,50 @@ class LossOptions(_Checked):
 
 
 @dataclass(frozen=True)
+class BonusSchedule(_Checked):
+    """How the weight of the bonus grows during a training. Raises ValueError as `LossOptions` does.
+
+    The paper's code counts epochs; this counts updates.
+    """
+
+    bonus_defer_updates: int = option(0, "number of updates before the bonus sets in", between=(0, math.inf))
+    bonus_schedule: str = option(
+        "constant",
+        "how the weight of the bonus grows with x, the progress from 0 to 1 over --bonus-schedule-updates: constant "
+        "(1), linear (x), exp (e^(5 (x - 1))) or cosine ((1 - cos(pi x)) / 2)",
+        choices=("constant", "linear", "exp", "cosine"),
+    )
+    bonus_schedule_updates: int = option(
+        0, "number of updates, after the deferred ones, until the bonus has its full weight", between=(0, math.inf)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.bonus_schedule != "constant") != (self.bonus_schedule_updates > 0):
+            raise ValueError(
+                "bonus_schedule and bonus_schedule_updates belong together: set bonus_schedule to linear, exp or "
+                f"cosine and bonus_schedule_updates to at least 1, or neither; got {self.bonus_schedule} and "
+                f"{self.bonus_schedule_updates}"
+            )
+
+    @property
+    def varies(self) -> bool:
+        """Whether the weight changes during the training."""
+        return self.bonus_defer_updates > 0 or self.bonus_schedule != "constant"
+
+    def factor(self, updates: int) -> float:
+        """Return the factor of bonus_weight, 0 to 1, for the update that follows the first `updates` ones."""
+        if updates < self.bonus_defer_updates:
+            return 0.0
+        if self.bonus_schedule == "constant":
+            return 1.0
+        progress = min(1.0, (updates - self.bonus_defer_updates) / self.bonus_schedule_updates)
+        if self.bonus_schedule == "exp":
+            return math.exp(5 * (progress - 1))
+        return progress if self.bonus_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
 class CriterionOptions(_Checked):
     """The options that the fairseq criterion has beside those of the loss. Raises ValueError as `LossOptions` does."""
 
@@ -84,9 +129,22 @@ class CriterionOptions(_Checked):
         "in training, compute output projection and loss together in blocks of 1,024 tokens, so that the logits of a "
         "batch are never in memory at once",
     )
+    rdrop_alpha: float = option(
+        0.0,
+        "R-Drop: train on each sentence twice in the batch, with this factor of the divergence between both "
+        "predictions; 0: off",
+        between=(0, 100),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rdrop_alpha and self.fuse_projection:
+            raise ValueError("rdrop_alpha and fuse_projection exclude each other: R-Drop needs the logits; drop one")
 
 
-OPTIONS = {each.name: each for group in (LossOptions, CriterionOptions) for each in dataclasses.fields(group)}
+OPTIONS = {
+    each.name: each for group in (LossOptions, BonusSchedule, CriterionOptions) for each in dataclasses.fields(group)
+}
 
 # The criterion options that an arm of a recipe may set, as on fairseq's command line but without the leading dashes.
 OPTION_NAMES = frozenset(name.replace("_", "-") for name in (*OPTIONS, "report_accuracy", "ignore_prefix_size"))

@@ -1,11 +1,13 @@
 """`--criterion label_smoothed_encouraging_loss`: train with the encouraging loss in fairseq."""
 
 import argparse
+import functools
 import inspect
 import math
 import sys
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass, replace
 
+import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -20,7 +22,8 @@ from torch import nn
 from ..loss.bonuses import registered_bonuses
 from ..loss.functional import loss_terms
 from ..loss.fused_projection import projected_loss_terms
-from ..loss.options import OPTIONS, CriterionOptions, LossOptions, check_option
+from ..loss.options import OPTIONS, BonusSchedule, CriterionOptions, LossOptions, check_option
+from ..loss.rdrop import rdrop_terms
 
 DEFAULTS = {"smoothing_convention": "fairseq"}  # where the criterion keeps fairseq's default, not that of the loss
 
@@ -55,6 +58,14 @@ def read_options(kind, cfg):
             for each in fields(kind)
         }
     )
+
+
+def repeat_twice(net_input):
+    """Return the input of a model with each sentence twice: the whole batch, then the whole batch again."""
+    return {
+        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
+        for name, value in net_input.items()
+    }
 
 
 def parser_type(name, parse):
@@ -98,6 +109,7 @@ def output_weight(model):
 class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
     """Train with the label-smoothed encouraging loss; log `bonus` beside loss, nll_loss and ppl.
 
+    With a schedule, bonus_weight is logged too; with R-Drop, `divergence`, which is part of the training loss only.
     nll_loss and ppl are defined as in a cross-entropy run. bonus is the part of loss that the bonus contributes (base
     2, divided by sample_size like loss), so loss - bonus is label-smoothed cross entropy.
     """
@@ -115,8 +127,12 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
                 f"--criterion label_smoothed_encouraging_loss --bonus {cfg.bonus} to this command"
             )
         self.options = read_options(LossOptions, cfg)
+        self.schedule = read_options(BonusSchedule, cfg)
         extra = read_options(CriterionOptions, cfg)
         self.loss_backend, self.fuse_projection = extra.loss_backend, extra.fuse_projection
+        self.rdrop_alpha = extra.rdrop_alpha
+        if self.schedule.varies:
+            self.follow_updates(task)
 
     @classmethod
     def add_args(cls, parser):
@@ -126,14 +142,36 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             if action.dest in OPTIONS and action.type and not action.choices:
                 action.type = parser_type(action.dest, action.type)
 
+    def follow_updates(self, task):
+        """Set the weight of the bonus before each training step of `task`, from the updates made so far.
+
+        The trainer passes that number, and resuming restores it, so every process has the same weight as in an
+        undisturbed run. Validation takes the weight of the last training step, fairseq-validate the full one.
+        """
+        train_step, full_weight = task.train_step, self.options.bonus_weight
+
+        @functools.wraps(train_step)
+        def set_weight_and_train(sample, model, criterion, optimizer, update_num, *args, **kwargs):
+            self.options = replace(self.options, bonus_weight=full_weight * self.schedule.factor(update_num))
+            return train_step(sample, model, criterion, optimizer, update_num, *args, **kwargs)
+
+        task.train_step = set_weight_and_train
+
     def forward(self, model, sample, reduce=True):
         """Return (loss, sample_size, logging_output) of a batch, as LabelSmoothedCrossEntropyCriterion does.
 
         The loss is a sum over tokens, or with reduce=False one value per target position [batch * length].
         """
-        correct = None
+        correct = divergence = None
         if self.fuse_projection and model.training and reduce:
             terms, correct = self.fused_terms(model, sample)
+        elif self.rdrop_alpha and model.training:
+            net_output = model(**repeat_twice(sample["net_input"]))
+            logits, target = self.get_lprobs_and_target(model, net_output, sample)
+            terms, divergence = rdrop_terms(
+                logits, target, self.options, self.rdrop_alpha, self.padding_idx, reduce, self.loss_backend
+            )
+            logits = logits[: target.size(0)]
         else:
             net_output = model(**sample["net_input"])
             logits, target = self.get_lprobs_and_target(model, net_output, sample)
@@ -147,6 +185,10 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
+        if divergence is not None:
+            logging_output["divergence"] = divergence.data
+        if self.schedule.varies:
+            logging_output["bonus_weight"] = self.options.bonus_weight * sample_size
         if self.report_accuracy:
             if correct is None:
                 correct = (logits.argmax(dim=1).eq(target) & target.ne(self.padding_idx)).sum()
@@ -192,6 +234,8 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
         super().reduce_metrics(logging_outputs)
-        bonus = sum(log.get("bonus", 0) for log in logging_outputs)
         sample_size = sum(log.get("sample_size", 0) for log in logging_outputs)
-        metrics.log_scalar("bonus", bonus / sample_size / math.log(2), sample_size, round=3)
+        for name, unit, digits in (("bonus", math.log(2), 3), ("divergence", math.log(2), 3), ("bonus_weight", 1, 4)):
+            if any(name in log for log in logging_outputs):
+                total = sum(log.get(name, 0) for log in logging_outputs)
+                metrics.log_scalar(name, total / sample_size / unit, sample_size, round=digits)
