@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import logging
 import math
 import sys
 from dataclasses import field, fields, make_dataclass, replace
@@ -24,6 +25,8 @@ from ..loss.functional import loss_terms
 from ..loss.fused_projection import projected_loss_terms
 from ..loss.options import OPTIONS, BonusSchedule, CriterionOptions, LossOptions, check_option
 from ..loss.rdrop import rdrop_terms
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {"smoothing_convention": "fairseq"}  # where the criterion keeps fairseq's default, not that of the loss
 
@@ -120,15 +123,22 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         self.eps = cfg.label_smoothing
         self.ignore_prefix_size = cfg.ignore_prefix_size
         self.report_accuracy = cfg.report_accuracy
-        if "fairseq_cli.train" not in sys.modules and ":" in cfg.bonus and cfg.bonus not in registered_bonuses():
+        is_training = "fairseq_cli.train" in sys.modules
+        if not is_training and ":" in cfg.bonus and cfg.bonus not in registered_bonuses():
             # a checkpoint must not choose what is imported
             raise ValueError(
                 f"the checkpoint was trained with the bonus {cfg.bonus}; if you trust that module, add "
                 f"--criterion label_smoothed_encouraging_loss --bonus {cfg.bonus} to this command"
             )
-        self.options = read_options(LossOptions, cfg)
-        self.schedule = read_options(BonusSchedule, cfg)
-        extra = read_options(CriterionOptions, cfg)
+        try:
+            self.options = read_options(LossOptions, cfg)
+            self.schedule = read_options(BonusSchedule, cfg)
+            extra = read_options(CriterionOptions, cfg)
+        except ValueError as error:  # values from a YAML file, and options that do not fit each other
+            if not is_training:
+                raise
+            logger.error("criterion: %s", error)
+            sys.exit(2)
         self.loss_backend, self.fuse_projection = extra.loss_backend, extra.fuse_projection
         self.rdrop_alpha = extra.rdrop_alpha
         if self.schedule.varies:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 
 import fairseq.criterions  # noqa: F401  # before the plugin, as in a fairseq command
 import pytest
@@ -12,6 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
 
+from encourage_mt.loss.options import OPTIONS
 from encourage_mt.plugin import checkpoints
 from encourage_mt.plugin.criterion import (
     LabelSmoothedEncouragingLossConfig,
@@ -31,7 +33,8 @@ def task():
 
 def build_model(task, **options):
     sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SIZES.items()}
-    arguments = argparse.Namespace(**sizes, dropout=0.0, max_source_positions=50, max_target_positions=50, **options)
+    positions = {"max_source_positions": 50, "max_target_positions": 50}
+    arguments = argparse.Namespace(**{**sizes, **positions, "dropout": 0.0, **options})
     base_architecture(arguments)
     torch.manual_seed(0)
     return TransformerModel.build_model(arguments, task)
@@ -152,6 +155,126 @@ def test_a_model_that_normalizes_itself_is_asked_for_log_probabilities(task):
     assert nll_loss == pytest.approx(expected, rel=1e-5) and math.isfinite(nll_loss)
 
 
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    LabelSmoothedEncouragingLossCriterion.add_args(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--log-end", "1.5", "log_end must be a number between 0 and 1, got 1.5"),
+        ("--bonus-weight", "-1", "bonus_weight must be a number between 0 and 2, got -1.0"),
+        ("--label-smoothing", "2", "label_smoothing must be a number between 0 and 1, got 2.0"),
+        ("--bonus-defer-updates", "-1", "bonus_defer_updates"),
+        ("--rdrop-alpha", "nan", "rdrop_alpha"),
+        ("--log-end", "much", "invalid float value: 'much'"),
+        ("--bonus", "tanh", "MODULE:NAME, got tanh"),
+        ("--bonus", "no_such_module:tanh", "no module no_such_module"),
+        ("--smoothing-convention", "torch", "invalid choice: 'torch'"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_a_usage_error(option, value, expected, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(option, value)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and f"error: argument {option}" in last and expected in last
+
+
+def test_the_parser_shows_ranges_and_defaults():
+    parser = argparse.ArgumentParser()
+    LabelSmoothedEncouragingLossCriterion.add_args(parser)
+    shown = " ".join(parser.format_help().split())
+    for text in ("--bonus BONUS", "0 to 1; default: 0.5", "default: fairseq", "--rdrop-alpha", "--bonus-start"):
+        assert text in shown
+    arguments = vars(parse())
+    for name, option in OPTIONS.items():
+        assert arguments[name] == ("fairseq" if name == "smoothing_convention" else option.default), name
+
+
+def test_options_that_exclude_each_other_end_a_training(task, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fairseq_cli.train", sys)
+    with pytest.raises(SystemExit) as end:
+        make_criterion(task, rdrop_alpha=1.0, fuse_projection=True)
+    assert end.value.code == 2 and "rdrop_alpha" in caplog.text and "fuse_projection" in caplog.text
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(task, tmp_path, monkeypatch):
+    """fairseq-validate builds the criterion that a checkpoint names; only a command line may name a module."""
+    (tmp_path / "named_by_checkpoint.py").write_text("def square(p, one_minus_p, options):\n    return -(p**2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "fairseq_cli.train", raising=False)
+    with pytest.raises(ValueError, match="--bonus named_by_checkpoint:square"):
+        make_criterion(task, bonus="named_by_checkpoint:square")
+    assert "named_by_checkpoint" not in sys.modules
+    parse("--bonus", "named_by_checkpoint:square")
+    assert make_criterion(task, bonus="named_by_checkpoint:square").options.bonus == "named_by_checkpoint:square"
+
+
+class StepTask(argparse.Namespace):
+    """A task whose training step is the criterion alone."""
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        return criterion(model, sample)
+
+
+def test_the_schedule_follows_the_updates(task, model):
+    """The trainer passes their number, also the first after a resume; validation keeps the weight of the last step."""
+    task = StepTask(**vars(task))
+    options = {"bonus_schedule": "cosine", "bonus_schedule_updates": 8, "bonus_weight": 0.5, "bonus_defer_updates": 2}
+    criterion = make_criterion(task, label_smoothing=0.1, **options)
+    sample = make_sample([6, 4])
+    for updates, weight in ((0, 0.0), (1, 0.0), (6, 0.25), (300, 0.5)):
+        step = {"sample": sample, "model": model, "criterion": criterion, "optimizer": None, "update_num": updates}
+        loss, _, log = task.train_step(**step, ignore_grad=False)
+        expected = make_criterion(task, label_smoothing=0.1, bonus_weight=weight)(model, sample)[0]
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert logged(criterion, [log, log])["bonus_weight"] == pytest.approx(weight)
+    assert logged(criterion, [criterion(model, sample)[2]])["bonus_weight"] == 0.5
+    assert "bonus_weight" not in make_criterion(task)(model, sample)[2]
+
+
+def test_rdrop_is_a_few_lines_of_plain_pytorch(task):
+    """One training step of a model with dropout: each sentence twice in one batch, with the same random numbers."""
+    model = build_model(task, dropout=0.3).train()
+    sample = make_sample([7, 5, 9])
+    net_input = {name: torch.cat([value, value]) for name, value in sample["net_input"].items()}
+    target = torch.cat([sample["target"]] * 2)
+    torch.manual_seed(1)
+    log_probs = model(**net_input)[0].log_softmax(dim=-1)
+    smoothed = 0.9 * log_probs.gather(2, target[..., None])[..., 0]
+    smoothed = smoothed + 0.1 / (TYPES - 1) * (log_probs.sum(dim=2) - log_probs.gather(2, target[..., None])[..., 0])
+    first, second = log_probs.chunk(2)
+    kl = ((first.exp() - second.exp()) * (first - second)).sum(dim=2)  # of both directions
+    mask = sample["target"].ne(1)
+    expected = -(smoothed * torch.cat([mask] * 2)).sum() / 2 + 2.0 / 2 * (kl * mask).sum() / 2
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    options = {"label_smoothing": 0.1, "bonus": "none", "report_accuracy": True}
+    criterion = make_criterion(task, **options, rdrop_alpha=2.0)
+    torch.manual_seed(1)
+    loss, sample_size, log = criterion(model, sample)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=2e-5)
+
+    assert (sample_size, log["ntokens"], log["nsentences"], log["total"]) == (21, 21, 3, 21), "counted once"
+    nll_loss = -(first.gather(2, sample["target"][..., None])[..., 0] * mask).sum()
+    assert log["nll_loss"].item() == pytest.approx(nll_loss.item(), rel=1e-5), "of the first half alone"
+    assert log["n_correct"] == (first.argmax(dim=2).eq(sample["target"]) & mask).sum()
+    assert log["divergence"].item() == pytest.approx((kl * mask).sum().item() / 2, rel=1e-4)
+    summary = logged(criterion, [log])
+    assert summary["divergence"] == pytest.approx(log["divergence"].item() / 21 / math.log(2), abs=1e-3)
+
+    model.eval()
+    plain = make_criterion(task, **options)
+    assert criterion(model, sample)[0] == plain(model, sample)[0], "validation is without R-Drop"
+
+
 def test_on_an_older_torch_the_first_load_warns(monkeypatch, caplog):
     monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", lambda path: {"path": path})
     monkeypatch.setattr(checkpoints, "torch_version", lambda: (2, 5))
@@ -159,4 +282,4 @@ def test_on_an_older_torch_the_first_load_warns(monkeypatch, caplog):
     for path in ("a.pt", "b.pt"):
         assert checkpoint_utils.load_checkpoint_to_cpu(path) == {"path": path}
     (record,) = caplog.records
-    assert "runs whatever code a checkpoint carries: load a.pt only if you trust its source" in record.getMessage()
+    assert "torch 2.6" in record.getMessage()
