@@ -6,11 +6,13 @@ if TYPE_CHECKING:
     from .bonuses import register_bonus
     from .functional import EncouragingLoss, encouraging_loss, loss_terms
     from .fused_projection import linear_encouraging_loss, projected_loss_terms
-    from .options import BACKENDS, LossOptions
+    from .options import BACKENDS, BonusSchedule, LossOptions
+    from .rdrop import rdrop_terms
     from .terms import LossTerms
 
 __all__ = [
     "BACKENDS",
+    "BonusSchedule",
     "EncouragingLoss",
     "LossOptions",
     "LossTerms",
@@ -18,15 +20,18 @@ __all__ = [
     "linear_encouraging_loss",
     "loss_terms",
     "projected_loss_terms",
+    "rdrop_terms",
     "register_bonus",
 ]
 
 _MODULES = {
     "BACKENDS": "options",
+    "BonusSchedule": "options",
     "LossOptions": "options",
     "LossTerms": "terms",
     "linear_encouraging_loss": "fused_projection",
     "projected_loss_terms": "fused_projection",
+    "rdrop_terms": "rdrop",
     "register_bonus": "bonuses",
 }
 

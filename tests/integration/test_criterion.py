@@ -12,7 +12,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
+from loss_cases import each_backend
 
+from encourage_mt.loss import bonuses
 from encourage_mt.loss.options import OPTIONS
 from encourage_mt.plugin import checkpoints
 from encourage_mt.plugin.criterion import (
@@ -105,7 +107,7 @@ def test_the_log_splits_loss_into_cross_entropy_and_bonus(task, model):
     assert ours["ppl"] == pytest.approx(2 ** ours["nll_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@each_backend
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_without_bonus_it_is_fairseqs_criterion(prefix, backend, task, model):
     options = {"ignore_prefix_size": prefix, "report_accuracy": True}
@@ -204,6 +206,7 @@ def test_a_checkpoint_does_not_choose_what_is_imported(task, tmp_path, monkeypat
     """fairseq-validate builds the criterion that a checkpoint names; only a command line may name a module."""
     (tmp_path / "named_by_checkpoint.py").write_text("def square(p, one_minus_p, options):\n    return -(p**2)\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bonuses, "_registry", dict(bonuses._registry))
     monkeypatch.delitem(sys.modules, "fairseq_cli.train", raising=False)
     with pytest.raises(ValueError, match="--bonus named_by_checkpoint:square"):
         make_criterion(task, bonus="named_by_checkpoint:square")

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from loss_cases import EPS32, PAD, each_backend
 
 from encourage_mt.loss.functional import loss_terms
 from encourage_mt.loss.options import LossOptions
-
-PAD = 1
-EPS32 = torch.finfo(torch.float32).eps
 
 
 def batch(tokens, vocabulary, spread):
@@ -36,10 +34,8 @@ def of_ours(logits, target, smoothing, reduce, backend):
     return terms.loss.detach(), terms.nll_loss.detach(), gradient
 
 
-batches = pytest.mark.parametrize(
-    ("tokens", "vocabulary", "spread"), [(40, 11, 1.0), (40, 11, 5.0), (31, 1003, 1.0), (31, 1003, 5.0), (1, 2, 1.0)]
-)
-smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+batches = pytest.mark.parametrize(("tokens", "vocabulary", "spread"), [(40, 11, 1.0), (31, 1003, 5.0), (1, 2, 1.0)])
+smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1])
 
 
 @batches
@@ -58,7 +54,7 @@ def test_reference_is_fairseq_bit_by_bit(tokens, vocabulary, spread, smoothing, 
 @batches
 @smoothings
 @pytest.mark.parametrize("reduce", [True, False])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@each_backend
 def test_every_backend_is_fairseq_within_rounding(tokens, vocabulary, spread, smoothing, reduce, backend):
     """Both in float32, summed in another order: terms to 1e-6 of themselves.
 
