@@ -43,7 +43,7 @@ setup(
             "jinja2",
             "matplotlib",
             "numpy",
-            "pydantic>=2.7",
+            "pydantic>=2.11",
             "pyyaml>=5.1",
             "regex",
             "requests>=2.28",

@@ -1,135 +1,145 @@
-"""Keep the tables of docs/results.md and README.md in step with the runs in results/.
+"""Write the tables of docs/results.md and README.md from the runs in results/.
 
-    python scripts/results.py                  write the tables anew
-    python scripts/results.py --add FOLDER     first take over what `encourage-mt run` left in FOLDER: the scores of its
-                                               runs, what was seen inside them, its comparisons, the learning curve
-    ... --into NAME                            into results/NAME in place of the recipe's name, where the same runs
-                                               were evaluated otherwise
+    python scripts/results.py                  write the tables
+    python scripts/results.py --add FOLDER     first copy the results of `encourage-mt run` in FOLDER: scores,
+                                               diagnostics, learning curves and comparisons
+    ... --into NAME                            copy them to results/NAME instead of the recipe's name, because the same
+                                               runs were evaluated in another way
 
-A table stands between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, inside, curve, or
-published, the figures of a paper beside ours; NAME their folder in results/; without ARM all arms are shown,
-baselines first.
+A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve, or
+published (the figures of a paper with ours); NAME is the folder in results/; without ARM all arms are shown, baselines
+first.
 """
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
 
 from encourage_mt.errors import UserError, exit_on_user_error
-from encourage_mt.evaluation.comparison import read_comparison, results_of
-from encourage_mt.files import file_hash, read_json, write_json
+from encourage_mt.evaluation.comparison import Comparison
+from encourage_mt.evaluation.diagnostics import Analysis
+from encourage_mt.evaluation.results import Result
+from encourage_mt.files import file_hash, read_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
     arms_table,
-    curve,
     curve_table,
-    inside_figures,
-    inside_table,
+    diagnostic_values,
+    diagnostics_table,
+    learning_curve,
     published_table,
     runs_table,
 )
-from encourage_mt.training.run_folder import open_run, read_log
+from encourage_mt.training.run_folder import Run, open_run, read_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
-TABLE = re.compile(r"<!-- (arms|runs|inside|curve|published): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
+TABLES = {"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table}
+TABLE = re.compile(
+    rf"<!-- (arms|published|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
+)
 CURVE = "valid_bleu.svg"
 
 
 def add(folder: Path, name: str | None) -> None:
-    """Take over the runs and comparisons of a work directory, with the project's folder left out of their paths.
+    """Copy the runs and comparisons of a work directory to results/NAME, by default the name of their recipe.
 
-    They go into results/NAME, without a name into that of their recipe.
-
-    Raises UserError, and takes nothing, if there is no evaluated run, a run is of another recipe or outside the
-    project, or what was seen inside it or a comparison is of other checkpoints than the scores.
+    Raises UserError, and copies nothing, if there is no evaluated run, a run is of another recipe or outside the
+    project, or an analysis or a comparison is of other checkpoints than the scores.
     """
     runs = [open_run(path.parent) for path in sorted(folder.glob("*/scores.json"))]
     if not runs:
-        raise UserError(f"{folder}: no evaluated runs")
-    recipe, contents = runs[0].recipe, {}
+        raise UserError(f"{folder}: has no evaluated runs")
+    recipe = runs[0].recipe
     for run in runs:
         if not run.recipe or run.recipe != recipe:
-            raise UserError(f"{run.folder}: not a run of the recipe {recipe or 'that has a name'}")
-        result = results_of(run)
-        analysis = run.folder / "analysis.json"
-        if analysis.exists():
-            found = read_json(analysis)
-            if found["source"]["checkpoint_sha256"] != file_hash(run.folder / "average.pt"):
-                raise UserError(f"{analysis}: of another average than the scores; make the report again")
-            result["inside"] = inside_figures(found)
-        result["curve"] = curve(read_log(run.log))
-        contents[run.name] = result
-    results = list(contents.values())
+            raise UserError(f"{run.folder}: is not a run of the recipe {recipe or 'that has a name'}")
+    results = [read_result(run) for run in runs]
+    records = {result.name: result for result in results}
     for path in sorted(folder.glob("report-*/comparison.json")):
-        for score, result, run in scores_of(read_comparison(path), results):
-            if score != result:
-                raise UserError(f"{path}: not of the present scores of {run}; make the report again")
-        contents[f"{path.parent.name.removeprefix('report-')}.comparison"] = read_json(path)
-    text = json.dumps(contents, ensure_ascii=False).replace(f"{ROOT.resolve()}/", "")
-    contents = json.loads(text)
-    for stem, content in contents.items():
-        if "/" in re.sub(r"(runs|encourage_mt)/\S*", "", content.get("command", "")):
-            raise UserError(f"{folder / stem}: its command has paths outside the project; results are of runs in runs/")
+        comparison = Comparison.read(path)
+        for compared, score, run_name in scores_of(comparison, results):
+            if compared != score:
+                raise UserError(f"{path}: is not of the present scores of {run_name}; make the report again")
+        records[f"{path.parent.name.removeprefix('report-')}.comparison"] = comparison
     target = RESULTS / (name or recipe)
     target.mkdir(parents=True, exist_ok=True)
-    for stem, content in contents.items():
-        write_json(target / f"{stem}.json", content)
+    for stem, record in records.items():
+        record.write(target / f"{stem}.json")
     picture = folder / "report-ce-el" / "figures" / CURVE
-    if picture.exists() and not name:  # the trainings, and so their curves, are the same
+    if picture.exists() and not name:  # otherwise the trainings, and so their curves, are the same as before
         shutil.copy(picture, ROOT / "docs" / "pictures" / f"{recipe.split('_')[0]}_{CURVE}")
 
 
-def scores_of(comparison, results) -> list[tuple[float, float, str]]:
-    """(score in the comparison, score of the run, name of the run) of all sets, metrics and seeds that both have."""
+def read_result(run: Run) -> Result:
+    """Return the scores of `run` with diagnostics and learning curve, and paths relative to the project's folder."""
+    result = Result.read(run.folder)
+    path = run.folder / "analysis.json"
+    values = None
+    if path.exists():
+        analysis = read_record(path, Analysis)
+        if analysis.source.checkpoint_sha256 != file_hash(run.folder / "average.pt"):
+            raise UserError(f"{path}: is of another average than the scores; make the report again")
+        values = diagnostic_values(analysis)
+    starts = []
+    for start in result.provenance["starts"]:
+        command = start["command"].replace(f"{ROOT.resolve()}/", "")
+        if "/" in re.sub(r"(runs|encourage_mt)/\S*", "", command):
+            raise UserError(
+                f"{run.folder}: its command has paths outside the project; results must be of runs in runs/"
+            )
+        starts.append({**start, "command": command})
+    changes = {"diagnostics": values, "curve": learning_curve(read_log(run.log))}
+    return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
+
+
+def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, float, str]]:
+    """Return (score in the comparison, score of the run, run's name) of all sets, metrics and seeds that both have."""
     sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
     return [
-        (getattr(seeds, sides[result["arm"]])[result["seed"]], result["scores"][split][metric]["score"], result["name"])
+        (getattr(metric, sides[result.arm])[result.seed], result.scores[split][name].score, result.name)
         for result in results
-        if result["arm"] in sides
+        if result.arm in sides
         for split, metrics in comparison.tests.items()
-        for metric, seeds in metrics.items()
-        if result["seed"] in getattr(seeds, sides[result["arm"]])
+        for name, metric in metrics.items()
+        if result.seed in getattr(metric, sides[result.arm])
     ]
 
 
 def table(match: re.Match) -> str:
-    """The table of one place. Raises UserError if an arm it names has no runs."""
+    """Return the table that belongs to a marker. Raises UserError if an arm it names has no runs."""
     kind, recipe, arms = match[1], match[2], match[3].split()
     folder = RESULTS / recipe
-    results = [read_json(path) for path in sorted(folder.glob("*.seed*.json"))]
-    comparisons = [read_comparison(path) for path in sorted(folder.glob("*.comparison.json"))]
+    results = [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
+    comparisons = [Comparison.read(path) for path in sorted(folder.glob("*.comparison.json"))]
     if kind == "published":
         lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
     else:
         baselines = list(dict.fromkeys(comparison.baseline for comparison in comparisons))
-        arms = arms or list(dict.fromkeys([*baselines, *(result["arm"] for result in results)]))
-        missing = set(arms) - {result["arm"] for result in results}
+        arms = arms or list(dict.fromkeys([*baselines, *(result.arm for result in results)]))
+        missing = set(arms) - {result.arm for result in results}
         if missing or not arms:
             raise UserError(f"{folder}: no runs of {' '.join(sorted(missing)) or 'any arm'}")
-        results = [result for arm in arms for result in results if result["arm"] == arm]
+        results = [result for arm in arms for result in results if result.arm == arm]
         if kind == "arms":
             lines = arms_table(results, [c for c in comparisons if {c.baseline, c.candidate} <= set(arms)])
         else:
-            lines = {"runs": runs_table, "inside": inside_table, "curve": curve_table}[kind](results)
+            lines = TABLES[kind](results)
     return f"<!-- {kind}: {recipe}{match[3]} -->\n{lines}\n<!-- end -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run (default: none)")
-    parser.add_argument(
-        "--into", metavar="NAME", help="folder of docs/results to write to (default: the recipe's name)"
-    )
+    parser.add_argument("--into", metavar="NAME", help="folder of results/ to write to (default: the recipe's name)")
     arguments = parser.parse_args()
     with exit_on_user_error("results.py"):
         if arguments.add:
             add(arguments.add, arguments.into)
         elif arguments.into:
-            raise UserError("--into goes with --add")
+            raise UserError("--into must be used with --add")
         pages = {path: TABLE.sub(table, path.read_text(encoding="utf-8")) for path in PAGES}
         for path, text in pages.items():
             path.write_text(text, encoding="utf-8")

@@ -1,25 +1,26 @@
 """Average the parameters of the last checkpoints of a run (Vaswani et al. 2017, section 6.1)."""
 
-import os
+import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
+from ..files import atomic_write
 from ..plugin.checkpoints import load_checkpoint
 
 
-def average(paths: list[Path], output: Path) -> None:
-    """Write the mean of the models in `paths` to `output`, complete or not at all.
+def average(paths: list[Path], output: Path) -> str:
+    """Write the mean of the models in `paths` to `output`, complete or not at all; return a sha256 of its parameters.
 
-    Sums in float32 (float64 stays) and holds the sum and one checkpoint at a time. What is not floating point, the
-    options and the training state come from the last of `paths`; the optimizer's state is left out, for it does not
-    fit the mean. Raises UserError on a file that is missing, damaged, not finite, or of
-    another model.
+    Sums in float32 (float64 stays) and keeps only the sum and one checkpoint in memory. Values that are not floating
+    point, the options and the training state come from the last of `paths`; the optimizer's state is left out because
+    it does not fit the mean. Raises UserError if a file is missing, damaged, not finite, or of another model.
     """
     total = {}
     for path in paths:
-        state = model = value = None  # let go of the last checkpoint before the next is read
+        state = model = value = None  # free the last checkpoint before the next one is read
         state = load_checkpoint(path)
         model = state["model"]
         if total and _shapes(total) != _shapes(model):
@@ -28,7 +29,7 @@ def average(paths: list[Path], output: Path) -> None:
             if not value.is_floating_point():
                 total[name] = value
             elif not value.isfinite().all():
-                raise UserError(f"{path}: {name} holds values that are no numbers; the training has diverged")
+                raise UserError(f"{path}: {name} has values that are not finite: the training has diverged")
             elif name in total:
                 total[name] += value
             else:
@@ -38,13 +39,21 @@ def average(paths: list[Path], output: Path) -> None:
             total[name] = (value / len(paths)).to(model[name].dtype)
     state["model"] = total
     state.pop("last_optimizer_state", None)
-    partial = output.with_name(output.name + ".tmp")
     try:
-        torch.save(state, partial)
-        os.replace(partial, output)
-    except (OSError, RuntimeError) as error:  # torch.save reports a missing folder as RuntimeError
-        partial.unlink(missing_ok=True)
+        with atomic_write(output, "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"{output}: {' '.join(str(error).split())}") from None
+    return digest(total)
+
+
+def digest(model: dict[str, Tensor]) -> str:
+    """Return a sha256 of the names and values of a model's parameters."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.items()):
+        total.update(name.encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def _shapes(model):

@@ -1,11 +1,12 @@
-"""A look inside a trained model, teacher-forced on held-out text: probabilities, margins, energies, gradients.
+"""Measure a trained model, teacher-forced on held-out text: probabilities, margins, energies, gradients.
 
 Definitions per target token, with logits z, p = softmax(z) and target y:
-- margin: z_y - max_{k != y} z_k, in nats; negative where another type is preferred (Zhao et al. 2022, section 4.3);
-- energy of a type: -z_k (LeCun et al. 2006; Zhao et al. 2022, section 4.2). Softmax does not see a constant added to
-  all logits, so only the gap, mean_{k != y}(-z_k) - (-z_y), compares across models;
+- margin: z_y - max_{k != y} z_k, in nats; negative if another type is preferred (Zhao et al. 2022, section 4.3);
+- energy of a type: -z_k (LeCun et al. 2006; Zhao et al. 2022, section 4.2). A constant added to all logits does not
+  change softmax, so only the gap, mean_{k != y}(-z_k) - (-z_y), can be compared between models;
 - gradient: norm of the derivative of the run's own training loss with respect to the decoder's output, the
-  representation that the projection turns into logits. A token is well classified where p_y > 0.5;
+  representation that the projection turns into logits. A token is well classified if p_y > 0.5. It is left out for a
+  bonus from outside this package;
 - nll: -log p_y, in nats (fairseq logs bits);
 - expected calibration error: Guo et al. 2017, equation 3, with 15 bins of equal width;
 - accuracy and F1 by frequency of the type in train: as word accuracy of compare-mt (Neubig et al. 2019), on subwords.
@@ -15,21 +16,25 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
 from ..environment import quiet_imports
 from ..errors import UserError
-from ..files import file_hash, read_json, write_json
+from ..files import Record, file_hash, read_record, write_json
 from ..loss.functional import loss_terms
 from ..loss.options import LossOptions
 from ..plugin import register
 from ..training.run_folder import Run
 from .evaluate import evaluated_checkpoint
+from .results import Result
 
 SPLIT = "valid"
 PROBABILITY_EDGES = np.linspace(0, 1, 21)
@@ -37,34 +42,127 @@ CALIBRATION_EDGES = np.linspace(0, 1, 16)
 MARGIN_EDGES = np.arange(-20, 20.5, 0.5)
 ENERGY_EDGES = np.arange(-30, 30.5, 0.5)
 FREQUENCY_EDGES = (0, 1, 10, 100, 1_000, 10_000, 100_000)
+HISTOGRAMS = {
+    **{"probability": PROBABILITY_EDGES, "gradient": PROBABILITY_EDGES, "margin": MARGIN_EDGES},
+    **{"energy.target": ENERGY_EDGES, "energy.others": ENERGY_EDGES},
+}
 MAX_TOKENS = 2000
 
 
-def analyse(run: Run) -> dict:
-    """`measure` of the averaged checkpoint of `run` on valid, kept in its analysis.json.
+class Histogram(Record):
+    """Shares of all tokens over `edges`; values outside are counted in the outermost bin."""
 
-    Raises UserError if the run is not evaluated or its checkpoint is gone.
+    mean: float
+    edges: list[float]
+    share: list[float]
+
+
+class Energy(Record):
+    gap: float
+    target: Histogram
+    others: Histogram
+
+
+class Gradient(Record):
+    """Shares of the gradient over `edges` of p, the share of the well classified tokens, and how many they are."""
+
+    edges: list[float]
+    share: list[float]
+    well_classified: float
+    well_classified_tokens: float
+
+
+class Calibration(Record):
+    """Expected calibration error, and for each bin of confidence its tokens, their mean confidence and accuracy."""
+
+    error: float
+    tokens: list[int]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+class FrequencyRange(Record):
+    """Target types that train has `start` to `below` times: target tokens, share predicted correctly, F1."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: int = Field(alias="from")
+    below: int | None
+    tokens: int
+    accuracy: float | None
+    f1: float | None
+
+
+class Source(Record):
+    split: str
+    checkpoint_sha256: str
+
+
+class Analysis(Record):
+    """The content of analysis.json: the measurements of the averaged checkpoint on `source.split`."""
+
+    remedy: ClassVar[str] = "remove it"
+
+    format: Literal[2] = 2
+    source: Source
+    tokens: int
+    accuracy: float
+    nll: float
+    probability: Histogram
+    margin: Histogram
+    energy: Energy
+    gradient: Gradient | None
+    calibration: Calibration
+    frequency: list[FrequencyRange]
+
+    @model_validator(mode="after")
+    def _check_bins(self):
+        for name, edges in HISTOGRAMS.items():
+            histogram = attrgetter(name)(self)
+            if histogram is None:
+                continue
+            if histogram.edges != edges.tolist() or len(histogram.share) != len(edges) - 1:
+                raise ValueError(f"{name}: must have the edges of this version and a share for each bin")
+            if name != "gradient" and abs(sum(histogram.share) - 1) > 1e-6:
+                raise ValueError(f"{name}: the shares must sum to 1")
+        bins = self.calibration
+        if {len(bins.tokens), len(bins.confidence), len(bins.accuracy)} != {len(CALIBRATION_EDGES) - 1}:
+            raise ValueError(f"calibration: must have {len(CALIBRATION_EDGES) - 1} bins")
+        if [row.start for row in self.frequency] != list(FREQUENCY_EDGES):
+            raise ValueError(f"frequency: the ranges must start at {', '.join(map(str, FREQUENCY_EDGES))}")
+        return self
+
+    @classmethod
+    def upgrade(cls, content: dict) -> dict:
+        """Return an analysis of version 0.1, which differs only in having no `format`."""
+        return {"format": 2, **content}
+
+
+def analyse(run: Run) -> Analysis:
+    """Return the measurements of the averaged checkpoint of `run` on valid, kept in its analysis.json.
+
+    Raises UserError if the run is not evaluated, its checkpoint is missing or its analysis.json is damaged.
     """
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
-    source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint)}
+    source = Source(split=SPLIT, checkpoint_sha256=file_hash(checkpoint))
     if path.exists():
-        found = read_json(path)
-        if found.get("source") == source:
-            return found
+        analysis = read_record(path, Analysis)
+        if analysis.source == source:
+            return analysis
+    options = loss_options(Result.read(run.folder).criterion)
     model, task = load(checkpoint, run.data)
     if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
-        raise UserError(f"{run.folder}: a look inside is for fairseq's Transformers, not {type(model).__name__}")
-    options = loss_options(read_json(run.folder / "scores.json")["criterion"])
+        raise UserError(f"{run.folder}: only fairseq's Transformers can be analysed, not {type(model).__name__}")
     weight = model.decoder.output_projection.weight.detach()
-    found = {"source": source, **measure(batches(model, task, run.name), frequencies(task), options, weight)}
-    write_json(path, found)
-    return found
+    values = measure(batches(model, task, run.name), frequencies(task), options, weight)
+    write_json(path, {"format": 2, "source": source.model_dump(), **values})
+    return read_record(path, Analysis)
 
 
 def load(checkpoint: Path, data: Path):
-    """(model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
-    logging.basicConfig(level=logging.WARNING)  # else a model of fairseq's sets DEBUG for all as it is imported
+    """Return (model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
+    logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
     with quiet_imports():
         from fairseq import checkpoint_utils
 
@@ -78,25 +176,28 @@ def load(checkpoint: Path, data: Path):
     return (model.cuda() if torch.cuda.is_available() else model), task
 
 
-def loss_options(criterion: dict) -> LossOptions:
-    """Return the loss a run was trained with, from its checkpoint's options; fairseq's cross entropies have no bonus.
+def loss_options(criterion: dict[str, Any]) -> LossOptions | None:
+    """Return the loss of a criterion's settings as scores.json has them; fairseq's cross entropies have no bonus.
 
-    Raises UserError for a bonus outside this package: somebody else's run must not choose which module is imported.
+    Returns None for a bonus outside this package: somebody else's run must not choose which module is imported.
     """
     names = {each.name for each in fields(LossOptions)}
     known = {name: value for name, value in criterion.items() if name in names}
-    if ":" in known.get("bonus", ""):
-        raise UserError(f"bonus {known['bonus']}: runs with a bonus from outside encourage_mt cannot be analysed")
-    return LossOptions(**{"bonus": "none", "smoothing_convention": "fairseq", **known})
+    if ":" in str(known.get("bonus")):
+        return None
+    try:
+        return LossOptions(**{"bonus": "none", "smoothing_convention": "fairseq", **known})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"scores.json: criterion: {error}") from None
 
 
 def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
-    """(logits [tokens, V], target [tokens]) without padding, batch by batch, the model given the true prefix."""
+    """Yield (logits [tokens, V], target [tokens]) of each batch without padding; the model is given the true prefix."""
     iterator = task.get_batch_iterator(task.dataset(SPLIT), max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
     device = next(model.parameters()).device
     warnings.filterwarnings("ignore", "'pin_memory'")  # fairseq asks for it on every machine
-    warnings.filterwarnings("ignore", "Support for mismatched")  # of fairseq's masks, which differ in type
-    for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=f"{name} inside", unit="batch", leave=False):
+    warnings.filterwarnings("ignore", "Support for mismatched")  # because fairseq's masks differ in type
+    for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=f"{name} diagnostics", unit="batch", leave=False):
         inputs = {key: value.to(device) for key, value in sample["net_input"].items()}
         with torch.no_grad():
             logits = model(**inputs)[0]
@@ -106,7 +207,7 @@ def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def frequencies(task) -> np.ndarray:
-    """Occurrences in train of each type of the target dictionary, [V]."""
+    """Return how often train has each type of the target dictionary, [V]."""
     target, size = task.dataset("train").tgt, len(task.target_dictionary)
     counts = np.zeros(size, dtype=np.int64)
     for index in range(len(target)):
@@ -114,52 +215,44 @@ def frequencies(task) -> np.ndarray:
     return counts
 
 
-def measure(batches: Iterable[tuple[Tensor, Tensor]], counts: np.ndarray, options: LossOptions, weight: Tensor) -> dict:
-    """The figures of this module's docstring.
+def measure(
+    batches: Iterable[tuple[Tensor, Tensor]], counts: np.ndarray, options: LossOptions | None, weight: Tensor
+) -> dict[str, Any]:
+    """Return the fields of Analysis but its source, as numpy values.
 
     batches: (logits [tokens, V], target [tokens]); counts: occurrences of each type in train [V]; options: the loss the
-    model was trained with; weight: output projection [V, D]. Histograms are shares of all tokens, over edges that are
-    given with them; what lies outside counts in the outermost bin.
+    model was trained with, None to leave the gradient out; weight: output projection [V, D].
     """
-    tokens = {
-        name: [] for name in ("target", "guess", "p", "nll", "confidence", "margin", "energy", "others", "gradient")
-    }
+    tokens = {}
     for logits, target in batches:
         for name, values in per_token(logits, target, options, weight).items():
-            tokens[name].append(values.cpu().numpy())
+            tokens.setdefault(name, []).append(values.cpu().numpy())
     t = {name: np.concatenate(values) for name, values in tokens.items()}
-    correct, well = t["guess"] == t["target"], t["p"] > 0.5
-    gradient = t["gradient"].sum()
-    bins = np.clip(np.digitize(t["p"], PROBABILITY_EDGES) - 1, 0, len(PROBABILITY_EDGES) - 2)
-    by_p = np.bincount(bins, t["gradient"], minlength=len(PROBABILITY_EDGES) - 1)
-    calibration = calibrate(t["confidence"], correct)
+    correct = t["guess"] == t["target"]
     return {
         "tokens": len(correct),
         "accuracy": correct.mean(),
         "nll": t["nll"].mean(),
-        "probability": {"mean": t["p"].mean(), **histogram(t["p"], PROBABILITY_EDGES)},
-        "margin": {"mean": t["margin"].mean(), **histogram(t["margin"], MARGIN_EDGES)},
+        "probability": histogram(t["p"], PROBABILITY_EDGES),
+        "margin": histogram(t["margin"], MARGIN_EDGES),
         "energy": {
             "gap": (t["others"] - t["energy"]).mean(),
-            "target": {"mean": t["energy"].mean(), **histogram(t["energy"], ENERGY_EDGES)},
-            "others": {"mean": t["others"].mean(), **histogram(t["others"], ENERGY_EDGES)},
+            "target": histogram(t["energy"], ENERGY_EDGES),
+            "others": histogram(t["others"], ENERGY_EDGES),
         },
-        "gradient": {
-            "edges": PROBABILITY_EDGES,
-            "share": by_p / gradient if gradient else by_p,
-            "well_classified": t["gradient"][well].sum() / gradient if gradient else 0.0,
-            "well_classified_tokens": well.mean(),
-        },
-        "calibration": calibration,
+        "gradient": gradient_by_probability(t["p"], t["gradient"]) if options else None,
+        "calibration": calibrate(t["confidence"], correct),
         "frequency": by_frequency(t["target"], t["guess"], counts),
     }
 
 
-def per_token(logits: Tensor, target: Tensor, options: LossOptions, weight: Tensor) -> dict[str, Tensor]:
-    """Values of each token, [tokens] each; see this module's docstring. Computed in float64."""
+def per_token(logits: Tensor, target: Tensor, options: LossOptions | None, weight: Tensor) -> dict[str, Tensor]:
+    """Return the values of each token, [tokens] each, in float64; see this module's docstring."""
     z = logits.detach().double().requires_grad_()
-    loss = loss_terms(z, target, options, backend="reference").loss
-    (slope,) = torch.autograd.grad(loss, z)
+    gradient = {}
+    if options:
+        (slope,) = torch.autograd.grad(loss_terms(z, target, options, backend="reference").loss, z)
+        gradient = {"gradient": (slope @ weight.double()).norm(dim=1)}
     with torch.no_grad():
         at_target = z.gather(1, target[:, None]).squeeze(1)
         others = z.scatter(1, target[:, None], -torch.inf)
@@ -175,17 +268,29 @@ def per_token(logits: Tensor, target: Tensor, options: LossOptions, weight: Tens
             "margin": at_target - others.max(dim=1).values,
             "energy": -at_target,
             "others": -(z.sum(dim=1) - at_target) / (z.size(1) - 1),
-            "gradient": (slope @ weight.double()).norm(dim=1),
+            **gradient,
         }
+
+
+def gradient_by_probability(p: np.ndarray, norms: np.ndarray) -> dict[str, Any]:
+    """Return the fields of Gradient, from p of the target and the norm of the gradient of each token."""
+    bins = np.clip(np.digitize(p, PROBABILITY_EDGES) - 1, 0, len(PROBABILITY_EDGES) - 2)
+    share = np.bincount(bins, norms, minlength=len(PROBABILITY_EDGES) - 1) / (norms.sum() or 1)
+    return {
+        "edges": PROBABILITY_EDGES,
+        "share": share,
+        "well_classified": norms[p > 0.5].sum() / (norms.sum() or 1),
+        "well_classified_tokens": (p > 0.5).mean(),
+    }
 
 
 def histogram(values: np.ndarray, edges: np.ndarray) -> dict:
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-    return {"edges": edges, "share": counts / len(values)}
+    return {"mean": values.mean(), "edges": edges, "share": counts / len(values)}
 
 
 def calibrate(confidence: np.ndarray, correct: np.ndarray) -> dict:
-    """Expected calibration error, and per bin of confidence the tokens, their mean confidence and accuracy."""
+    """Return the fields of Calibration."""
     bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, len(CALIBRATION_EDGES) - 2)
     size = len(CALIBRATION_EDGES) - 1
     tokens = np.bincount(bins, minlength=size)
@@ -197,14 +302,14 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray) -> dict:
 
 
 def by_frequency(target: np.ndarray, guess: np.ndarray, counts: np.ndarray) -> list[dict]:
-    """Per range of frequency in train: target tokens, the share guessed right (accuracy), and F1 of guesses."""
+    """Return the fields of each FrequencyRange."""
     rows = []
     for low, high in zip(FREQUENCY_EDGES, (*FREQUENCY_EDGES[1:], np.inf), strict=True):
-        of_range = (counts >= low) & (counts < high)
-        wanted, offered = of_range[target], of_range[guess]
+        in_range = (counts >= low) & (counts < high)
+        wanted, guessed = in_range[target], in_range[guess]
         hits = (wanted & (target == guess)).sum()
         row = {"from": low, "below": None if high == np.inf else high, "tokens": wanted.sum()}
         row["accuracy"] = hits / wanted.sum() if wanted.any() else None
-        row["f1"] = 2 * hits / (wanted.sum() + offered.sum()) if wanted.any() else None
+        row["f1"] = 2 * hits / (wanted.sum() + guessed.sum()) if wanted.any() else None
         rows.append(row)
     return rows

@@ -9,16 +9,17 @@ from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
 from ..files import file_hash
+from .results import Score
 
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
 
 def metrics(language: str, lowercase: bool = False) -> dict[str, Metric]:
-    """sacreBLEU, chrF++ and TER for detokenized text in `language` (a code such as de, zh, zh_CN or zho_Hans).
+    """Return sacreBLEU, chrF++ and TER for detokenized text in `language` (a code such as de, zh, zh_CN or zho_Hans).
 
-    BLEU tokenizes as sacreBLEU advises for the language: zh, ja-mecab, ko-mecab, else 13a. TER splits Chinese and
-    Japanese into characters. With `lowercase`, for data that is lowercased, all ignore case; TER always does, as
-    the sacrebleu command's. Raises UserError if the tokenizer's package is missing.
+    BLEU tokenizes as sacreBLEU advises for the language: zh, ja-mecab, ko-mecab, otherwise 13a. TER splits Chinese and
+    Japanese into characters. With `lowercase`, for lowercased data, all ignore case; TER always does, like the
+    sacrebleu command. Raises UserError if the tokenizer's package is missing.
     """
     code = language.replace("-", "_").split("_")[0].lower()
     code = THREE_LETTERS.get(code, code)
@@ -36,10 +37,10 @@ def metrics(language: str, lowercase: bool = False) -> dict[str, Metric]:
     }
 
 
-def score(hypotheses: list[str], references: list[str], language: str, lowercase: bool = False) -> dict:
-    """{metric: {"score", "signature"}} of detokenized text; sacreBLEU has its length ratio, hypothesis / reference.
+def score(hypotheses: list[str], references: list[str], language: str, lowercase: bool = False) -> dict[str, Score]:
+    """Return {metric: Score} of detokenized text.
 
-    Raises UserError if the sides differ in length, all of one is empty, or a reference holds <<unk>>.
+    Raises UserError if the sides differ in length, all hypotheses are empty, or a reference holds <<unk>>.
     """
     check(hypotheses, references)
     return {
@@ -47,20 +48,20 @@ def score(hypotheses: list[str], references: list[str], language: str, lowercase
     }
 
 
-def tokenized_bleu(hypotheses: list[str], references: list[str]) -> dict:
-    """BLEU of text that is tokenized already, as fairseq-generate and the paper's table print it.
+def tokenized_bleu(hypotheses: list[str], references: list[str]) -> Score:
+    """Return BLEU of tokenized text, as fairseq-generate and the paper's table give it.
 
-    It depends on the tokenizer and is not comparable with sacreBLEU of detokenized text. Same figure as
+    It depends on the tokenizer and cannot be compared with sacreBLEU of detokenized text. Same value as
     `sacrebleu --tokenize none --force`. Raises UserError as `score` does.
     """
     check(hypotheses, references)
     return _corpus_score(BLEU(tokenize="none", force=True), hypotheses, references)
 
 
-def comet(model: Path, sources: list[str], hypotheses: list[str], references: list[str], gpus: int) -> dict:
-    """COMET (Rei et al. 2020) by a model on disk, a .ckpt of unbabel-comet with its hparams.yaml; nothing is fetched.
+def comet(model: Path, sources: list[str], hypotheses: list[str], references: list[str], gpus: int) -> Score:
+    """Return COMET (Rei et al. 2020) of a model on disk, a .ckpt of unbabel-comet with its hparams.yaml.
 
-    Raises UserError if the package or the model is missing, or the score is no number.
+    Nothing is downloaded. Raises UserError if the package or the model is missing, or the score is not a number.
     """
     signature = comet_signature(model)
     from comet import load_from_checkpoint
@@ -71,7 +72,7 @@ def comet(model: Path, sources: list[str], hypotheses: list[str], references: li
 
 
 def comet_signature(model: Path) -> str:
-    """Version of the package, name and digest of the model. Raises UserError if either is missing."""
+    """Return version of the package, name and digest of the model. Raises UserError if either is missing."""
     try:
         package = version("unbabel-comet")
     except PackageNotFoundError:
@@ -82,7 +83,7 @@ def comet_signature(model: Path) -> str:
 
 
 def check(hypotheses: list[str], references: list[str]) -> None:
-    """Raises UserError if the two cannot be scored against each other."""
+    """Raise UserError if the hypotheses cannot be scored against the references."""
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references: they must pair line by line")
     if not any(line.strip() for line in hypotheses):
@@ -97,13 +98,11 @@ def check(hypotheses: list[str], references: list[str]) -> None:
 
 def _corpus_score(metric, hypotheses, references):
     result = metric.corpus_score(hypotheses, [references])
-    entry = _checked(result.name, result.score, str(metric.get_signature()))
-    if isinstance(metric, BLEU):
-        entry["length_ratio"] = result.ratio
-    return entry
+    ratio = result.ratio if isinstance(metric, BLEU) else None
+    return _checked(result.name, result.score, str(metric.get_signature()), ratio)
 
 
-def _checked(name, value, signature):
+def _checked(name, value, signature, ratio=None):
     if not math.isfinite(value):
         raise UserError(f"{name} is not a number")
-    return {"score": value, "signature": signature}
+    return Score(score=value, signature=signature, length_ratio=ratio)

@@ -1,8 +1,10 @@
-"""The charts of the report: one axes each, two colours that the colour-blind can tell apart, units on the axes."""
+"""Draw the charts of the report: one axes each, two colours that colour-blind readers can tell apart, units on axes."""
 
 import io
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
-from ..training.run_folder import read_log
+from ..evaluation.comparison import Comparison
+from ..evaluation.diagnostics import Analysis, FrequencyRange
+from ..evaluation.results import HEADLINE
+from ..training.run_folder import Run, read_log
 
 # Okabe and Ito (2008): blue and vermillion
 STYLES = ({"color": "#0072B2", "linestyle": "-", "marker": "o"}, {"color": "#D55E00", "linestyle": "--", "marker": "s"})
@@ -19,7 +24,7 @@ LENGTH_EDGES = (1, 6, 11, 16, 21, 31, 41, 61)
 
 @dataclass
 class Chart:
-    """A figure with its title, what it shows in a sentence or two, and the name of its files."""
+    """A figure with its title, a caption of a sentence or two, and the name of its files."""
 
     name: str
     title: str
@@ -27,11 +32,10 @@ class Chart:
     figure: Figure
 
     def svg(self) -> str:
-        """The figure as an SVG element, without XML header, named for screen readers."""
+        """Return the figure as an SVG element, without XML header, with a title for screen readers."""
         buffer = io.StringIO()
-        with matplotlib.rc_context(
-            {"svg.hashsalt": self.name}
-        ):  # the same figure gives the same file, ids unlike others'
+        # with a salt of its own, a figure always gives the same file, and its ids differ from those of other figures
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": self.title})
         text = buffer.getvalue()
         return text[text.index("<svg") :].replace("<svg", '<svg role="img"', 1)
@@ -39,6 +43,25 @@ class Chart:
     def save(self, folder: Path) -> None:
         (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
         self.figure.savefig(folder / f"{self.name}.png", dpi=150)
+
+
+@dataclass
+class Side:
+    """Baseline or candidate in a chart: its label, how it is drawn, and the analysis of each of its runs."""
+
+    label: str
+    style: dict[str, str]
+    analyses: list[Analysis]
+
+    def mean(self, name: str) -> np.ndarray:
+        """Return the mean over runs of a field such as "margin.share"."""
+        return np.mean([attrgetter(name)(analysis) for analysis in self.analyses], axis=0)
+
+    def draw_histogram(self, ax, name: str, label: str = "", width: float = 1.6) -> None:
+        """Draw the shares of a field such as "margin", in percent."""
+        edges = attrgetter(name)(self.analyses[0]).edges
+        line = {"color": self.style["color"], "linestyle": self.style["linestyle"], "linewidth": width}
+        ax.stairs(100 * self.mean(f"{name}.share"), edges, label=label or self.label, **line)
 
 
 def axes(xlabel: str, ylabel: str):
@@ -49,51 +72,46 @@ def axes(xlabel: str, ylabel: str):
     return figure, ax
 
 
-def bars(ax, values: list[float], offset: float, style: dict, label: str) -> None:
-    """One side's bars, beside those of the other: the second side's are hatched."""
-    look = {"color": style["color"], "hatch": "" if offset < 0 else "//", "edgecolor": "white"}
-    ax.bar(np.arange(len(values)) + offset, values, 0.4, label=label, **look)
+def draw_bars(ax, groups: dict[str, list[float]], names: list[str]) -> None:
+    """Draw the bars of both sides beside each other, those of the second side hatched. groups: {label: values}."""
+    for offset, hatch, style, (label, values) in zip((-0.2, 0.2), ("", "//"), STYLES, groups.items(), strict=True):
+        look = {"color": style["color"], "hatch": hatch, "edgecolor": "white"}
+        ax.bar(np.arange(len(values)) + offset, values, 0.4, label=label, **look)
+    ax.set_xticks(range(len(names)), names, fontsize=8)
+    ax.legend()
 
 
-def learning_curves(groups: dict[str, list]) -> list[Chart]:
-    """Valid BLEU and nll over updates. groups: {label: runs}; runs without a log are left out."""
+def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
+    """Draw valid BLEU and nll over updates. groups: {label: runs}; runs without a log are left out."""
+    bleu = ("valid_bleu", "valid BLEU (fairseq, beam 1)", "BLEU on valid as fairseq-train logs it")
+    nll = ("valid_nll_loss", "valid nll (bits per token)", "Pure likelihood on valid, without smoothing or bonus")
     charts = []
-    for name, key, ylabel, what in (
-        ("valid_bleu", "valid_bleu", "valid BLEU (fairseq, beam 1)", "BLEU on valid as fairseq-train logs it"),
-        (
-            "valid_nll",
-            "valid_nll_loss",
-            "valid nll (bits per token)",
-            "Pure likelihood on valid, without smoothing or bonus",
-        ),
-    ):
+    for key, ylabel, meaning in (bleu, nll):
         figure, ax = axes("updates", ylabel)
         for (label, runs), style in zip(groups.items(), STYLES, strict=True):
-            curves = [[r for r in read_log(run.log) if key in r] for run in runs]
+            curves = [[record for record in read_log(run.log) if key in record] for run in runs]
             curves = [points for points in curves if points]
             for number, points in enumerate(curves):
-                x, y = ([float(r[field]) for r in points] for field in ("valid_num_updates", key))
-                plural = "s" if len(curves) > 1 else ""
-                legend = None if number else f"{label} ({len(curves)} seed{plural})"
-                ax.plot(x, y, **style, markersize=3, linewidth=1, label=legend)
+                x, y = ([float(record[name]) for record in points] for name in ("valid_num_updates", key))
+                seeds = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
+                ax.plot(x, y, **style, markersize=3, linewidth=1, label=None if number else f"{label} ({seeds})")
         if key == "valid_nll_loss":
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("{x:g}")
         if ax.lines:
             ax.legend()
-            charts.append(
-                Chart(name, f"Learning curve: {ylabel}", f"{what}, after each epoch, one line a seed.", figure)
-            )
+            caption = f"{meaning}, after each epoch, one line per seed."
+            charts.append(Chart(key.removesuffix("_loss"), f"Learning curve: {ylabel}", caption, figure))
     return charts
 
 
-def seed_scores(comparison) -> list[Chart]:
-    """sacreBLEU of each seed, a line from baseline to candidate where both have it."""
+def seed_scores(comparison: Comparison) -> list[Chart]:
+    """Draw sacreBLEU of each seed, with a line from baseline to candidate if both have the seed."""
     charts = []
     for split, metrics in comparison.tests.items():
-        result = metrics["sacreBLEU"]
-        figure, ax = axes("", "sacreBLEU")
+        result = metrics[HEADLINE]
+        figure, ax = axes("", HEADLINE)
         for seed in set(result.baseline) & set(result.candidate):
             ax.plot([0, 1], [result.baseline[seed], result.candidate[seed]], color="#999999", linewidth=1, zorder=1)
         for x, (side, style) in enumerate(zip((result.baseline, result.candidate), STYLES, strict=True)):
@@ -102,150 +120,137 @@ def seed_scores(comparison) -> list[Chart]:
         ax.set_xticks([0, 1], [comparison.baseline, comparison.candidate])
         ax.set_xlim(-0.5, 1.5)
         middle = statistics.mean(ax.get_ylim())
-        reach = max(1, *(abs(limit - middle) for limit in ax.get_ylim()))  # no small gain drawn as a large one
+        reach = max(1, *(abs(limit - middle) for limit in ax.get_ylim()))  # so that a small gain does not look large
         ax.set_ylim(middle - reach, middle + reach)
-        caption = "A dot is a seed, a line joins the same seed, the bar is the mean."
+        caption = "Each dot is a seed, a line joins the same seed, the bar is the mean."
         charts.append(Chart(f"seeds_{split}", f"sacreBLEU on {split}", caption, figure))
     return charts
 
 
-def inside(groups: dict[str, list[dict]]) -> list[Chart]:
-    """The pictures of analysis.py, means over seeds. groups: {label: analyses}."""
-    charts = []
-
-    def chart(name, title, caption, figure, ax):
-        ax.legend()
-        charts.append(Chart(name, title, caption, figure))
-
-    def mean(analyses, *path):
-        found = analyses
-        for key in path:
-            found = [analysis[key] for analysis in found]
-        return np.mean(np.array(found, dtype=float), axis=0)
-
-    def steps(ax, edges, values, style, label):
-        ax.stairs(values, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.6, label=label)
-
-    sides = [(label, analyses, style) for (label, analyses), style in zip(groups.items(), STYLES, strict=True)]
-
-    figure, ax = axes("probability of the target", "share of the gradient (%)")
-    for label, analyses, style in sides:
-        steps(ax, analyses[0]["gradient"]["edges"], 100 * mean(analyses, "gradient", "share"), style, label)
-    well = "; ".join(
-        f"{label} {100 * mean(analyses, 'gradient', 'well_classified'):.0f}% on "
-        f"{100 * mean(analyses, 'gradient', 'well_classified_tokens'):.0f}% of the tokens"
-        for label, analyses, _ in sides
-    )
-    chart(
-        "representation",
-        "Representation: who feeds the decoder's output",
-        f"Norm of the training loss's gradient at the decoder's output, by probability of the target. Well-classified "
-        f"tokens (p > 0.5) get: {well}.",
-        figure,
-        ax,
-    )
-
-    figure, ax = axes("energy, -logit (nats)", "share of tokens (%)")
-    for label, analyses, style in sides:
-        for what, width in (("target", 1.8), ("others", 0.8)):
-            edges = analyses[0]["energy"][what]["edges"]
-            values = 100 * mean(analyses, "energy", what, "share")
-            name = f"{label}, {'target' if what == 'target' else 'mean of other types'}"
-            ax.stairs(values, edges, color=style["color"], linestyle=style["linestyle"], linewidth=width, label=name)
-    gaps = "; ".join(f"{label} {mean(analyses, 'energy', 'gap'):.2f} nats" for label, analyses, _ in sides)
-    ax.set_xlim(
-        *_range(
-            [
-                (a["energy"][w]["edges"], a["energy"][w]["share"])
-                for _, s, _ in sides
-                for a in s
-                for w in ("target", "others")
-            ]
-        )
-    )
-    chart("energy", "Energy of target and other types", f"The gap between the two means: {gaps}.", figure, ax)
-
-    figure, ax = axes("margin to the best wrong type (nats)", "share of tokens (%)")
-    for label, analyses, style in sides:
-        steps(ax, analyses[0]["margin"]["edges"], 100 * mean(analyses, "margin", "share"), style, label)
-    ax.axvline(0, color="#666666", linewidth=0.8)
-    means = "; ".join(f"{label} {mean(analyses, 'margin', 'mean'):.2f} nats" for label, analyses, _ in sides)
-    ax.set_xlim(*_range([(a["margin"]["edges"], a["margin"]["share"]) for _, s, _ in sides for a in s]))
-    chart("margin", "Margin", f"Left of 0 another type is preferred. Mean margin: {means}.", figure, ax)
-
-    figure, ax = axes("probability of the target", "share of tokens (%)")
-    for label, analyses, style in sides:
-        steps(ax, analyses[0]["probability"]["edges"], 100 * mean(analyses, "probability", "share"), style, label)
-    means = "; ".join(f"{label} {mean(analyses, 'probability', 'mean'):.3f}" for label, analyses, _ in sides)
-    chart("probability", "Probability of the target", f"Mean: {means}.", figure, ax)
-
-    figure, ax = axes("confidence (probability of the guess)", "accuracy")
-    ax.plot([0, 1], [0, 1], color="#666666", linewidth=0.8, label="perfect calibration")
-    for label, analyses, style in sides:
-        tokens = mean(analyses, "calibration", "tokens")
-        confidence, accuracy = (mean(analyses, "calibration", key)[tokens > 0] for key in ("confidence", "accuracy"))
-        ax.plot(confidence, accuracy, **style, markersize=4, linewidth=1.4, label=label)
-    errors = "; ".join(f"{label} {mean(analyses, 'calibration', 'error'):.3f}" for label, analyses, _ in sides)
-    caption = f"Below the diagonal the model is too sure. Expected calibration error (15 bins): {errors}."
-    chart("calibration", "Calibration", caption, figure, ax)
-
-    for key, title in (("accuracy", "Accuracy"), ("f1", "F1")):
-        figure, ax = axes(
-            "occurrences of the target type in train", f"token {title}" if key == "f1" else "token accuracy"
-        )
-        rows = [row for row in sides[0][1][0]["frequency"] if row["tokens"]]
-        for offset, (label, analyses, style) in zip((-0.2, 0.2), sides, strict=True):
-            values = [
-                statistics.mean(
-                    row[key] for analysis in analyses for row in analysis["frequency"] if row["from"] == r["from"]
-                )
-                for r in rows
-            ]
-            bars(ax, values, offset, style, label)
-        ax.set_xticks(range(len(rows)), [f"{_span(r)}\n({r['tokens']:,})" for r in rows], fontsize=8)
-        caption = (
-            "Subwords, teacher-forced, by how often the type stands in train; in brackets the tokens of the range."
-        )
-        chart(f"frequency_{key}", f"{title} of frequent and rare types", caption, figure, ax)
-    return charts
-
-
 def bleu_by_length(split: str, groups: dict[str, list[list[str]]], references: list[str], bleu: BLEU) -> Chart:
-    """Corpus BLEU of the sentences whose reference has so many words. groups: {label: hypotheses of each seed}."""
+    """Draw BLEU of sentences grouped by the words of the reference. groups: {label: translations of each seed}."""
     lengths = np.array([len(reference.split()) for reference in references])
-    bins = list(zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], np.inf), strict=True))
-    bins = [(low, high) for low, high in bins if ((lengths >= low) & (lengths < high)).any()]
-    figure, ax = axes("words in the reference", "sacreBLEU")
-    for offset, (label, systems), style in zip((-0.2, 0.2), groups.items(), STYLES, strict=True):
-        values = []
-        for low, high in bins:
-            chosen = [i for i, n in enumerate(lengths) if low <= n < high]
-            kept = [references[i] for i in chosen]
-            values.append(statistics.mean(bleu.corpus_score([h[i] for i in chosen], [kept]).score for h in systems))
-        bars(ax, values, offset, style, label)
-    counts = [int(((lengths >= low) & (lengths < high)).sum()) for low, high in bins]
-    names = [f"{low}+" if high == np.inf else f"{low}-{high - 1}" for low, high in bins]
-    ax.set_xticks(
-        range(len(bins)), [f"{name}\n({count:,})" for name, count in zip(names, counts, strict=True)], fontsize=8
-    )
-    ax.legend()
-    caption = f"BLEU of the sentences of each length in {split}, mean over seeds; in brackets the sentences."
+    bins = {}
+    for low, high in zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], None), strict=True):
+        chosen = np.flatnonzero((lengths >= low) & (lengths < (high or np.inf)))
+        if len(chosen):
+            bins[f"{low}-{high - 1}" if high else f"{low}+"] = chosen
+
+    def mean_bleu(systems, chosen):
+        kept = [[references[i] for i in chosen]]
+        return statistics.mean(bleu.corpus_score([system[i] for i in chosen], kept).score for system in systems)
+
+    figure, ax = axes("words in the reference", HEADLINE)
+    values = {label: [mean_bleu(side, chosen) for chosen in bins.values()] for label, side in groups.items()}
+    draw_bars(ax, values, [f"{name}\n({len(chosen):,})" for name, chosen in bins.items()])
+    caption = f"BLEU of the sentences of each length in {split}, mean over seeds; number of sentences in brackets."
     return Chart(f"length_{split}", f"BLEU by sentence length, {split}", caption, figure)
 
 
-def _range(histograms):
-    """The span of the edges outside of which there is next to nothing, for all histograms."""
+def diagnostic_charts(groups: dict[str, list[Analysis]]) -> list[Chart]:
+    """Draw the measurements of diagnostics.py, means over seeds. groups: {label: analyses}."""
+    sides = [Side(label, style, side) for (label, side), style in zip(groups.items(), STYLES, strict=True)]
+    charts = [energy(sides), margin(sides), probability(sides), calibration(sides)]
+    if all(analysis.gradient for side in sides for analysis in side.analyses):
+        charts.insert(0, representation(sides))
+    return charts + [by_frequency(sides, "accuracy", "token accuracy"), by_frequency(sides, "f1", "token F1")]
+
+
+def representation(sides: list[Side]) -> Chart:
+    figure, ax = axes("probability of the target", "share of the gradient (%)")
+    for side in sides:
+        side.draw_histogram(ax, "gradient")
+    ax.legend()
+    shares = "; ".join(
+        f"{side.label} {100 * side.mean('gradient.well_classified'):.0f}% on "
+        f"{100 * side.mean('gradient.well_classified_tokens'):.0f}% of the tokens"
+        for side in sides
+    )
+    caption = (
+        "Norm of the training loss's gradient at the decoder's output, by probability of the target. Well-classified "
+        f"tokens (p > 0.5) get: {shares}."
+    )
+    return Chart("representation", "Representation: which tokens shape the decoder's output", caption, figure)
+
+
+def energy(sides: list[Side]) -> Chart:
+    figure, ax = axes("energy, -logit (nats)", "share of tokens (%)")
+    for side in sides:
+        side.draw_histogram(ax, "energy.target", f"{side.label}, target", width=1.8)
+        side.draw_histogram(ax, "energy.others", f"{side.label}, mean of other types", width=0.8)
+    ax.set_xlim(*filled_range(sides, "energy.target", "energy.others"))
+    ax.legend()
+    caption = f"The gap between the two means: {list_means(sides, 'energy.gap', '.2f', ' nats')}."
+    return Chart("energy", "Energy of target and other types", caption, figure)
+
+
+def margin(sides: list[Side]) -> Chart:
+    figure, ax = axes("margin to the best wrong type (nats)", "share of tokens (%)")
+    for side in sides:
+        side.draw_histogram(ax, "margin")
+    ax.axvline(0, color="#666666", linewidth=0.8)
+    ax.set_xlim(*filled_range(sides, "margin"))
+    ax.legend()
+    caption = f"Left of 0 another type is preferred. Mean margin: {list_means(sides, 'margin.mean', '.2f', ' nats')}."
+    return Chart("margin", "Margin", caption, figure)
+
+
+def probability(sides: list[Side]) -> Chart:
+    figure, ax = axes("probability of the target", "share of tokens (%)")
+    for side in sides:
+        side.draw_histogram(ax, "probability")
+    ax.legend()
+    caption = f"Mean: {list_means(sides, 'probability.mean', '.3f')}."
+    return Chart("probability", "Probability of the target", caption, figure)
+
+
+def calibration(sides: list[Side]) -> Chart:
+    figure, ax = axes("confidence (probability of the prediction)", "accuracy")
+    ax.plot([0, 1], [0, 1], color="#666666", linewidth=0.8, label="perfect calibration")
+    for side in sides:
+        filled = side.mean("calibration.tokens") > 0
+        confidence, accuracy = (side.mean(f"calibration.{name}")[filled] for name in ("confidence", "accuracy"))
+        ax.plot(confidence, accuracy, **side.style, markersize=4, linewidth=1.4, label=side.label)
+    ax.legend()
+    errors = list_means(sides, "calibration.error", ".3f")
+    caption = f"Below the diagonal the model is overconfident. Expected calibration error (15 bins): {errors}."
+    return Chart("calibration", "Calibration", caption, figure)
+
+
+def by_frequency(sides: list[Side], field: str, ylabel: str) -> Chart:
+    figure, ax = axes("occurrences of the target type in train", ylabel)
+    kept = [index for index, row in enumerate(sides[0].analyses[0].frequency) if row.tokens]
+    values = {
+        side.label: [
+            statistics.mean(getattr(analysis.frequency[index], field) or 0 for analysis in side.analyses)
+            for index in kept
+        ]
+        for side in sides
+    }
+    rows = [sides[0].analyses[0].frequency[index] for index in kept]
+    draw_bars(ax, values, [f"{name_range(row)}\n({row.tokens:,})" for row in rows])
+    caption = "Subwords, teacher-forced, by how often train has the type; number of target tokens in brackets."
+    title = f"{'F1' if field == 'f1' else 'Accuracy'} of frequent and rare types"
+    return Chart(f"frequency_{field}", title, caption, figure)
+
+
+def list_means(sides: list[Side], name: str, digits: str, unit: str = "") -> str:
+    return "; ".join(f"{side.label} {side.mean(name):{digits}}{unit}" for side in sides)
+
+
+def filled_range(sides: Iterable[Side], *names: str) -> tuple[float, float]:
+    """Return the range of the edges outside of which all histograms are nearly empty."""
     low, high = [], []
-    for edges, share in histograms:
-        filled = np.nonzero(np.array(share) > 0.0005)[0]
-        low.append(edges[filled[0]])
-        high.append(edges[filled[-1] + 1])
+    for histogram in (attrgetter(name)(analysis) for name in names for side in sides for analysis in side.analyses):
+        filled = np.flatnonzero(np.array(histogram.share) > 0.0005)
+        low.append(histogram.edges[filled[0]])
+        high.append(histogram.edges[filled[-1] + 1])
     return min(low), max(high)
 
 
-def _span(row):
+def name_range(row: FrequencyRange) -> str:
     short = {1_000: "1k", 10_000: "10k", 100_000: "100k"}
-    low, high = (short.get(row[key], row[key]) for key in ("from", "below"))
-    if row["below"] == 1:
+    low, high = short.get(row.start, row.start), short.get(row.below, row.below)
+    if row.below == 1:
         return "0"
     return f"{low}+" if high is None else f"{low} to\n<{high}"

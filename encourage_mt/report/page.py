@@ -1,92 +1,134 @@
-"""The report: one HTML page that needs nothing else, the figures as PNG and SVG, the tables as Markdown and JSON."""
+"""Write the report: one HTML page that loads nothing else, charts as PNG and SVG, tables as Markdown and JSON."""
 
 import difflib
-import json
+import os
+import shlex
 import shutil
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ..data.bitext import read_lines
 from ..errors import UserError
 from ..evaluation import scoring
-from ..evaluation.comparison import Comparison, results_of
+from ..evaluation.comparison import Comparison, read_translation
 from ..evaluation.diagnostics import analyse
-from ..files import read_json
-from ..training.run_folder import Run
-from .charts import bleu_by_length, inside, learning_curves, seed_scores
+from ..evaluation.formatting import escape
+from ..evaluation.results import Result
+from ..files import atomic_write
+from ..processes import locked
+from ..training.run_folder import Run, render_options
+from .charts import Chart, bleu_by_length, diagnostic_charts, learning_curves, seed_scores
 
 DISAGREEMENTS = 10
-FILES = {"report.html", "report.md", "comparison.json", "figures"}
-INSIDE = (
-    "Teacher-forced on valid: the model is given the true beginning of each sentence. The paper's three claims are "
-    "that the encouraging loss lets well-classified tokens go on shaping the representation, lowers the energy of the "
-    "target against that of other types, and widens the margin."
+FILE_LIST = ".encourage-mt-report"  # in a report's folder: the files it consists of, one a line
+DIAGNOSTICS_NOTE = (
+    "Teacher-forced on valid: the model is given the true beginning of each sentence. The paper makes three claims: "
+    "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
+    "against that of other types, and the margin grows."
 )
 
 
 def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Run], output: Path) -> None:
-    """Write report.html, report.md, comparison.json and figures/ into the folder `output`, whole or not at all.
+    """Write report.html, report.md, comparison.json and figures/ into the folder `output`, complete or not at all.
 
     An earlier report there is replaced. Raises UserError if `output` holds anything else.
     """
     output = output.resolve()
-    others = {path.name for path in output.iterdir()} - FILES if output.exists() else ()
-    if others:
-        raise UserError(f"{output}: holds other files ({min(others)}); choose another --output")
+    check_output(output)
     groups = {comparison.baseline: baseline, comparison.candidate: candidate}
-    analyses = {label: [analyse(run) for run in runs] for label, runs in groups.items()}
-    data = baseline[0].data
-    text = read_json(data / "manifest.json")["text"]
-    bleu = scoring.metrics(text["target"], text["lowercase"])["sacreBLEU"]
-    lengths, disagreements = [], {}
-    seed, pair = seed_pair(baseline, candidate)
-    for split in comparison.tests:
-        source, references = (read_lines(data / "text" / f"{split}.{text[side]}") for side in ("source", "target"))
-        systems = {
-            label: [read_lines(run.folder / f"{split}.{text['target']}") for run in runs]
-            for label, runs in groups.items()
-        }
-        lengths.append(bleu_by_length(split, systems, references, bleu))
-        shown = {
-            label: systems[label][runs.index(run)] for (label, runs), run in zip(groups.items(), pair, strict=True)
-        }
-        disagreements[split] = disagree(source, references, shown)
-    sections = [
-        ("Seeds and sentence lengths", "", [*seed_scores(comparison), *lengths]),
-        ("Learning curves", "", learning_curves(groups)),
-        ("Inside the models", INSIDE, inside(analyses)),
-    ]
-    runs = [results_of(run) for side in groups.values() for run in side]
+    with ExitStack() as locks:
+        for run in (*baseline, *candidate):
+            locks.enter_context(locked(run.folder))
+        analyses = {label: [analyse(run) for run in runs] for label, runs in groups.items()}
+        charts, disagreements = compare_translations(comparison, groups)
+        sections = [
+            ("Seeds and sentence lengths", "", [*seed_scores(comparison), *charts]),
+            ("Learning curves", "", learning_curves(groups)),
+            ("Diagnostics", DIAGNOSTICS_NOTE, diagnostic_charts(analyses)),
+        ]
+        results = [Result.read(run.folder) for run in (*baseline, *candidate)]
+    data = baseline[0].prepared()
     facts = (
-        f"{runs[0]['recipe'] or data}, {text['source']} to {text['target']}; "
+        f"{results[0].recipe or data.folder}, {data.source} to {data.target}; "
         f"{' and '.join(f'{len(side)} {label}' for label, side in groups.items())} runs."
     )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "figures").mkdir(parents=True)
     page = Environment(
         loader=PackageLoader("encourage_mt.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("page.html.j2")
+    html = page.render(
+        comparison=comparison,
+        facts=facts,
+        sections=sections,
+        disagreements=disagreements,
+        seed=shown_pair(baseline, candidate)[0],
+        results=results,
+        options=[(result.name, shlex.join(render_options(result.options))) for result in results],
     )
-    html = page.get_template("page.html.j2").render(
-        comparison=comparison, facts=facts, sections=sections, disagreements=disagreements, seed=seed, runs=runs
-    )
-    (partial / "report.html").write_text(html, encoding="utf-8")
-    markdown = [f"# {comparison.candidate} against {comparison.baseline}", "", facts, "", comparison.markdown(), ""]
-    for heading, note, charts in sections:
-        markdown += [f"## {heading}", "", note, ""]
-        for chart in charts:
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    (partial / "figures").mkdir(parents=True)
+    try:
+        (partial / "report.html").write_text(html, encoding="utf-8")
+        (partial / "report.md").write_text(report_markdown(comparison, facts, sections), encoding="utf-8")
+        comparison.write(partial / "comparison.json")
+        for chart in (chart for _, _, charts in sections for chart in charts):
             chart.save(partial / "figures")
-            markdown += [f"### {chart.title}", "", chart.caption, "", f"![{chart.title}](figures/{chart.name}.svg)", ""]
-    (partial / "report.md").write_text("\n".join(markdown), encoding="utf-8")
-    (partial / "comparison.json").write_text(json.dumps(asdict(comparison), indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+        files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+        with atomic_write(partial / FILE_LIST) as file:
+            file.writelines(f"{name}\n" for name in files)
+        check_output(output)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def seed_pair(baseline: list[Run], candidate: list[Run]) -> tuple[str, list[Run]]:
-    """The runs whose translations are shown: the first seed both have, else the first run of each."""
+def check_output(output: Path) -> None:
+    """Raise UserError if the folder `output` has a file that is not listed as part of an earlier report there."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: is not a folder; choose another --output")
+    listed = output / FILE_LIST
+    ours = {FILE_LIST, *(listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else ())}
+    for path in sorted(output.rglob("*")):
+        if not path.is_dir() and path.relative_to(output).as_posix() not in ours:
+            name = path.relative_to(output)
+            raise UserError(f"{output}: holds {name}, which is not part of a report; choose another --output")
+
+
+def compare_translations(comparison: Comparison, groups: dict[str, list[Run]]) -> tuple[list[Chart], dict[str, list]]:
+    """Return a chart of BLEU by sentence length, and {test set: `disagree` of one seed}, for all test sets."""
+    data = next(iter(groups.values()))[0].prepared()
+    bleu = scoring.metrics(data.target, data.lowercase)["sacreBLEU"]
+    _, pair = shown_pair(*groups.values())
+    charts, disagreements = [], {}
+    for split in comparison.tests:
+        source, references = data.read_text(split, data.source), data.read_text(split, data.target)
+        systems = {
+            label: {run.folder: read_translation(run, split, data, references) for run in runs}
+            for label, runs in groups.items()
+        }
+        charts.append(bleu_by_length(split, {k: list(v.values()) for k, v in systems.items()}, references, bleu))
+        shown = {label: systems[label][run.folder] for label, run in zip(groups, pair, strict=True)}
+        disagreements[split] = disagree(source, references, shown)
+    return charts, disagreements
+
+
+def report_markdown(comparison: Comparison, facts: str, sections: list[tuple[str, str, list[Chart]]]) -> str:
+    lines = [f"# {escape(comparison.candidate)} against {escape(comparison.baseline)}", "", escape(facts), ""]
+    lines += [comparison.markdown(), ""]
+    for heading, note, charts in sections:
+        lines += [f"## {heading}", "", note, ""]
+        for chart in charts:
+            title, caption = escape(chart.title), escape(chart.caption)
+            lines += [f"### {title}", "", caption, "", f"![{title}](figures/{chart.name}.svg)", ""]
+    return "\n".join(lines)
+
+
+def shown_pair(baseline: list[Run], candidate: list[Run]) -> tuple[str, list[Run]]:
+    """Return the seed, and the runs, whose translations are shown: the first that both have, or the first of each."""
     seeds = [{run.seed: run for run in side} for side in (baseline, candidate)]
     for seed in seeds[0]:
         if seed in seeds[1]:
@@ -94,11 +136,11 @@ def seed_pair(baseline: list[Run], candidate: list[Run]) -> tuple[str, list[Run]
     return f"{baseline[0].seed} and {candidate[0].seed}", [baseline[0], candidate[0]]
 
 
-def disagree(sources: list[str], references: list[str], outputs: dict[str, list[str]]) -> list[dict]:
-    """The sentences whose chrF++ differs most between two systems: the worst regressions, then the best gains.
+def disagree(sources: list[str], references: list[str], outputs: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Return the sentences whose chrF++ differs most between two systems: the worst regressions, then the best gains.
 
-    outputs: {label: hypotheses} of baseline and candidate. A row has line (from 1), source, reference, scores, gain,
-    and of each output its words with whether the reference lacks them.
+    outputs: {label: translations} of baseline and candidate. A row has line (from 1), source, reference, scores, gain,
+    and for each output its words, each with whether the reference lacks it.
     """
     chrf = scoring.metrics("")["chrF++"]
     rows = []
@@ -107,22 +149,17 @@ def disagree(sources: list[str], references: list[str], outputs: dict[str, list[
         if len(set(pair.values())) == 1:
             continue
         scores = [chrf.sentence_score(line, [reference]).score for line in pair.values()]
-        row = {
-            "line": index + 1,
-            "source": source,
-            "reference": reference,
-            "scores": scores,
-            "gain": scores[1] - scores[0],
-        }
-        rows.append({**row, "outputs": {label: marked(line, reference) for label, line in pair.items()}})
+        row = {"line": index + 1, "source": source, "reference": reference, "scores": scores}
+        row["gain"] = scores[1] - scores[0]
+        rows.append({**row, "outputs": {label: mark_words(line, reference) for label, line in pair.items()}})
     rows.sort(key=lambda row: row["gain"])
     worse = [row for row in rows if row["gain"] < 0][:DISAGREEMENTS]
     better = [row for row in rows if row["gain"] > 0][: -DISAGREEMENTS - 1 : -1]
     return worse + better
 
 
-def marked(line: str, reference: str) -> list[tuple[str, bool]]:
-    """Words of `line`, each with whether it stands outside what `line` and `reference` share in order."""
+def mark_words(line: str, reference: str) -> list[tuple[str, bool]]:
+    """Return the words of `line`, each with whether it is outside the words that both share in the same order."""
     words = line.split()
     shared = set()
     for block in difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_matching_blocks():

@@ -1,202 +1,205 @@
-"""Tables in Markdown: each run, each arm over its seeds, a look inside, and a paper's figures beside ours."""
+"""Write tables in Markdown: each run, each arm over its seeds, diagnostics, learning curves, published figures."""
 
-import shlex
 import statistics
+from operator import attrgetter
 
-from ..evaluation.comparison import HEADLINE, Comparison, Seeds, as_lines, markdown, mean
+from ..evaluation.comparison import Comparison
+from ..evaluation.diagnostics import Analysis
+from ..evaluation.formatting import format_mean, format_p, markdown_table, signature_lines
+from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
+from ..evaluation.significance import MetricComparison
 from ..recipe import Recipe
 
-INSIDE = {
-    "valid nll (nats)": lambda a: a["nll"],
-    "calibration error": lambda a: a["calibration"]["error"],
-    "mean margin (nats)": lambda a: a["margin"]["mean"],
-    "energy gap (nats)": lambda a: a["energy"]["gap"],
-    "token accuracy": lambda a: a["accuracy"],
-    "gradient share of p > 0.5": lambda a: a["gradient"]["well_classified"],
+DIAGNOSTICS = {
+    "valid nll (nats)": "nll",
+    "calibration error": "calibration.error",
+    "mean margin (nats)": "margin.mean",
+    "energy gap (nats)": "energy.gap",
+    "token accuracy": "accuracy",
+    "gradient share of p > 0.5": "gradient.well_classified",
 }
+PACKAGES = ("python", "torch", "fairseq-fixed", "fairseq", "sentencepiece", "subword-nmt", "sacrebleu")
 
 
-def runs_table(results: list[dict]) -> str:
-    """A row for each run (its scores.json) and set, signatures beneath."""
-    names = metric_names(results)
+def runs_table(results: list[Result]) -> str:
+    """Return a row for each run and set, followed by the signatures."""
+    metrics = metric_names(results)
     rows = []
     for result in results:
-        for split, scores in result["scores"].items():
-            figures = [f"{scores[name]['score']:.2f}" if name in scores else "" for name in names]
-            ratio = f"{scores[HEADLINE]['length_ratio']:.3f}"
-            pace = ["", ""]
-            if "train_seconds" in result:
-                minutes, seconds = divmod(round(result["train_seconds"]), 60)
-                pace = [f"{result['target_tokens_per_second']:,.0f}", f"{minutes}:{seconds:02d}"]
-            rows.append([result["name"], split, *figures, ratio, *pace])
-    header = ["run", "set", *names, "length ratio", "target tokens/s", "training time"]
-    return "\n".join([markdown(header, rows), "", *signature_lines(results)])
+        speed = [format_number(result.target_tokens_per_second, ",.0f"), format_time(result.train_seconds)]
+        for split, scores in result.scores.items():
+            values = [f"{scores[metric].score:.2f}" if metric in scores else "" for metric in metrics]
+            rows.append([result.name, split, *values, format_number(scores[HEADLINE].length_ratio, ".3f"), *speed])
+    header = ["run", "set", *metrics, "length ratio", "target tokens/s", "training time"]
+    return "\n".join([markdown_table(header, rows), "", *signature_lines(all_signatures(results))])
 
 
-def arms_table(results: list[dict], comparisons: list[Comparison]) -> str:
-    """A row for each arm and test set: mean ± standard deviation over seeds, gain and p where the arm is a candidate.
+def format_number(value: float | None, digits: str) -> str:
+    return "" if value is None else f"{value:{digits}}"
 
-    Gains are over the first arm and the baselines of `comparisons` of which the arm is the candidate: of the seeds that
-    both have, named where those are not all, or of all if they share none. p over sentences is of approximate
-    randomization, from the comparisons, with the seeds named where some were not compared. The sets are those of the
-    comparisons, or all, valid among them, if there are none. Criterion flags, signatures and setting stand beneath.
-    results (scores.json) are of `encourage-mt run`, and differ by criterion and seed alone.
+
+def format_time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
+
+
+def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
+    """Return a row for each arm and test set: mean ± standard deviation over seeds, gains and their p-values.
+
+    Gains are relative to the first arm and to every baseline of `comparisons` the arm was compared with. They use the
+    seeds both arms share (listed if not all), or all seeds if none are shared. p over sentences is of approximate
+    randomization, from the comparisons. The sets are those of the comparisons; without any, all sets with valid.
+    Criterion options, signatures and setting follow. results are of `encourage-mt run`, and differ by criterion and
+    seed alone.
     """
     arms = by_arm(results)
-    splits = list(comparisons[0].tests) if comparisons else list(results[0]["scores"])
-    names = metric_names(results)
+    splits = list(comparisons[0].tests) if comparisons else list(results[0].scores)
+    metrics = metric_names(results)
     first = next(iter(arms))
     rows = []
     for arm, group in arms.items():
         compared = {c.baseline: c for c in comparisons if c.candidate == arm and c.baseline in arms}
         baselines = list(dict.fromkeys([*([first] if arm != first else []), *compared]))
         for split in splits:
-            sides = [[r["scores"][split][name]["score"] for r in group if name in r["scores"][split]] for name in names]
+            scores = [[r.scores[split][metric].score for r in group if metric in r.scores[split]] for metric in metrics]
             gains, over_seeds, over_sentences = [], [], []
             for baseline in baselines:
-                tests = compared[baseline].tests[split] if baseline in compared else {}
+                tests = compared[baseline].tests.get(split, {}) if baseline in compared else {}
                 gain, seeds = gain_over(arms[baseline], group, split)
-                gains.append(f"{baseline}{seeds}: {gain.summary()}")
-                over_seeds.append("-" if gain.p is None else f"{gain.p:.3f}")
+                gains.append(f"{baseline}{seeds}: {gain.format_gain()}")
+                over_seeds.append(format_p(gain.p) or "-")
                 over_sentences.append(sentence_tests(tests[HEADLINE].sentence_p if tests else {}, gain))
-            cells = [arm, split, str(len(group)), *(mean(side) if side else "" for side in sides)]
+            cells = [arm, split, str(len(group)), *(format_mean(values) if values else "" for values in scores)]
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
-    header = ["arm", "set", "seeds", *names, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
-    flags = [f"{arm}: `{criterion_flags(group[0])}`  " for arm, group in arms.items()]
-    return "\n".join([markdown(header, rows), "", *flags, *signature_lines(results), *setting(results)])
+    header = ["arm", "set", "seeds", *metrics, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
+    options = [f"{arm}: `{criterion_options(group[0])}`  " for arm, group in arms.items()]
+    lines = [*options, *signature_lines(all_signatures(results)), *describe_setting(results)]
+    return "\n".join([markdown_table(header, rows), "", *lines])
 
 
-def of_shared_seeds(*sides: dict[int, float]) -> list[dict[int, float]]:
-    """Figures by seed of two arms, of the seeds that both have; as they are if they share none."""
+def keep_shared_seeds(*sides: dict[int, float]) -> list[dict[int, float]]:
+    """Return {seed: value} of two arms for the seeds both have; unchanged if they share none."""
     shared = sorted(set(sides[0]) & set(sides[1]))
     return [{seed: side[seed] for seed in shared} for side in sides] if shared else list(sides)
 
 
-def gain_over(baseline: list[dict], candidate: list[dict], split: str) -> tuple[Seeds, str]:
-    """The gain of the seeds that both arms have, or of all if they share none, and ", seed ..." where not all count."""
-    sides = [{r["seed"]: r["scores"][split][HEADLINE]["score"] for r in group} for group in (baseline, candidate)]
-    compared = of_shared_seeds(*sides)
-    of = "" if list(map(len, compared)) == list(map(len, sides)) else f", seed {', '.join(map(str, compared[0]))}"
-    return Seeds(HEADLINE, *compared), of
+def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:
+    """Return the gain over the seeds both arms share, or all if none, and ", seed ..." if not all seeds are used."""
+    sides = [{r.seed: r.scores[split][HEADLINE].score for r in group} for group in (baseline, candidate)]
+    compared = keep_shared_seeds(*sides)
+    seeds = "" if list(map(len, compared)) == list(map(len, sides)) else f", seed {', '.join(map(str, compared[0]))}"
+    return MetricComparison(HEADLINE, *compared), seeds
 
 
-def sentence_tests(p: dict[int, dict[str, float]], gain: Seeds) -> str:
-    """p by seed; with the seeds named where not all that the gain is of were tested."""
+def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> str:
+    """Return p by seed; the seeds are listed if not all seeds of the gain were tested."""
     tested = sorted(set(p) & set(gain.baseline) & set(gain.candidate))
-    of = "" if set(tested) == set(gain.baseline) or not tested else f"seed {', '.join(map(str, tested))}: "
-    return of + ", ".join(f"{p[seed]['ar']:.3f}" for seed in tested)
+    seeds = "" if set(tested) == set(gain.baseline) or not tested else f"seed {', '.join(map(str, tested))}: "
+    return seeds + ", ".join(format_p(p[seed]["ar"]) for seed in tested)
 
 
-def setting(results: list[dict]) -> list[str]:
-    """What the runs share, in words, and what they were trained on; where they differ, each value."""
+def describe_setting(results: list[Result]) -> list[str]:
+    """Return what the runs share and what they were trained on; if they differ, each value."""
 
-    def each(part, name):
-        values = [result[part].get(name, "?") for result in results]
+    def each(settings, name):
+        values = [getattr(result, settings).get(name, "?") for result in results]
         return " or ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values))
 
-    names = ("python", "torch", "fairseq-fixed", "fairseq", "sentencepiece", "subword-nmt", "sacrebleu")
-    starts = [start for result in results for start in result["provenance"]["starts"]]
+    def search(name):
+        return " or ".join(dict.fromkeys(str(getattr(result.evaluation, name)) for result in results))
+
+    starts = [start for result in results for start in result.provenance.get("starts", [])]
     machines = {
-        f"{s['machine']}; " + ", ".join(f"{name} {s['versions'][name]}" for name in names if name in s["versions"])
+        f"{s['machine']}; " + ", ".join(f"{name} {s['versions'][name]}" for name in PACKAGES if name in s["versions"])
         for s in starts
     }
-    words = shlex.split(results[0]["command"])
-    source, target = (words[words.index(f"--{side}-lang") + 1] for side in ("source", "target"))
-    hours = [result["train_seconds"] / 3600 for result in results if "train_seconds" in result]
+    hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
+    languages = f"{each('options', 'source-lang')} to {each('options', 'target-lang')}"
     return [
-        f"Setting: {results[0]['recipe']}, {source} to {target}; {each('training', 'arch')}, "
+        f"Setting: {results[0].recipe}, {languages}; {each('training', 'arch')}, "
         f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers, "
         f"{each('training', 'encoder_embed_dim')} wide; {each('training', 'tokens per update')} tokens per "
         f"update, {each('training', 'updates')} updates; last epoch checkpoints averaged: "
-        f"{each('evaluation', 'average')}, beam {each('evaluation', 'beam')}, length penalty "
-        f"{each('evaluation', 'lenpen')}.  ",
+        f"{search('average')}, beam {search('beam')}, length penalty {search('lenpen')}.  ",
         f"Trained on: {' or '.join(sorted(machines))}{spent}.  ",
     ]
 
 
-def inside_table(results: list[dict]) -> str:
-    """A row for each arm: mean ± standard deviation of the figures of analysis.py that results have as "inside"."""
+def diagnostics_table(results: list[Result]) -> str:
+    """Return a row for each arm: mean ± standard deviation of each of DIAGNOSTICS over the results that have them."""
     rows = []
-    for arm, group in by_arm([result for result in results if "inside" in result]).items():
-        figures = [mean([result["inside"][name] for result in group], 3) for name in INSIDE]
-        rows.append([arm, str(len(group)), *figures])
-    return markdown(["arm", "seeds", *INSIDE], rows)
+    for arm, group in by_arm([result for result in results if result.diagnostics]).items():
+        values = [[result.diagnostics[name] for result in group if name in result.diagnostics] for name in DIAGNOSTICS]
+        rows.append([arm, str(len(group)), *(format_mean(side, 3) if side else "" for side in values)])
+    return markdown_table(["arm", "seeds", *DIAGNOSTICS], rows)
 
 
-def curve(records: list[dict]) -> list[dict]:
-    """What a log (runs.read_log) says of valid after each epoch: greedy BLEU, and nll in bits per token.
+def diagnostic_values(analysis: Analysis) -> dict[str, float]:
+    """Return the values of DIAGNOSTICS that the analysis has."""
+    known = {name: field for name, field in DIAGNOSTICS.items() if getattr(analysis, field.split(".")[0]) is not None}
+    return {name: attrgetter(field)(analysis) for name, field in known.items()}
 
-    Of an epoch that stands there twice, because its checkpoint was lost, the last.
+
+def learning_curve(records: list[dict]) -> list[CurvePoint]:
+    """Return greedy BLEU and nll on valid after each epoch, from the records of a log.
+
+    An epoch appears twice in a log if its checkpoint was lost; the last record counts.
     """
     names = {"epoch": "epoch", "updates": "valid_num_updates", "bleu": "valid_bleu", "nll": "valid_nll_loss"}
     ends = {record["epoch"]: record for record in records if "valid_bleu" in record}
-    return [{name: float(record[key]) for name, key in names.items()} for record in ends.values()]
+    return [CurvePoint(**{name: float(record[key]) for name, key in names.items()}) for record in ends.values()]
 
 
-def curve_table(results: list[dict]) -> str:
-    """A row for each epoch that all have: mean ± deviation of each arm's `curve`, gap of BLEU to the first arm.
+def curve_table(results: list[Result]) -> str:
+    """Return a row for each epoch all results have: mean ± deviation of each arm, gap of BLEU to the first arm.
 
-    The gap is of the seeds that both arms have, or of all if they share none. Results without a "curve" are left out.
+    The gap is over the seeds both arms share, or all if they share none. Results without a curve are left out.
     """
-    arms = by_arm([result for result in results if result.get("curve")])
-    by_epoch = {
-        arm: {r["seed"]: {point["epoch"]: point for point in r["curve"]} for r in group} for arm, group in arms.items()
-    }
-    epochs = [set(points) for side in by_epoch.values() for points in side.values()]
+    arms = by_arm([result for result in results if result.curve])
+    by_epoch = [{r.seed: {point.epoch: point for point in r.curve} for r in group} for group in arms.values()]
+    epochs = [set(points) for side in by_epoch for points in side.values()]
     rows = []
     for epoch in sorted(set.intersection(*epochs) if epochs else ()):
-        sides = [{seed: points[epoch] for seed, points in side.items()} for side in by_epoch.values()]
-        bleu, nll = ([{seed: p[name] for seed, p in side.items()} for side in sides] for name in ("bleu", "nll"))
-        first, *others = bleu
-        pairs = [[statistics.mean(side.values()) for side in of_shared_seeds(first, other)] for other in others]
-        gaps = [f"{ours - theirs:+.2f}" for theirs, ours in pairs]
-        updates = next(iter(sides[0].values()))["updates"]
-        means = [[mean(list(side.values())) for side in figures] for figures in (bleu, nll)]
+        sides = [{seed: points[epoch] for seed, points in side.items()} for side in by_epoch]
+        bleu = [{seed: point.bleu for seed, point in side.items()} for side in sides]
+        nll = [[point.nll for point in side.values()] for side in sides]
+        pairs = [[statistics.mean(side.values()) for side in keep_shared_seeds(bleu[0], other)] for other in bleu[1:]]
+        gaps = [f"{candidate - baseline:+.2f}" for baseline, candidate in pairs]
+        updates = next(iter(sides[0].values())).updates
+        means = [format_mean(side.values()) for side in bleu], [format_mean(side) for side in nll]
         rows.append([f"{epoch:.0f}", f"{updates:,.0f}", *means[0], *gaps, *means[1]])
     names = list(arms)
     header = [f"greedy BLEU {arm}" for arm in names] + [f"gap {arm}" for arm in names[1:]]
-    return markdown(["epoch", "updates", *header, *(f"nll {arm} (bits)" for arm in names)], rows)
+    return markdown_table(["epoch", "updates", *header, *(f"nll {arm} (bits)" for arm in names)], rows)
 
 
-def published_table(recipe: Recipe, results: list[dict]) -> str:
-    """The figures that the recipe's `published` names, and beneath them ours, or "not yet run"."""
+def published_table(recipe: Recipe, results: list[Result]) -> str:
+    """Return the figures in the recipe's `published` and, below them, ours, or "not yet run"."""
     published = recipe.published
     metric, theirs = published.metric, list(published.scores.values())
     arms = list(published.scores)
     rows = [[published.source, *(f"{m:.2f} ± {sd:.2f}" for m, sd in theirs), f"{theirs[-1][0] - theirs[0][0]:+.2f}"]]
-    ran = by_arm(results)
+    trained = by_arm(results)
     for split in recipe.tests:
-        scores = {arm: [run["scores"].get(split, {}) for run in ran.get(arm, [])] for arm in arms}
-        ours = [[s[metric]["score"] for s in scores[arm] if metric in s] for arm in arms]
-        cells = [f"{mean(side)} ({len(side)} seeds)" if side else "not yet run" for side in ours]
+        scores = {arm: [run.scores.get(split, {}) for run in trained.get(arm, [])] for arm in arms}
+        ours = [[s[metric].score for s in scores[arm] if metric in s] for arm in arms]
+        cells = [f"{format_mean(side)} ({len(side)} seeds)" if side else "not yet run" for side in ours]
         gain = f"{statistics.mean(ours[-1]) - statistics.mean(ours[0]):+.2f}" if all(ours) else ""
         rows.append([f"{split}, here", *cells, gain])
-    return markdown([metric, *arms, "gain"], rows)
+    return markdown_table([metric, *arms, "gain"], rows)
 
 
-def inside_figures(analysis: dict) -> dict[str, float]:
-    """The figures of `inside_table` from an analysis.json."""
-    return {name: figure(analysis) for name, figure in INSIDE.items()}
+def criterion_options(result: Result) -> str:
+    """Return the criterion and its options as they were on the command line, where they come last."""
+    names = list(result.options)
+    names = names[names.index("criterion") :] if "criterion" in names else []
+    values = {name: result.options[name] for name in names}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
 
 
-def criterion_flags(result: dict) -> str:
-    """The criterion and its options as the run's command line had them."""
-    words = shlex.split(result["command"])
-    return shlex.join(words[words.index("--criterion") :])
+def metric_names(results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(metric for result in results for scores in result.scores.values() for metric in scores))
 
 
-def by_arm(results: list[dict]) -> dict[str, list[dict]]:
-    """{arm: its results}, in order of appearance."""
-    return {arm: [r for r in results if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in results)}
-
-
-def metric_names(results: list[dict]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for scores in result["scores"].values() for name in scores))
-
-
-def signature_lines(results: list[dict]) -> list[str]:
-    found = {}
-    for scores in (scores for result in results for scores in result["scores"].values()):
-        found.update({name: entry["signature"] for name, entry in scores.items()})
-    return as_lines(found)
+def all_signatures(results: list[Result]) -> dict[str, str]:
+    return {metric: signature for result in results for metric, signature in result.signatures.items()}

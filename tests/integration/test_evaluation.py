@@ -1,19 +1,18 @@
 """`encourage-mt run` and `evaluate`: seeds, interruptions, runs of plain fairseq-train, and bad input."""
 
-import hashlib
 import json
 import math
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import refused, run
 
+from encourage_mt import processes
 from encourage_mt.cli import main
 from encourage_mt.evaluation import evaluate, scoring
+from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
 from encourage_mt.plugin.checkpoints import load_checkpoint
 from encourage_mt.training.run_folder import read_log
@@ -31,52 +30,60 @@ def epochs(log):
 def test_an_interrupted_run_says_so_and_the_next_resumes_it(work):
     assert work.interrupted.returncode == 130
     last = work.interrupted.output.replace("\r", "\n").strip().splitlines()[-1]
-    assert last == "encourage-mt: interrupted; run it again to go on"
+    assert last.startswith("encourage-mt: interrupted")
     log = work.folder / "ce.seed1" / "train.log"
     assert epochs(log) == [1, 2, 3], "each epoch once, over both processes"
     assert "Loaded checkpoint" in log.read_text()
     assert "Loaded checkpoint" not in (work.folder / "el.seed1" / "train.log").read_text()
 
 
-def test_seeds_and_criteria_are_all_trained_scored_and_compared(work):
+def test_all_arms_and_seeds_are_trained_scored_and_compared(work):
     assert {path.parent.name for path in work.folder.glob("*/scores.json")} == set(RUNS)
     for name in RUNS:
         folder = work.folder / name
         assert (folder / "train.done").exists() and epochs(folder / "train.log") == [1, 2, 3]
-        result = read_json(folder / "scores.json")
-        assert (f"{result['arm']}.seed{result['seed']}") == name
-        assert f"--seed {result['seed']} " in result["command"]
-        assert set(result["evaluation"]["checkpoints_sha256"]) == {"checkpoint2.pt", "checkpoint3.pt"}
-        assert {"torch", "sacrebleu", "encourage-mt"} <= set(result["versions"])
-        assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result["seed"]
+        result = Result.read(folder)
+        assert f"{result.arm}.seed{result.seed}" == name and int(result.options["seed"]) == result.seed
+        assert set(result.evaluation.checkpoints_sha256) == {"checkpoint2.pt", "checkpoint3.pt"}
+        assert set(result.translations_sha256) == {"valid.en", "test.en"}
+        assert {"torch", "sacrebleu", "encourage-mt"} <= set(result.versions)
+        assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result.seed
+    assert len({Result.read(work.folder / name).weights_sha256 for name in RUNS}) == 4
     assert "paired t-test over 2 seeds" in work.done.stdout
-    assert "| el | test | 2 |" in work.done.stdout, "the table over arms"
-    assert "| A paper | 30.00 ± 0.10 | 31.00 ± 0.10 | +1.00 |" in work.done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in work.done.stdout.splitlines()]
+    assert ["el", "test", "2"] in [row[:3] for row in rows], "the table over arms"
+    assert ["A paper", "30.00 ± 0.10", "31.00 ± 0.10", "+1.00"] in rows
     for words in ("ce.seed1 valid", "el.seed2 test", "valid BLEU", "/3 epochs", "all trainings"):
         assert words in work.done.stderr, "the progress"
     assert "DEBUG" not in work.done.output and "Warning" not in work.done.output
 
 
-def test_scores_are_those_of_the_translations_and_the_translations_whole(work):
-    result = read_json(work.folder / "el.seed2" / "scores.json")
+def test_scores_are_those_of_the_whole_translations(work):
+    result = Result.read(work.folder / "el.seed2")
     for split, count in (("valid", 20), ("test", 21)):
         hypotheses = (work.folder / "el.seed2" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1]
         references = (work.folder / "data" / "text" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1]
         assert len(hypotheses) == count and "▁" not in "".join(hypotheses)
-        assert result["scores"][split] == scoring.score(hypotheses, references, "en")
+        assert result.scores[split] == scoring.score(hypotheses, references, "en")
+    told = run(
+        "sacrebleu", work.folder / "data/text/test.en", "-i", work.folder / "el.seed2/test.en", "-m", "bleu", "-w", 10
+    )
+    assert json.loads(told.stdout)["score"] == pytest.approx(result.scores["test"]["sacreBLEU"].score, abs=1e-9)
 
 
-def test_a_second_run_of_all_has_nothing_to_do(work):
+def test_a_second_run_of_all_has_nothing_to_do(work, capsys):
     before = {path: path.stat().st_mtime_ns for name in RUNS for path in (work.folder / name).rglob("*.*")}
-    again = run("encourage-mt", "run", work.recipe, "--work-dir", work.folder, "--seeds", 2, 1, "--arms", "el", "ce")
+    argv = ["run", work.recipe, "--work-dir", work.folder, "--seeds", 2, 1, "--arms", "el", "ce"]
+    main([str(word) for word in argv])
+    output = capsys.readouterr().out
     for name in RUNS:
-        assert f"{name}: trained already" in again.stdout and f"{name}: scored already" in again.stdout
+        assert f"{name}: trained already" in output and f"{name}: scored already" in output
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert {path.name for path in before if before[path] != after[path]} <= {"run.json"}
+    assert {path.name for path in before if before[path] != after[path]} <= {"run.json", ".lock"}
     assert (work.folder / "report-el-ce" / "report.html").exists()
 
 
-def test_a_run_whose_data_was_made_anew_from_other_options_is_not_taken_for_done(work, tmp_path, capsys):
+def test_a_run_of_other_data_does_not_count_as_done(work, tmp_path, capsys):
     shutil.copytree(work.folder, tmp_path / "work", symlinks=True)
     data = tmp_path / "work" / "data"
     manifest = read_json(data / "manifest.json")
@@ -90,39 +97,24 @@ def test_a_run_whose_data_was_made_anew_from_other_options_is_not_taken_for_done
     assert "not the data that ce.seed1 was trained on, its checksum differs" in error
 
 
-# --- evaluate.sh
-
-
-@pytest.fixture
-def evaluate_script(tmp_path):
-    """evaluate_script(*options): scripts/evaluate.sh with an environment that it takes for installed."""
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "encourage-mt").symlink_to(Path(sys.executable).parent / "encourage-mt")
-    digest = hashlib.sha256((ROOT / "setup.py").read_bytes() + (ROOT / "scripts/constraints.txt").read_bytes())
-    (venv / "installed").write_text(f"{ROOT} {digest.hexdigest()}  -\n")
-    environment = {**os.environ, "VENV": str(venv)}
-    return lambda *options, **kwargs: run("bash", ROOT / "scripts/evaluate.sh", *options, env=environment, **kwargs)
-
-
-def test_a_folder_of_plain_fairseq_train_is_evaluated(el_run, tiny, evaluate_script, tmp_path):
+def test_a_folder_of_plain_fairseq_train_is_evaluated(el_run, tiny, tmp_path, capsys):
     folder = tmp_path / "by hand"
     shutil.copytree(el_run, folder)
-    error = evaluate_script(folder, code=2).stderr
-    assert error == f"encourage-mt: error: {folder}: 2 epoch checkpoints found, 10 asked for\n"
+    error = refused(capsys, "evaluate", folder)
+    assert f"{folder}: 2 epoch checkpoints found, 10 asked for" in error
 
-    done = evaluate_script(folder, "--average", 2, "--beam", 1)
-    result = read_json(folder / "scores.json")
-    assert (result["arm"], result["seed"]) == ("label_smoothed_encouraging_loss", 1)
-    assert {"average": 2, "beam": 1, "lenpen": 1.0}.items() <= result["evaluation"].items()
-    assert result["training"]["tokens per update"] == 1000 and result["training"]["lr"] == [0.003]
-    assert result["criterion"]["log_end"] == 0.5
-    assert f"| by hand | test | {result['scores']['test']['sacreBLEU']['score']:.2f} |" in done.stdout
-    reference = tiny[1] / "text" / "test.en"
-    told = json.loads(run("sacrebleu", reference, "-i", folder / "test.en", "-m", "bleu", "-w", 10).stdout)
-    assert told["score"] == pytest.approx(result["scores"]["test"]["sacreBLEU"]["score"], abs=1e-9)
-    assert not list(folder.glob("*.tmp"))
-    assert "by hand: scored already" in evaluate_script(folder, "--average", 2, "--beam", 1).stdout
+    argv = ["evaluate", str(folder), "--average", "2", "--beam", "1"]
+    main(argv)
+    result = Result.read(folder)
+    assert (result.arm, result.seed) == ("label_smoothed_encouraging_loss", 1)
+    assert (result.evaluation.average, result.evaluation.beam, result.evaluation.lenpen) == (2, 1, 1.0)
+    assert result.training["tokens per update"] == 1000 and result.training["lr"] == [0.003]
+    assert result.criterion["log_end"] == 0.5
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()]
+    assert ["by hand", "test", f"{result.scores['test']['sacreBLEU'].score:.2f}"] in rows
+    assert not [path for path in folder.rglob("*") if path.suffix == ".tmp" or path.name == evaluate.UNFINISHED]
+    main(argv)
+    assert "by hand: scored already" in capsys.readouterr().out
 
 
 # --- bad input
@@ -139,7 +131,9 @@ def copy(work, tmp_path):
 
 
 def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the lock, which names its holder, and the logs, which describe failures."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log" and path.name != ".lock"]
+    return {path: path.read_bytes() for path in paths}
 
 
 def no_checkpoints(folder):
@@ -159,8 +153,15 @@ def half_a_checkpoint(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def flipped_bit(folder):
+    path = folder / "checkpoints" / "checkpoint2.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def another_dictionary(folder):
-    """Of data that tells no checksum, as where fairseq-train was run by hand."""
+    """Of data without a recorded checksum, as if fairseq-train was run by hand."""
     record = read_json(folder / "run.json")
     write_json(folder / "run.json", {**record, "provenance": {}})
     with open(folder.parent / "data" / "data-bin" / "dict.en.txt", "a") as dictionary:
@@ -172,23 +173,23 @@ def data_gone(folder):
     shutil.rmtree(folder.parent / "data")
 
 
-@pytest.mark.parametrize(
-    "spoil, options, expected",
-    [
-        (no_checkpoints, [], "checkpoints: 0 epoch checkpoints found, 2 asked for"),
-        (None, ["--average", 10], "checkpoints: 3 epoch checkpoints found, 10 asked for"),
-        (None, ["--average", 0], "--average must be at least 1, got 0"),
-        (None, ["--beam", 0], "--beam must be at least 1, got 0"),
-        (nan_parameters, [], "checkpoint2.pt: encoder.embed_tokens.weight holds values that are no numbers"),
-        (half_a_checkpoint, [], "checkpoint3.pt: not a checkpoint that can be loaded safely"),
-        (another_dictionary, [], "dict.en.txt: "),
-        (data_gone, [], "no data of `encourage-mt prepare` there (manifest.json); give its folder with --data"),
-        (None, ["--data", "none"], "none: no data of `encourage-mt prepare` there"),
-        (None, ["--comet", "none.ckpt"], "error: "),
-    ],
-    ids="no checkpoints,few,zero,beam,nan,half,dictionary,no data,other data,comet".split(","),
-)
-def test_evaluate_refuses_in_one_line_and_writes_nothing(spoil, options, expected, copy, capsys):
+REFUSED = {
+    "no checkpoints": (no_checkpoints, [], "checkpoints: 0 epoch checkpoints found, 2 asked for"),
+    "few": (None, ["--average", 10], "checkpoints: 3 epoch checkpoints found, 10 asked for"),
+    "zero": (None, ["--average", 0], "--average"),
+    "lenpen": (None, ["--lenpen", "nan"], "--lenpen"),
+    "nan": (nan_parameters, [], "checkpoint2.pt: encoder.embed_tokens.weight"),
+    "half": (half_a_checkpoint, [], "checkpoint3.pt"),
+    "flipped bit": (flipped_bit, [], "checkpoint2.pt"),
+    "dictionary": (another_dictionary, [], "dict.en.txt: "),
+    "no data": (data_gone, [], f"{os.sep}data: "),
+    "other data": (None, ["--data", "none"], "none: "),
+    "comet": (None, ["--comet", "none.ckpt"], "error: "),
+}
+
+
+@pytest.mark.parametrize("spoil, options, expected", REFUSED.values(), ids=REFUSED)
+def test_evaluate_refuses_in_one_line_and_changes_nothing(spoil, options, expected, copy, capsys):
     if spoil:
         spoil(copy)
     before = content(copy)
@@ -198,7 +199,7 @@ def test_evaluate_refuses_in_one_line_and_writes_nothing(spoil, options, expecte
 
 def test_a_folder_without_a_training_is_refused(tmp_path, capsys):
     assert "none: no such run directory" in refused(capsys, "evaluate", tmp_path / "none")
-    assert f"{tmp_path}: no checkpoints there, so this is not the folder" in refused(capsys, "evaluate", tmp_path)
+    assert f"{tmp_path}: " in refused(capsys, "evaluate", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -207,9 +208,9 @@ def translated(monkeypatch):
     """translated(change): translations are the references after `change`, without fairseq-generate."""
 
     def with_change(change):
-        def translate(run, checkpoint, split, subset, text):
+        def translate(run, data, split, output):
             lines = change((run.data / "text" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1])
-            evaluate.write_lines(run.folder / f"{split}.en", lines)
+            evaluate.write_lines(output / f"{split}.en", lines)
             return lines
 
         monkeypatch.setattr(evaluate, "translate", translate)
@@ -232,16 +233,18 @@ def reference_with_unknown_words(folder):
     ],
     ids=["empty", "blank", "unequal", "unk"],
 )
-def test_translations_that_cannot_be_scored_leave_no_scores(change, spoil, expected, copy, translated, capsys):
+def test_translations_that_cannot_be_scored_leave_earlier_scores_as_they_are(
+    change, spoil, expected, copy, translated, capsys
+):
     translated(change)
     if spoil:
         spoil(copy)
+    before = content(copy)
     assert expected in refused(capsys, "evaluate", copy, "--beam", 1)
-    assert not (copy / "scores.json").exists(), "not even those of the translations before"
-    assert not [path for path in copy.rglob("*") if path.suffix in (".tmp", ".partial")]
+    assert content(copy) == before and not (copy / evaluate.UNFINISHED).exists()
 
 
-def test_a_score_that_is_no_number_leaves_no_scores(copy, translated, capsys, monkeypatch):
+def test_a_score_that_is_not_a_number_leaves_earlier_scores_as_they_are(copy, translated, capsys, monkeypatch):
     class Broken(scoring.CHRF):
         def corpus_score(self, hypotheses, references):
             result = super().corpus_score(hypotheses, references)
@@ -250,25 +253,53 @@ def test_a_score_that_is_no_number_leaves_no_scores(copy, translated, capsys, mo
 
     translated(lambda lines: lines)
     monkeypatch.setattr(scoring, "CHRF", Broken)
+    before = content(copy)
     assert "chrF2++ is not a number" in refused(capsys, "evaluate", copy, "--beam", 1)
-    assert not (copy / "scores.json").exists()
+    assert content(copy) == before
 
 
-def test_another_beam_is_another_score_and_the_same_is_none(copy, translated, capsys):
+def test_a_run_is_scored_again_after_another_beam_or_if_a_translation_was_replaced(copy, translated, capsys):
+    translated(lambda lines: lines)
+
+    def scored_already(*options):
+        main(["evaluate", str(copy), *options])
+        return "ce.seed1: scored already" in capsys.readouterr().out
+
+    assert scored_already()
+    assert not scored_already("--beam", "1")
+    result = Result.read(copy)
+    assert result.evaluation.beam == 1 and result.scores["test"]["sacreBLEU"].score == pytest.approx(100)
+    assert scored_already("--beam", "1")
+    (copy / "test.en").write_text("another\n" * 21, encoding="utf-8")
+    assert not scored_already("--beam", "1") and Result.read(copy) == result
+    (copy / "valid.en").unlink()
+    assert not scored_already("--beam", "1")
+
+
+def test_scores_of_version_0_1_are_read_and_replaced(copy, translated, capsys):
+    result = read_json(copy / "scores.json")
+    options = " ".join(f"--{name} '{value}'" for name, value in result["options"].items())
+    for name in ("format", "options", "translations_sha256", "weights_sha256", "diagnostics", "curve"):
+        del result[name]
+    write_json(copy / "scores.json", {**result, "command": f"fairseq-train data {options}"})
+    before = Result.read(copy)
+    assert before.options["criterion"] == "label_smoothed_cross_entropy" and not before.translations_sha256
     translated(lambda lines: lines)
     main(["evaluate", str(copy)])
-    assert "ce.seed1: scored already" in capsys.readouterr().out
-    main(["evaluate", str(copy), "--beam", "1"])
-    assert "scored already" not in capsys.readouterr().out
-    result = read_json(copy / "scores.json")
-    assert result["evaluation"]["beam"] == 1
-    assert result["scores"]["test"]["sacreBLEU"]["score"] == pytest.approx(100)
+    assert Result.read(copy).translations_sha256
 
 
-def test_when_fairseq_generate_fails_its_last_words_are_told(copy, capsys):
+def test_when_fairseq_generate_fails_its_last_line_is_shown(copy, capsys):
     for path in (copy.parent / "data" / "data-bin").glob("valid.*"):
         path.unlink()
+    before = content(copy)
     error = refused(capsys, "evaluate", copy, "--beam", 1)
     log = copy / "valid.generate.log"
     assert "fairseq-generate failed with exit code 1: FileNotFoundError" in error and f"(log: {log})" in error
-    assert not (copy / "scores.json").exists()
+    assert content(copy) == before
+
+
+def test_a_run_in_use_by_another_process_is_refused(copy, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.0)
+    with processes.locked(copy):
+        assert f"{copy}: in use" in refused(capsys, "evaluate", copy, "--beam", 1)

@@ -1,20 +1,23 @@
 """The report of two criteria and two seeds: complete, self-contained, escaped, readable in a browser."""
 
 import html
-import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import refused, run
+from conftest import refused
 
+from encourage_mt import processes
 from encourage_mt.cli import main
 from encourage_mt.evaluation import scoring
+from encourage_mt.evaluation.comparison import Comparison
+from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
 from encourage_mt.report.charts import learning_curves
-from encourage_mt.report.page import disagree, marked
-from encourage_mt.training.run_folder import open_run
+from encourage_mt.report.page import FILE_LIST, disagree, mark_words
+from encourage_mt.training.run_folder import open_run, render_options
 
 CHARTS = {
     *("seeds_test", "length_test", "valid_bleu", "valid_nll", "representation", "energy", "margin", "probability"),
@@ -45,14 +48,12 @@ def reported(work, tmp_path_factory):
         if name.startswith("el"):
             replace(run_folder / "test.en", 4, f"output {NASTY}")
         hypotheses = (run_folder / "test.en").read_text(encoding="utf-8").split("\n")[:-1]
-        result = read_json(run_folder / "scores.json")
-        result["scores"]["test"] = scoring.score(hypotheses, references, "en")
-        write_json(run_folder / "scores.json", result)
+        result = Result.read(run_folder)
+        scores = {**result.scores, "test": scoring.score(hypotheses, references, "en")}
+        result.model_copy(update={"scores": scores}).write(run_folder)
     output = folder / "report"
-    argv = ["encourage-mt", "report", "--output", output]
-    argv += ["--baseline", folder / "ce.seed1", folder / "ce.seed2"]
-    done = run(*argv, "--candidate", folder / "el.seed1", folder / "el.seed2")
-    assert f"Report: {output / 'report.html'}" in done.stdout and "DEBUG" not in done.output
+    argv = ["report", "--output", output, "--baseline", folder / "ce.seed1", folder / "ce.seed2"]
+    main([str(word) for word in [*argv, "--candidate", folder / "el.seed1", folder / "el.seed2"]])
     return output
 
 
@@ -65,7 +66,9 @@ def replace(path, number, line):
 
 def test_the_run_ends_with_a_report_of_everything(work):
     folder = work.folder / "report-ce-el"
-    assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "comparison.json", "figures"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.html", "report.md", "comparison.json", "figures", FILE_LIST)
+    }
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{c}.{k}" for c in CHARTS for k in ("svg", "png")
     }
@@ -89,16 +92,16 @@ def test_the_page_loads_nothing_from_anywhere(reported):
 
 def test_what_the_page_says_of_scores_is_what_the_runs_say(reported):
     page = html.unescape((reported / "report.html").read_text(encoding="utf-8"))
-    compared = json.loads((reported / "comparison.json").read_text(encoding="utf-8"))
+    compared = Comparison.read(reported / "comparison.json")
     markdown = (reported / "report.md").read_text(encoding="utf-8")
     for name in ("ce.seed1", "el.seed2"):
-        result = read_json(reported.parent / name / "scores.json")
-        for metric, entry in result["scores"]["test"].items():
-            side = "baseline" if result["arm"] == "ce" else "candidate"
-            assert compared["tests"]["test"][metric][side][str(result["seed"])] == entry["score"]
+        result = Result.read(reported.parent / name)
+        for metric, entry in result.scores["test"].items():
+            side = "baseline" if result.arm == "ce" else "candidate"
+            assert getattr(compared.tests["test"][metric], side)[result.seed] == entry.score
             for text in (page, markdown):
-                assert f"{entry['score']:.2f}" in text and entry["signature"] in text
-        assert result["command"] in page and result["evaluation"]["data_sha256"] in page
+                assert f"{entry.score:.2f}" in text and entry.signature in text
+        assert shlex.join(render_options(result.options)) in page and result.evaluation.data_sha256 in page
     assert "paired t-test over 2 seeds" in page and "paired t-test over 2 seeds" in markdown
 
 
@@ -134,27 +137,40 @@ def test_disagreements_are_ten_of_each_kind_and_equal_outputs_are_none():
     rows = disagree(sources, references, {"a": baseline, "b": candidate})
     assert [row["gain"] > 0 for row in rows] == [False] * 10 + [True] * 10
     assert all(row["line"] <= 30 for row in rows)
-    assert marked("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
+    assert mark_words("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
 
 
-def test_a_second_report_replaces_the_first_and_other_files_are_left_alone(reported, tmp_path, capsys):
+def test_a_second_report_replaces_the_first_and_files_of_others_are_left_alone(reported, tmp_path, capsys):
     sides = ["--baseline", reported.parent / "ce.seed1", "--candidate", reported.parent / "el.seed1"]
     output = tmp_path / "report"
     shutil.copytree(reported, output)
-    (output / "figures" / "old.svg").touch()
+    (tmp_path / "report.partial").mkdir()
     main([str(word) for word in ["report", *sides, "--output", output]])
-    assert not (output / "figures" / "old.svg").exists() and [p.name for p in tmp_path.iterdir()] == ["report"]
-    assert "with one seed says nothing of other seeds" in (output / "report.md").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "report.partial"}
+    assert "one seed does not show" in (output / "report.md").read_text(encoding="utf-8")
 
-    (output / "notes.txt").write_text("mine")
+    (output / "figures" / "mine.svg").write_text("mine")
     error = refused(capsys, "report", *sides, "--output", output)
-    assert "report: holds other files (notes.txt); choose another --output" in error
-    assert (output / "notes.txt").read_text() == "mine" and (output / "report.html").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    assert "holds other files (thesis.tex)" in refused(capsys, "report", *sides, "--output", tmp_path / "other")
+    assert f"{output}: holds figures/mine.svg" in error and "--output" in error
+    assert (output / "figures" / "mine.svg").exists() and (output / "report.html").exists()
+    for name in ("report.md", "figures/one.svg"):  # names of ours, but not from a report
+        other = tmp_path / name.replace("/", "-")
+        (other / name).parent.mkdir(parents=True)
+        (other / name).write_text("mine")
+        assert f"holds {name}" in refused(capsys, "report", *sides, "--output", other)
+        assert (other / name).read_text() == "mine"
     (tmp_path / "file").touch()
     assert "file" in refused(capsys, "report", *sides, "--output", tmp_path / "file")
+
+
+def test_a_run_in_use_by_another_process_is_refused(reported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.0)
+    runs = [reported.parent / name for name in ("ce.seed1", "el.seed1")]
+    with processes.locked(runs[1]):
+        error = refused(
+            capsys, "report", "--baseline", runs[0], "--candidate", runs[1], "--output", tmp_path / "report"
+        )
+    assert f"{runs[1]}: in use" in error and not list(tmp_path.iterdir())
 
 
 def test_curves_are_named_apart_and_runs_without_a_log_are_left_out(reported, tmp_path):

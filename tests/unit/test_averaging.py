@@ -1,12 +1,13 @@
 """Averaging checkpoints, on hand-made ones."""
 
 import argparse
+import runpy
 import sys
 import weakref
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation import averaging
@@ -84,6 +85,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
         (["{a}", "{garbage}"], "garbage.pt: not a checkpoint"),
         (["{a}", "{nothing}"], "nothing.pt: not a checkpoint that can be loaded safely"),
         (["{a}", "{cut}"], "cut.pt: damaged checkpoint"),
+        (["{a}", "{flipped}"], "flipped.pt: damaged checkpoint"),
         (["{a}", "{other}"], "other.pt: its parameters differ in name or shape"),
         (["{dir}", "--num-epoch-checkpoints", "0"], "the number of checkpoints must be at least 1, got 0"),
         (["{dir}", "--num-epoch-checkpoints", "3"], "0 epoch checkpoints"),
@@ -91,20 +93,32 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
         (["{dir}"], "is a directory; say how many"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_path):
+def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch, capsys):
     checkpoint(tmp_path / "a.pt", 1.0)
     checkpoint(tmp_path / "other.pt", 1.0, extra=torch.zeros(1))
     (tmp_path / "nothing.pt").touch()
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:200])
-    names = {name: tmp_path / f"{name}.pt" for name in ("a", "missing", "garbage", "cut", "nothing", "other")}
+    flipped = bytearray((tmp_path / "a.pt").read_bytes())
+    flipped[flipped.index(torch.full((2, 3), 1.0).numpy().tobytes())] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    names = {path.stem: path for path in tmp_path.glob("*.pt")} | {"missing": tmp_path / "missing.pt"}
     arguments = [argument.format(dir=tmp_path, **names) for argument in arguments]
-    script = ROOT / "scripts/average_checkpoints.py"
-    error = run(sys.executable, script, "--output", tmp_path / "out.pt", "--inputs", *arguments, code=2).stderr
+    monkeypatch.setattr(sys, "argv", ["average", "--output", str(tmp_path / "out.pt"), "--inputs", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "scripts/average_checkpoints.py"), run_name="__main__")
+    error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="out.pt"):
         average([checkpoint(tmp_path / "a.pt", 1.0)], tmp_path / "none" / "out.pt")
+
+
+def test_the_digest_is_of_the_averaged_parameters_alone(tmp_path):
+    paths = [checkpoint(tmp_path / f"{i}.pt", 1.0, torch.bfloat16, count=7) for i in range(2)]
+    digest = average(paths, tmp_path / "out.pt")
+    assert digest == average(paths[:1], tmp_path / "again.pt"), "the same mean"
+    assert digest != average([checkpoint(tmp_path / "other.pt", 1.5, torch.bfloat16, count=7)], tmp_path / "out.pt")

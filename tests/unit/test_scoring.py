@@ -42,8 +42,8 @@ def told(tmp_path):
 
 
 def same(ours, told):
-    assert ours["score"] == pytest.approx(told["score"], abs=1e-12)
-    assert ours["signature"] == told["signature"]
+    assert ours.score == pytest.approx(told["score"], abs=1e-12)
+    assert ours.signature == told["signature"]
 
 
 COMMANDS = {
@@ -60,20 +60,20 @@ def test_scores_are_those_of_the_sacrebleu_command_to_the_digit(lowercase, told)
     assert set(ours) == set(COMMANDS)
     for name, options in COMMANDS.items():
         same(ours[name], told(HYPOTHESES, REFERENCES, *options, *(LOWER[name] if lowercase else ())))
-    assert ("case:lc" in ours["sacreBLEU"]["signature"]) is lowercase
-    assert ("case:lc" in ours["chrF++"]["signature"]) is lowercase
-    assert 0 < ours["sacreBLEU"]["score"] < 100
+    assert ("case:lc" in ours["sacreBLEU"].signature) is lowercase
+    assert ("case:lc" in ours["chrF++"].signature) is lowercase
+    assert 0 < ours["sacreBLEU"].score < 100
 
 
 def test_the_length_ratio_is_that_of_the_hypotheses_to_the_references_in_tokens():
     references, hypotheses = ["one two three four five six seven eight"], ["one two three four five six"]
-    assert scoring.score(hypotheses, references, "en")["sacreBLEU"]["length_ratio"] == 6 / 8
-    assert scoring.tokenized_bleu(hypotheses, references)["length_ratio"] == 6 / 8
+    assert scoring.score(hypotheses, references, "en")["sacreBLEU"].length_ratio == 6 / 8
+    assert scoring.tokenized_bleu(hypotheses, references).length_ratio == 6 / 8
 
 
 def test_chinese_scores_are_those_of_the_command_with_its_options(told):
     ours = scoring.score(*CHINESE, "zh_CN")
-    assert ours["sacreBLEU"]["score"] > 10
+    assert ours["sacreBLEU"].score > 10
     same(ours["sacreBLEU"], told(*CHINESE, "-m", "bleu", "-l", "en-zh"))
     same(ours["TER"], told(*CHINESE, "-m", "ter", "--ter-asian-support", "--ter-normalized"))
     same(ours["chrF++"], told(*CHINESE, *COMMANDS["chrF++"]))
@@ -84,8 +84,8 @@ def test_tokenized_bleu_is_that_of_the_command_without_tokenizer(told):
     references = ["he said : &quot; no ! &quot;", "it 's the U.K. one , is it not ?"]
     ours = scoring.tokenized_bleu(hypotheses, references)
     same(ours, told(hypotheses, references, "-m", "bleu", "--tokenize", "none", "--force"))
-    assert "tok:none" in ours["signature"]
-    assert ours["score"] != pytest.approx(scoring.score(hypotheses, references, "en")["sacreBLEU"]["score"])
+    assert "tok:none" in ours.signature
+    assert ours.score != pytest.approx(scoring.score(hypotheses, references, "en")["sacreBLEU"].score)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_tokenized_bleu_is_that_of_the_command_without_tokenizer(told):
 )
 def test_the_tokenizer_follows_the_target_language(language, tokenizer):
     entry = scoring.score(*CHINESE, language)
-    assert f"tok:{tokenizer}|" in entry["sacreBLEU"]["signature"]
+    assert f"tok:{tokenizer}|" in entry["sacreBLEU"].signature
     asian = "yes" if tokenizer == "zh" else "no"
-    assert f"asian:{asian}" in entry["TER"]["signature"]
+    assert f"asian:{asian}" in entry["TER"].signature
 
 
 @pytest.mark.parametrize("language, code", [("ja", "ja"), ("jpn_Jpan", "ja"), ("ko", "ko"), ("kor_Hang", "ko")])
 def test_japanese_and_korean_are_scored_by_mecab_or_not_at_all(language, code):
     if find_spec({"ja": "MeCab", "ko": "mecab_ko"}[code]):
-        signature = scoring.score(["猫 안녕"], ["犬 안녕"], language)["sacreBLEU"]["signature"]
+        signature = scoring.score(["猫 안녕"], ["犬 안녕"], language)["sacreBLEU"].signature
         assert f"tok:{code}-mecab" in signature
     else:
         with pytest.raises(UserError, match=rf"pip install 'sacrebleu\[{code}\]'") as error:
@@ -127,7 +127,7 @@ def test_what_cannot_be_scored_is_refused(function, hypotheses, references, expe
 
 
 def test_an_unknown_word_of_the_model_or_some_empty_lines_are_scored():
-    assert math.isfinite(scoring.score(["a <unk> b", ""], ["a b", "c"], "en")["sacreBLEU"]["score"])
+    assert math.isfinite(scoring.score(["a <unk> b", ""], ["a b", "c"], "en")["sacreBLEU"].score)
 
 
 def test_a_score_that_is_no_number_is_refused(monkeypatch):
@@ -172,10 +172,10 @@ def test_comet_scores_with_the_model_on_disk_and_signs_with_its_digest(stub, tmp
         model.parent.mkdir()
         model.write_text(str(value))
         entry = scoring.comet(model, ["s1", "s2"], ["h1", "h2"], ["r1", "r2"], gpus=0)
-        assert entry["score"] == value
-        assert entry["signature"].startswith("unbabel-comet:9.9|model:model.ckpt|sha256:")
-        assert entry["signature"] == scoring.comet_signature(model)
-        signatures.append(entry["signature"])
+        assert entry.score == value
+        assert entry.signature.startswith("unbabel-comet:9.9|model:model.ckpt|sha256:")
+        assert entry.signature == scoring.comet_signature(model)
+        signatures.append(entry.signature)
     assert signatures[0] != signatures[1], "another model of the same file name"
     import comet
 

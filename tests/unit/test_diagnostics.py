@@ -1,24 +1,17 @@
-"""The look inside a model: figures of a hand-made one against closed forms, then of a trained one."""
+"""The measurements of a model made by hand, against closed forms."""
 
 import math
-import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from conftest import PAIRS
 
 from encourage_mt.errors import UserError
-from encourage_mt.evaluation import diagnostics
-from encourage_mt.evaluation.diagnostics import analyse, loss_options, measure, per_token
-from encourage_mt.files import read_json, write_json
+from encourage_mt.evaluation.diagnostics import loss_options, measure, per_token
 from encourage_mt.loss.options import LossOptions
-from encourage_mt.plugin.checkpoints import load_checkpoint
-from encourage_mt.training.run_folder import open_run, read_log
 
-CE = LossOptions(bonus="none")
+FAIRSEQ = {"smoothing_convention": "fairseq"}
+CE = LossOptions(bonus="none", **FAIRSEQ)
 # probabilities of 4 types, the target, for three tokens: sure and right, sure and wrong, unsure and right
 P = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 TARGET = torch.tensor([0, 1, 3])
@@ -54,7 +47,7 @@ def test_energies_are_negative_logits_and_their_gap_does_not_see_a_shift():
 SLOPES = {
     "cross entropy": (CE, [[-0.3, 0.1, 0.1, 0.1], [0.7, -0.9, 0.1, 0.1], [0.1, 0.2, 0.3, -0.6]]),
     "smoothed cross entropy": (  # p - q, with q = 0.7 for the target and 0.1 for each of the others
-        LossOptions(bonus="none", label_smoothing=0.3),
+        LossOptions(bonus="none", label_smoothing=0.3, **FAIRSEQ),
         [[0.0, 0.0, 0.0, 0.0], [0.6, -0.6, 0.0, 0.0], [0.0, 0.1, 0.2, -0.3]],
     ),
     "encouraging loss": (  # -1 for the target as long as p < log_end, p_k / (1 - p) for the others
@@ -165,70 +158,18 @@ def test_accuracy_and_f1_go_by_frequency_in_train():
 def test_the_loss_is_taken_from_the_options_of_the_checkpoint():
     assert loss_options({"_name": "cross_entropy", "sentence_avg": False}) == CE
     smoothed = {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1, "ignore_prefix_size": 0}
-    assert loss_options(smoothed) == LossOptions(bonus="none", label_smoothing=0.1)
+    assert loss_options(smoothed) == LossOptions(bonus="none", label_smoothing=0.1, **FAIRSEQ)
     options = {"bonus": "power", "log_end": 0.75, "bonus_exponent": 3.0, "bonus_weight": 0.5}
     options |= {"label_smoothing": 0.2, "smoothing_convention": "paper"}
     ours = {"_name": "label_smoothed_encouraging_loss", "loss_backend": "auto", "report_accuracy": True, **options}
     assert loss_options(ours) == LossOptions(**options)
+    for name, value in (("log_end", "x"), ("bonus", "zzz"), ("label_smoothing", None)):
+        with pytest.raises(UserError, match=f"scores.json: criterion: {name}"):
+            loss_options({**ours, name: value})
 
 
-# --- a trained model
-
-
-@pytest.fixture
-def evaluated(el_run, tiny, tmp_path):
-    """A run whose averaged checkpoint is the last one of training, of which fairseq logged the figures on valid."""
-    checkpoint = el_run / "checkpoint_last.pt"
-    shutil.copy(checkpoint, tmp_path / "average.pt")
-    shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
-    write_json(tmp_path / "scores.json", {"criterion": load_checkpoint(checkpoint)["cfg"]["criterion"]})
-    return open_run(tmp_path, data=tiny[1])
-
-
-def pieces_of(lines, data):
-    encoder = sentencepiece.SentencePieceProcessor(model_file=str(data / "subword.model"))
-    return [encoder.encode(line, out_type=str) for line in lines]
-
-
-def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
-    found = analyse(evaluated)
-    logged = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
-    assert found["nll"] / math.log(2) == pytest.approx(float(logged["valid_nll_loss"]), abs=0.002)
-    assert 100 * found["accuracy"] == pytest.approx(float(logged["valid_accuracy"]), abs=0.01)
-    text = (evaluated.data / "text" / "valid.en").read_text(encoding="utf-8").splitlines()
-    assert found["tokens"] == sum(len(line) + 1 for line in pieces_of(text, evaluated.data))
-    assert sum(row["tokens"] for row in found["frequency"]) == found["tokens"]
-    assert sum(found["calibration"]["tokens"]) == found["tokens"]
-    assert 0 < found["gradient"]["well_classified"] < 1 or found["gradient"]["well_classified_tokens"] == 0
-    assert read_json(evaluated.folder / "analysis.json")["margin"]["mean"] == found["margin"]["mean"]
-
-
-def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
-    _, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data)
-    counts = diagnostics.frequencies(task)
-    text = [target for _, target in PAIRS["train"]]
-    lines = pieces_of(text, evaluated.data)
-    expected = Counter(piece for line in lines for piece in line)
-    dictionary = task.target_dictionary
-    assert len(counts) == len(dictionary) and counts[dictionary.eos()] == len(lines)
-    assert {dictionary[i]: n for i, n in enumerate(counts) if n and i != dictionary.eos()} == expected
-
-
-def test_a_second_look_reads_what_the_first_one_wrote_unless_the_checkpoint_is_another(evaluated, monkeypatch):
-    first = analyse(evaluated)
-    monkeypatch.setattr(diagnostics, "load", None)
-    assert analyse(evaluated)["nll"] == first["nll"]
-    with open(evaluated.folder / "average.pt", "ab") as checkpoint:
-        checkpoint.write(b"x")
-
-    class Model:
-        class decoder:
-            output_projection = torch.nn.Linear(2, 3)
-
-    monkeypatch.setattr(diagnostics, "load", lambda *arguments: (Model, None))
-    monkeypatch.setattr(diagnostics, "frequencies", lambda task: None)
-    monkeypatch.setattr(diagnostics, "measure", lambda *arguments: {"new": True})
-    assert analyse(evaluated)["new"]
-    (evaluated.folder / "average.pt").unlink()
-    with pytest.raises(UserError, match=r"no average.pt with scores.json; bash scripts/evaluate.sh"):
-        analyse(evaluated)
+def test_a_bonus_from_outside_is_not_imported_and_leaves_the_gradient_out():
+    options = loss_options({"bonus": "evil:function", "label_smoothing": 0.1})
+    assert options is None
+    found = measure([(LOGITS, TARGET)], np.ones(4), options, IDENTITY)
+    assert found["gradient"] is None and found["nll"] > 0

@@ -1,0 +1,40 @@
+"""Format numbers and Markdown tables for people."""
+
+import re
+import statistics
+from collections.abc import Iterable
+
+from tabulate import tabulate
+
+
+def format_mean(scores: Iterable[float], digits: int = 2) -> str:
+    """Return mean ± standard deviation; one score has no deviation."""
+    scores = list(scores)
+    spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.{digits}f}{spread}"
+
+
+def format_p(p: float | None) -> str:
+    """Return a p-value with three digits. A p of 0 is never shown: no test of a sample can prove it."""
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+MARKUP = re.compile(r"[\\`*~|]|<(?=[A-Za-z/!?])|\](?=\()|&(?=[A-Za-z#])")
+
+
+def escape(text: str) -> str:
+    """Return `text` as Markdown that shows it as it is, on one line and within one cell of a table."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown whose columns are aligned when read as plain text."""
+    header, *rows = ([escape(cell) for cell in row] for row in (header, *rows))
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def signature_lines(signatures: dict[str, str]) -> list[str]:
+    """Return {metric: signature} as lines of Markdown."""
+    return [f"{name} signature: `{signature}`  " for name, signature in signatures.items()]

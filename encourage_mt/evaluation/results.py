@@ -1,0 +1,121 @@
+"""Read and write scores.json: the scores of a run, with everything that made them."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from ..errors import UserError
+from ..files import Record, Scalar, read_record, write_record
+from ..training.run_folder import Provenance, parse_options
+
+HEADLINE = "sacreBLEU"
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+FiniteScore = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class Score(Record):
+    """One metric of one test set. length_ratio is tokens of the translation / tokens of the reference (BLEU alone)."""
+
+    score: FiniteScore
+    signature: str
+    length_ratio: float | None = None
+
+
+class Evaluation(Record):
+    """What was scored, and how: the averaged checkpoints ({file name: sha256}), the data, search, the COMET model."""
+
+    average: Positive
+    beam: Positive
+    lenpen: float
+    comet: str | None
+    data_sha256: str
+    checkpoints_sha256: dict[str, str]
+
+
+class CurvePoint(Record):
+    """Valid BLEU (greedy, one checkpoint) and nll (bits per token) after an epoch."""
+
+    epoch: float
+    updates: float
+    bleu: float
+    nll: float
+
+
+class Result(Record):
+    """The content of scores.json.
+
+    options and provenance are those of the run, criterion and training the settings that its checkpoint records.
+    scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
+    weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. diagnostics, {name:
+    value} of analysis.json, and the learning curve are only in results that are kept in results/.
+    """
+
+    remedy: ClassVar[str] = "remove it and run `encourage-mt evaluate` again"
+
+    format: Literal[2] = 2
+    name: str
+    recipe: str
+    arm: str
+    seed: Count
+    options: dict[str, Scalar]
+    criterion: dict[str, JsonValue]
+    evaluation: Evaluation
+    scores: dict[str, dict[str, Score]]
+    training: dict[str, JsonValue]
+    target_tokens_per_second: float | None = None
+    train_seconds: float | None = None
+    machine: str
+    versions: dict[str, str]
+    provenance: Provenance
+    translations_sha256: dict[str, str] = {}
+    weights_sha256: str | None = None
+    diagnostics: dict[str, float] | None = None
+    curve: list[CurvePoint] | None = None
+
+    @model_validator(mode="after")
+    def _check_sets(self):
+        for split, scores in self.scores.items():
+            if HEADLINE not in scores:
+                raise ValueError(f"scores: {split}: has no {HEADLINE}")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Return the scores in a file or in a run's folder. Raises UserError if they are missing or damaged."""
+        if path.is_dir():
+            if not (path / "scores.json").exists():
+                raise UserError(f"{path}: has no scores yet; run `encourage-mt evaluate {path}`")
+            path = path / "scores.json"
+        return read_record(path, cls)
+
+    def write(self, path: Path) -> None:
+        """Write the scores, without fields that are not known, to a file or as scores.json into a folder."""
+        write_record(path / "scores.json" if path.is_dir() else path, self)
+
+    @classmethod
+    def upgrade(cls, content: dict) -> dict:
+        """Return scores of version 0.1 as format 2 has them."""
+        if "format" in content or not isinstance(content.get("command"), str):
+            return content
+        content = {name: value for name, value in content.items() if name not in ("command", "signatures")} | {
+            "format": 2,
+            "options": parse_options(content["command"]),
+        }
+        if "inside" in content:
+            content["diagnostics"] = content.pop("inside")
+        return content
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """{metric: signature} over all sets."""
+        return {metric: score.signature for scores in self.scores.values() for metric, score in scores.items()}
+
+
+def by_arm(results: list[Result]) -> dict[str, list[Result]]:
+    """Return {arm: its results}, in order of appearance."""
+    arms = {}
+    for result in results:
+        arms.setdefault(result.arm, []).append(result)
+    return arms

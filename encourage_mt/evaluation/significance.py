@@ -1,0 +1,155 @@
+"""Test whether two systems differ: t-tests over seeds, sacreBLEU's paired tests over sentences."""
+
+import math
+import statistics
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from sacrebleu.significance import PairedTest
+from scipy import stats
+
+from . import scoring
+from .formatting import format_mean, format_p
+from .results import FiniteScore
+
+CONFIDENCE = 0.95
+POWER = 0.8
+MAX_SEEDS = 1000
+
+
+@dataclass
+class MetricComparison:
+    """One metric of one test set, over seeds. `baseline` and `candidate` map a seed to its score.
+
+    sentence_p is {seed: {"bs" or "ar": p}} of `paired_tests`. The rest is computed from the scores: gain is the mean
+    improvement (for TER the mean reduction), interval its 95% confidence interval and p the two-sided p-value of
+    `test`, both None if a side has only one seed. seeds_needed is the number of seeds a side that would show a gain of
+    this size with 80% power, None if it is above 1,000 or the spread is unknown.
+    """
+
+    metric: str
+    baseline: dict[int, FiniteScore]
+    candidate: dict[int, FiniteScore]
+    sentence_p: dict[int, dict[str, float]] = field(default_factory=dict)
+    gain: float = 0.0
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    test: str = ""
+    seeds_needed: int | None = None
+
+    def __post_init__(self):
+        if not (self.baseline and self.candidate):
+            raise ValueError(f"{self.metric} needs a score on both sides")
+        self.interval = self.p = self.seeds_needed = None
+        shared = sorted(set(self.baseline) & set(self.candidate))
+        if len(shared) > 1 or (shared and set(self.baseline) == set(self.candidate)):
+            gains = [self.improvement(seed) for seed in shared]
+            self.gain = statistics.mean(gains)
+            self.test = f"paired t-test over {len(shared)} seeds"
+            if len(gains) > 1:
+                spread = statistics.stdev(gains)
+                self._test(stats.ttest_1samp, gains, 0.0, spread=spread)
+                self.seeds_needed = seeds_needed(self.gain, spread)
+            return
+        sides = [[self.sign * score for score in side.values()] for side in (self.candidate, self.baseline)]
+        self.gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
+        self.test = f"Welch's t-test, {len(sides[0])} against {len(sides[1])} seeds"
+        if min(map(len, sides)) > 1:
+            spread = math.sqrt(sum(statistics.variance(side) for side in sides))
+            self._test(stats.ttest_ind, *sides, spread=spread, equal_var=False)
+            self.seeds_needed = seeds_needed(self.gain, spread, groups=2)
+
+    @property
+    def sign(self) -> int:
+        """-1 if a lower score is better."""
+        return -1 if self.metric == "TER" else 1
+
+    def improvement(self, seed: int) -> float:
+        """Return the gain of a seed that both sides have; positive if the candidate is better."""
+        return self.sign * (self.candidate[seed] - self.baseline[seed])
+
+    def _test(self, test, *samples, spread, **options):
+        if spread == 0:  # t is infinite or undefined if all gains are equal
+            self.p, self.interval = (0.0 if self.gain else 1.0), (self.gain, self.gain)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, if the scores of one side are equal
+            result = test(*samples, **options)
+        interval = result.confidence_interval(CONFIDENCE)
+        self.p, self.interval = float(result.pvalue), (float(interval.low), float(interval.high))
+
+    def rows(self) -> list[list[str]]:
+        """Return rows of a table: metric, seed, baseline, candidate, gain, p of both tests over sentences; the mean."""
+        rows = []
+        for seed in sorted(set(self.baseline) | set(self.candidate)):
+            pair = [side.get(seed) for side in (self.baseline, self.candidate)]
+            scores = ["" if score is None else f"{score:.2f}" for score in pair]
+            gain = "" if None in pair else f"{self.improvement(seed):+.2f}"
+            p = self.sentence_p.get(seed, {})
+            rows.append([self.metric, str(seed), *scores, gain, format_p(p.get("bs")), format_p(p.get("ar"))])
+        means = [format_mean(side.values()) for side in (self.baseline, self.candidate)]
+        rows.append([self.metric, "mean", *means, self.format_gain(), "", ""])
+        return rows
+
+    def format_gain(self) -> str:
+        """Return the gain with its confidence interval."""
+        return f"{self.gain:+.2f}" + (f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else "")
+
+    def verdict(self, baseline: str, candidate: str) -> str:
+        """Return one line: better, worse, or not enough evidence and how many seeds it would take."""
+        amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
+        if self.p is None:
+            return (
+                f"Not enough evidence: {amount}, but one seed does not show how much seeds vary. Train at least 2 "
+                "seeds a side, better 5."
+            )
+        p = f"p {'' if self.p < 0.001 else '= '}{format_p(self.p)}"
+        evidence = f"95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}, {p}, {self.test}"
+        if self.p < 1 - CONFIDENCE:
+            return f"{candidate} is {'better' if self.gain > 0 else 'worse'} than {baseline}: {amount} ({evidence})."
+        needed = f"about {self.seeds_needed:,}" if self.seeds_needed else f"more than {MAX_SEEDS:,}"
+        return (
+            f"Not enough evidence that {candidate} and {baseline} differ: {amount} ({evidence}). With this spread, "
+            f"{needed} seeds a side would show a gain of this size 4 times in 5."
+        )
+
+
+def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
+    """Return the seeds a side for 80% power of a two-sided t-test at 5% (noncentral t, Cohen 1988); None above 1,000.
+
+    spread: for groups=1 (paired) the standard deviation of the gain over seeds, for groups=2 the square root of the
+    sum of both sides' variances.
+    """
+    if spread == 0:
+        return 2 if gain else None
+    for count in range(2, MAX_SEEDS + 1):
+        freedom = groups * (count - 1)
+        limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+        shift = abs(gain) / spread * math.sqrt(count)
+        if stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift) >= POWER:
+            return count
+    return None
+
+
+def paired_tests(
+    baseline: list[str], candidate: list[str], references: list[str], language: str, lowercase: bool
+) -> dict[str, tuple[float, float, dict[str, float]]]:
+    """Return {metric: (baseline's score, candidate's score, {"bs": p, "ar": p})} of sacreBLEU's own paired tests.
+
+    "bs" is the bootstrap, "ar" approximate randomization. They count chance differences above the observed one but not
+    those equal to it, which are most of them if few sentences differ: two equal translations would get p = 0.0001.
+    So p is 1 for equal scores, and at least 2^(1-k) if k sentences differ, the smallest value that exchanging their
+    translations at random can give.
+    """
+    metrics = scoring.metrics(language, lowercase)
+    systems = [("baseline", baseline), ("candidate", candidate)]
+    least = 0.5 ** (sum(a != b for a, b in zip(baseline, candidate, strict=True)) - 1)
+    found = {}
+    for test in ("bs", "ar"):
+        _, table = PairedTest(systems, metrics, [references], test_type=test)()
+        columns = [column for name, column in table.items() if name != "System"]
+        for metric, (first, second) in zip(metrics, columns, strict=True):
+            p = 1.0 if np.isclose(first.score, second.score, atol=1e-6) else max(float(second.p_value), least)
+            found.setdefault(metric, (first.score, second.score, {}))[2][test] = p
+    return found

@@ -1,0 +1,78 @@
+"""The measurements of a trained model: as fairseq logged them, kept in analysis.json."""
+
+import math
+import shutil
+from collections import Counter
+
+import pytest
+import sentencepiece
+from conftest import PAIRS
+from samples import sample_result
+
+from encourage_mt.errors import UserError
+from encourage_mt.evaluation import diagnostics
+from encourage_mt.evaluation.diagnostics import Analysis, analyse
+from encourage_mt.evaluation.evaluate import as_json
+from encourage_mt.files import read_json, read_record, write_json
+from encourage_mt.plugin.checkpoints import load_checkpoint
+from encourage_mt.training.run_folder import open_run, read_log
+
+
+@pytest.fixture
+def evaluated(el_run, tiny, tmp_path):
+    """A run whose averaged checkpoint is the last one of training, of which fairseq logged the figures on valid."""
+    checkpoint = el_run / "checkpoint_last.pt"
+    shutil.copy(checkpoint, tmp_path / "average.pt")
+    shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")
+    sample_result(criterion=as_json(load_checkpoint(checkpoint)["cfg"]["criterion"])).write(tmp_path)
+    return open_run(tmp_path, data=tiny[1])
+
+
+def pieces_of(lines, data):
+    encoder = sentencepiece.SentencePieceProcessor(model_file=str(data / "subword.model"))
+    return [encoder.encode(line, out_type=str) for line in lines]
+
+
+def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
+    found = analyse(evaluated)
+    logged = [record for record in read_log(el_run / "log") if "valid_loss" in record][-1]
+    assert found.nll / math.log(2) == pytest.approx(float(logged["valid_nll_loss"]), abs=0.002)
+    assert 100 * found.accuracy == pytest.approx(float(logged["valid_accuracy"]), abs=0.01)
+    text = (evaluated.data / "text" / "valid.en").read_text(encoding="utf-8").splitlines()
+    assert found.tokens == sum(len(line) + 1 for line in pieces_of(text, evaluated.data))
+    assert sum(row.tokens for row in found.frequency) == found.tokens
+    assert sum(found.calibration.tokens) == found.tokens
+    assert 0 < found.gradient.well_classified < 1 or found.gradient.well_classified_tokens == 0
+    assert read_record(evaluated.folder / "analysis.json", Analysis) == found
+
+
+def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
+    _, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data)
+    counts = diagnostics.frequencies(task)
+    text = [target for _, target in PAIRS["train"]]
+    lines = pieces_of(text, evaluated.data)
+    expected = Counter(piece for line in lines for piece in line)
+    dictionary = task.target_dictionary
+    assert len(counts) == len(dictionary) and counts[dictionary.eos()] == len(lines)
+    assert {dictionary[i]: n for i, n in enumerate(counts) if n and i != dictionary.eos()} == expected
+
+
+def test_an_analysis_is_kept_until_the_checkpoint_is_another(evaluated, monkeypatch):
+    path = evaluated.folder / "analysis.json"
+    first = analyse(evaluated)
+    content = read_json(path)
+    monkeypatch.setattr(diagnostics, "load", None)  # nothing is measured again
+    assert analyse(evaluated) == first
+    write_json(path, {name: value for name, value in content.items() if name != "format"})
+    assert analyse(evaluated) == first, "of version 0.1"
+    content["source"]["checkpoint_sha256"] = "0" * 64
+    write_json(path, content)
+    with pytest.raises(TypeError):
+        analyse(evaluated)
+    content["margin"]["share"].pop()
+    write_json(path, content)
+    with pytest.raises(UserError, match="analysis.json: margin: .*share"):
+        analyse(evaluated)
+    (evaluated.folder / "average.pt").unlink()
+    with pytest.raises(UserError, match="average.pt.*encourage-mt evaluate"):
+        analyse(evaluated)

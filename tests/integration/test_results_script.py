@@ -1,0 +1,131 @@
+"""scripts/results.py: the tables of README and docs are those of the runs in results/, and how results get there."""
+
+import importlib.util
+import json
+import shutil
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+from encourage_mt.evaluation.comparison import Comparison, differences
+from encourage_mt.evaluation.results import Result
+from encourage_mt.files import read_json, write_json
+
+PAGES = ("README.md", "docs/results.md")
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, capsys):
+    """A copy of what scripts/results.py reads and writes; project.run(*options) runs it there and returns an error."""
+    for folder in ("docs", "results", "scripts", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    spec = importlib.util.spec_from_file_location("results_script", tmp_path / "scripts" / "results.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["results.py", *map(str, options)])
+        try:
+            script.main()
+        except SystemExit as end:
+            assert end.code == 2
+        return capsys.readouterr().err
+
+    script.run, script.folder = run, tmp_path
+    return script
+
+
+def test_the_pages_show_the_figures_of_the_runs(project):
+    assert project.run() == ""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert (project.folder / page).read_text(encoding="utf-8") == text, "run python scripts/results.py"
+    rows = rows_of((ROOT / "docs/results.md").read_text(encoding="utf-8"))
+    folders = [folder for folder in (ROOT / "results").iterdir() if folder.is_dir()]
+    assert folders
+    for folder in folders:
+        results = [Result.read(path) for path in folder.glob("*.seed*.json")]
+        for arm in {result.arm for result in results}:
+            group = [result.scores for result in results if result.arm == arm]
+            for split in set(group[0]) - {"valid"}:
+                scores = [scores[split]["sacreBLEU"].score for scores in group]
+                spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+                expected = [arm, split, str(len(scores)), f"{statistics.mean(scores):.2f}{spread}"]
+                assert expected in [row[:4] for row in rows]
+        for path in folder.glob("*.comparison.json"):
+            comparison = Comparison.read(path)
+            for split, metrics in comparison.tests.items():
+                for side, arm in (("baseline", comparison.baseline), ("candidate", comparison.candidate)):
+                    scores = {r.seed: r.scores[split]["sacreBLEU"].score for r in results if r.arm == arm}
+                    compared = getattr(metrics["sacreBLEU"], side)
+                    assert compared.items() <= scores.items()
+                    if path.name == "ce-el.comparison.json":
+                        assert compared == scores, "the headline is of all seeds"
+
+
+def test_runs_of_a_page_differ_by_criterion_and_seed_alone():
+    for folder in (ROOT / "results").iterdir():
+        results = [Result.read(path) for path in folder.glob("*.seed*.json")]
+        assert not differences(results)
+        shared = set()
+        for result in results:
+            names = list(result.options)
+            kept = names[: names.index("criterion")]
+            shared.add(json.dumps({name: result.options[name] for name in kept if name != "seed"}))
+        assert len(shared) == 1
+
+
+def test_an_edited_figure_is_put_right(project):
+    path = project.folder / "docs" / "results.md"
+    page = path.read_text(encoding="utf-8")
+    figure = next(row for row in rows_of(page) if row[:2] == ["ce", "test_2016_flickr"])[3]
+    path.write_text(page.replace(f"| {figure} |", "| 99.99 |", 1), encoding="utf-8")
+    project.run()
+    assert path.read_text(encoding="utf-8") == page
+
+
+def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
+    folder = project.folder / "runs" / "tiny"
+    shutil.copytree(work.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "report-*"))
+    for report in ("report-ce-el", "report-again"):
+        shutil.copytree(work.folder / "report-ce-el", folder / report)
+    (project.folder / "examples" / "tiny").mkdir()
+    (project.folder / "examples" / "tiny" / "recipe.yaml").write_text(json.dumps(TINY))  # JSON is YAML
+    assert "paths outside the project" in project.run("--add", folder)
+    for path in folder.glob("*/*.json"):
+        text = path.read_text(encoding="utf-8").replace(str(work.folder), str(folder))
+        path.write_text(text.replace(f"{ROOT}/", f"{project.folder}/"), encoding="utf-8")
+    page = project.folder / "docs" / "results.md"
+    page.write_text(page.read_text(encoding="utf-8") + "\n<!-- arms: tiny ce el -->\n<!-- end -->\n")
+    assert project.run("--add", folder) == ""
+    names = [f"{arm}.seed{seed}.json" for arm in ("ce", "el") for seed in (1, 2)]
+    names += ["ce-el.comparison.json", "again.comparison.json"]
+    assert {path.name for path in (project.folder / "results/tiny").iterdir()} == set(names)
+    assert (project.folder / "docs/pictures/tiny_valid_bleu.svg").exists()
+    path = project.folder / "results/tiny/el.seed2.json"
+    result = Result.read(path)
+    assert set(result.diagnostics) >= {"valid nll (nats)", "calibration error"} and len(result.curve) == 3
+    assert str(project.folder) not in path.read_text(encoding="utf-8")
+    rows = rows_of(page.read_text(encoding="utf-8"))[-2:]
+    assert [row[:3] for row in rows] == [["ce", "test", "2"], ["el", "test", "2"]]
+    project.run("--add", folder, "--into", "tiny.again")
+    assert (project.folder / "results/tiny.again/ce.seed1.json").exists()
+    assert "--add" in project.run("--into", "x")
+    assert "no evaluated runs" in project.run("--add", project.folder / "docs")
+
+    before = {path: path.read_bytes() for path in (project.folder / "results").rglob("*.json")}
+    scores = folder / "ce.seed1" / "scores.json"
+    content = read_json(scores)
+    content["scores"]["test"]["sacreBLEU"]["score"] += 1
+    write_json(scores, content)
+    assert "not of the present scores of ce.seed1" in project.run("--add", folder)
+    shutil.copy(folder / "el.seed1" / "average.pt", folder / "ce.seed1")
+    assert "of another average" in project.run("--add", folder)
+    assert all(path.read_bytes() == content for path, content in before.items())

@@ -1,0 +1,150 @@
+"""The tables of runs, arms, diagnostics, epochs and published figures."""
+
+import pytest
+from conftest import write_recipe
+from samples import EVALUATION, sample_result
+
+from encourage_mt.evaluation.comparison import Comparison
+from encourage_mt.evaluation.significance import MetricComparison
+from encourage_mt.recipe import load_recipe
+from encourage_mt.report.tables import (
+    DIAGNOSTICS,
+    arms_table,
+    curve_table,
+    diagnostics_table,
+    learning_curve,
+    published_table,
+    runs_table,
+)
+
+SCORES = {"ce": [30.0, 31.0, 32.0], "el": [31.0, 31.5, 33.5], "ce_ls000": [29.0]}
+PUBLISHED = {"source": "Somebody 2020", "metric": "sacreBLEU", "scores": {"ce": [35.09, 0.07], "el": [35.5, 0.11]}}
+
+
+def a_result(arm, seed, score):
+    entry = {"score": score, "signature": "nrefs:1", "length_ratio": 0.95}
+    versions = {"python": "3.11.7", "numpy": "2.4.6", "torch": "2.13.0"}
+    start = {"command": "fairseq-train", "time": "now", "processes": 1, "git_revision": None}
+    return sample_result(
+        arm,
+        seed,
+        options={"source-lang": "de", "target-lang": "en", "seed": seed, "criterion": arm, "log-end": "0.1"},
+        evaluation={**EVALUATION, "average": 5, "beam": 4},
+        scores={"valid": {"sacreBLEU": {**entry, "score": score + 1}}, "test": {"sacreBLEU": entry}},
+        training={
+            **{"arch": "transformer", "encoder_layers": 2, "decoder_layers": 3, "encoder_embed_dim": 32},
+            **{"tokens per update": 4000, "updates": 1000 + (seed > 1)},
+        },
+        target_tokens_per_second=3000.4,
+        train_seconds=61.6,
+        provenance={"data_sha256": "d" * 64, "starts": [{"machine": "CPU", "versions": versions, **start}]},
+        diagnostics=dict.fromkeys(DIAGNOSTICS, seed / 4),
+    )
+
+
+@pytest.fixture
+def results():
+    return [a_result(arm, seed, score) for arm, side in SCORES.items() for seed, score in enumerate(side, 1)]
+
+
+def compared(baseline, candidate, metric):
+    tests = {"test": {"sacreBLEU": metric}}
+    return Comparison(baseline=baseline, candidate=candidate, tests=tests, signatures={}, differences=[])
+
+
+@pytest.fixture
+def comparison():
+    sides = [dict(enumerate(SCORES[arm], 1)) for arm in ("ce", "el")]
+    seeds = MetricComparison("sacreBLEU", *sides, sentence_p={2: {"bs": 0.01, "ar": 0.02}, 1: {"bs": 0.3, "ar": 0.4}})
+    return compared("ce", "el", seeds)
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+
+
+def test_a_row_for_each_run_and_set(results):
+    rows = rows_of(runs_table(results))
+    assert rows[0] == ["run", "set", "sacreBLEU", "length ratio", "target tokens/s", "training time"]
+    assert rows[1:3] == [
+        ["ce.seed1", "valid", "31.00", "0.950", "3,000", "1:02"],
+        ["ce.seed1", "test", "30.00", "0.950", "3,000", "1:02"],
+    ]
+    assert len(rows) == 1 + 2 * 7 and runs_table(results).endswith("sacreBLEU signature: `nrefs:1`  ")
+
+
+def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
+    table = arms_table(results, [comparison])
+    rows = rows_of(table)
+    assert rows[1] == ["ce", "test", "3", "31.00 ± 1.00", "", "", ""]
+    gain = comparison.tests["test"]["sacreBLEU"]  # gains 1, 0.5, 1.5
+    assert gain.p == pytest.approx(0.0742, abs=1e-4)
+    low, high = gain.interval
+    assert rows[2] == [
+        "el",
+        "test",
+        "3",
+        "32.00 ± 1.32",
+        f"ce: +1.00 [{low:+.2f}, {high:+.2f}]",
+        "0.074",
+        "seed 1, 2: 0.400, 0.020",
+    ]
+    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce, seed 1: -1.00", "-", ""]
+    assert table.splitlines()[-2:] == [
+        "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
+        "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
+        "Trained on: CPU; python 3.11.7, torch 2.13.0; 0.1 hours in updates, 0.02 a run.  ",
+    ]
+    assert "el: `--criterion el --log-end 0.1`" in table and table.count("signature") == 1
+    assert [row[:2] for row in rows_of(arms_table(results[:1], []))[1:]] == [["ce", "valid"], ["ce", "test"]]
+
+
+def test_each_comparison_gives_a_gain_with_its_seeds_where_they_are_not_all(results, comparison):
+    control = MetricComparison("sacreBLEU", {1: 29.0}, {1: 31.0}, {1: {"bs": 0.1, "ar": 0.2}})
+    fair = compared("ce_ls000", "el", control)
+    row = rows_of(arms_table(results, [comparison, fair]))[2]
+    assert row[4].startswith("ce: +1.00 [") and row[4].endswith("]; ce_ls000, seed 1: +2.00")
+    assert row[5:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; 0.200"]
+    comparison.tests["test"]["sacreBLEU"].sentence_p[3] = {"bs": 0.1, "ar": 0.3}
+    assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; 0.200"
+
+
+def test_arms_that_share_no_seed_are_compared_all_the_same(results):
+    others = [result.model_copy(update={"seed": result.seed + 10}) for result in results[3:6]]
+    row = rows_of(arms_table(results[:3] + others, []))[4]
+    welch = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
+    assert row[4:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", ""] and welch.test.startswith("Welch")
+
+
+def test_diagnostics_are_a_mean_over_the_seeds_that_were_analysed(results):
+    results[-1] = results[-1].model_copy(update={"diagnostics": None})
+    rows = rows_of(diagnostics_table(results))
+    assert rows[0][2:] == list(DIAGNOSTICS)
+    assert [row[:3] for row in rows[1:]] == [["ce", "3", "0.500 ± 0.250"], ["el", "3", "0.500 ± 0.250"]]
+
+
+def test_a_row_for_each_epoch_with_the_gap_between_the_arms(results):
+    record = {"epoch": 1, "valid_num_updates": "1200", "valid_nll_loss": "3.5"}
+    lost = {**record, "valid_bleu": "99"}
+    bleu = ["10", "12", "11", "12", "14", "13"]  # the control has no log
+    curves = [learning_curve([lost, {"epoch": 1, "loss": "7"}, {**record, "valid_bleu": value}]) for value in bleu]
+    curves[0].append(curves[0][0].model_copy(update={"epoch": 2.0}))
+    results = [result.model_copy(update={"curve": curve}) for result, curve in zip(results, curves, strict=False)]
+    assert rows_of(curve_table(results)) == [
+        ["epoch", "updates", "greedy BLEU ce", "greedy BLEU el", "gap el", "nll ce (bits)", "nll el (bits)"],
+        ["1", "1,200", "11.00 ± 1.00", "13.00 ± 1.00", "+2.00", "3.50 ± 0.00", "3.50 ± 0.00"],
+    ]
+    assert rows_of(curve_table(results[:4]))[1][3:5] == ["12.00", "+2.00"], "over the one seed that both have"
+
+
+def test_published_figures_are_shown_with_ours_or_not_yet_run(results, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, published=PUBLISHED))
+    assert rows_of(published_table(recipe, [])) == [
+        ["sacreBLEU", "ce", "el", "gain"],
+        ["Somebody 2020", "35.09 ± 0.07", "35.50 ± 0.11", "+0.41"],
+        ["test, here", "not yet run", "not yet run", ""],
+    ]
+    ce, el = "31.00 ± 1.00 (3 seeds)", "32.00 ± 1.32 (3 seeds)"
+    assert rows_of(published_table(recipe, results[:3]))[2] == ["test, here", ce, "not yet run", ""]
+    assert rows_of(published_table(recipe, results))[2] == ["test, here", ce, el, "+1.00"]
+    assert not recipe.reversed().published and not recipe.modern().published, "another task"
