@@ -294,7 +294,7 @@ def _check_length(key: str, options: dict[str, Any], average: int) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML's own loader silently takes the last."""
+    """Refuses a mapping that has a key twice; YAML's own loader silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
