@@ -52,6 +52,7 @@ setup(
             "scipy",
             "sentencepiece>=0.2",
             "subword-nmt>=0.3.8",
+            "tabulate",
             "tqdm",
             "typing_extensions",
             "urllib3",

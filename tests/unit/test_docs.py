@@ -78,3 +78,9 @@ def test_every_option_of_the_loss_is_documented_with_its_default():
     rows = re.findall(r"^\| `--([\w-]+)` \| [^|]* \| ([^|;]*)", section, re.MULTILINE)
     documented = {option.replace("-", "_"): default.strip() for option, default in rows}
     assert documented == {name: str(option.default) for name, option in OPTIONS.items()}
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    modules = {str(path.relative_to(ROOT / "encourage_mt")) for path in (ROOT / "encourage_mt").rglob("*.py")}
+    assert not {module for module in modules if f"`{module}`" not in text and not module.endswith("__init__.py")}
