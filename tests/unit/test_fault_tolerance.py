@@ -1,0 +1,163 @@
+"""Whole checkpoints, corrupted ones, and the stop on SIGTERM, without a training."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from encourage_mt.errors import UserError
+from encourage_mt.plugin import checkpoints, fault_tolerance
+from encourage_mt.plugin.checkpoints import find_corruption
+from encourage_mt.plugin.fault_tolerance import restore_last_checkpoint, saved_checkpoints
+
+
+def save(path, value=0.0):
+    torch.save({"model": {"w": torch.full((100,), value)}}, path)
+    return path
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def fill_with_garbage(path):
+    path.write_bytes(os.urandom(2000))
+
+
+def flip_a_byte(path):
+    """In the tensor's data: torch.load would not notice."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\0\0\x80\x3f" * 4) + 5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [truncate, fill_with_garbage, flip_a_byte, Path.unlink])
+def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one(harm, tmp_path, caplog):
+    for epoch in range(1, 5):
+        save(tmp_path / f"checkpoint{epoch}.pt", float(epoch))
+    last = save(tmp_path / "checkpoint_last.pt", 1.0)
+    harm(last)
+    truncate(tmp_path / "checkpoint4.pt")
+    restore_last_checkpoint(tmp_path)
+    assert last.read_bytes() == (tmp_path / "checkpoint3.pt").read_bytes()
+    assert "checkpoint4.pt is damaged" in caplog.text and "checkpoint3.pt, the newest whole" in caplog.text
+    kept = harm is not Path.unlink
+    assert ("checkpoint_last.pt is damaged" in caplog.text) == kept
+    assert (tmp_path / "checkpoint_last.pt.damaged").exists() == kept
+
+
+def test_without_a_whole_checkpoint_training_does_not_start_over_silently(tmp_path, caplog):
+    for name in ("checkpoint1.pt", "checkpoint_last.pt"):
+        truncate(save(tmp_path / name))
+    with pytest.raises(SystemExit) as stop:
+        restore_last_checkpoint(tmp_path)
+    assert stop.value.code == 2 and str(tmp_path) in caplog.messages[-1]
+
+
+def test_nothing_is_restored_in_a_new_folder(tmp_path):
+    restore_last_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_checkpoints(tmp_path):
+    names = ["checkpoint_best.pt", "checkpoint2.pt", "checkpoint_2_30.pt", "checkpoint_11_90.pt", "checkpoint10.pt"]
+    for name in (*names, "checkpoint_last.pt", "checkpoint1.pt.tmp", "other.pt"):
+        (tmp_path / name).touch()
+    found = [path.name for path in saved_checkpoints(tmp_path, "")]
+    assert found == [names[3], names[4], names[1], names[2], names[0]]
+
+
+def test_a_flipped_bit_is_refused_wherever_a_checkpoint_is_read(tmp_path):
+    path = save(tmp_path / "checkpoint1.pt", 1.0)
+    flip_a_byte(path)
+    assert torch.load(path)["model"]["w"].ne(1.0).sum() == 1, "torch loads it as if nothing were wrong"
+    assert "checksum" in find_corruption(path)
+    checkpoints.install()
+    for load in (checkpoints.load, checkpoints.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu):
+        with pytest.raises(UserError, match="checkpoint1.pt: damaged checkpoint"):
+            load(path if load is not checkpoint_utils.load_checkpoint_to_cpu else str(path))
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_and_ends_in_one_line(tmp_path, monkeypatch, caplog):
+    def full(obj, out):
+        out.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"whole")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        fault_tolerance.save_whole({}, str(tmp_path / "checkpoint_last.pt"))
+    assert stop.value.code == 2 and "no space left" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_last.pt"]
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("at_step", [0, 3, None], ids=["before", "while validating", "never"])
+def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, caplog):
+    """A validation of 10 batches, with a trainer that counts them."""
+    monkeypatch.setattr(fault_tolerance, "_stop_requested", at_step == 0)
+    saved, steps = [], []
+
+    class Trainer:
+        data_parallel_world_size = 1
+
+        def valid_step(self, sample):
+            steps.append(sample)
+            if len(steps) == at_step:
+                fault_tolerance.request_stop(signal.SIGTERM, None)
+
+        def get_num_updates(self):
+            return 7
+
+    def validate_and_save(cfg, trainer, *_):
+        for sample in range(10):
+            trainer.valid_step(sample)
+        return [1.0], False
+
+    trainer, cfg = Trainer(), SimpleNamespace(checkpoint=SimpleNamespace(no_save=False))
+    monkeypatch.setattr(checkpoint_utils, "save_checkpoint", lambda *words: saved.append(words[-1]))
+    hooked = fault_tolerance.stop_when_requested(validate_and_save)
+    if at_step is None:
+        assert hooked(cfg, trainer, None, None, ["valid"], True) == ([1.0], False)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            hooked(cfg, trainer, None, None, ["valid"], True)
+        assert stop.value.code == 143 and "after 7 updates" in caplog.text and "run the same command" in caplog.text
+    assert len(steps) == (10 if at_step is None else at_step)
+    assert saved == ([] if at_step is None else [None])
+    assert "valid_step" not in vars(trainer)
+
+
+@pytest.mark.parametrize(
+    "changes, owed",
+    [
+        ({}, True),
+        ({"val_loss": 2.0}, False),
+        ({"epoch": 1}, False),
+        ({"position": 5}, False),
+        ({"disabled": True}, False),
+    ],
+)
+def test_a_resumed_run_validates_an_epoch_that_was_stopped_before(changes, owed, monkeypatch):
+    from fairseq_cli import train
+
+    state = {"val_loss": None, "epoch": 4, "position": 0, "disabled": False, **changes}
+    position = {"epoch": state["epoch"], "iterations_in_epoch": state["position"]}
+    epoch_itr = SimpleNamespace(epoch=state["epoch"], iterations_in_epoch=state["position"])
+    dataset = SimpleNamespace(disable_validation=state["disabled"], valid_subset="valid,valid1")
+    trainer = SimpleNamespace(cfg=SimpleNamespace(dataset=dataset), task="task")
+    calls = []
+    monkeypatch.setattr(train, "validate_and_save", lambda *words: calls.append(words))
+    extra_state = {"val_loss": state["val_loss"], "train_iterator": position}
+    fault_tolerance.validate_last_epoch(extra_state, epoch_itr, trainer)
+    fault_tolerance.validate_last_epoch(None, epoch_itr, trainer)
+    assert len(calls) == owed
+    if owed:
+        *_, at_end, subsets, end_of_epoch = calls[0]
+        assert (at_end.epoch, at_end.end_of_epoch(), at_end.state_dict()) == (3, True, position)
+        assert subsets == ["valid", "valid1"] and end_of_epoch
