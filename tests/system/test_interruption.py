@@ -1,10 +1,11 @@
-"""Trainings that are killed, stopped, run twice or run out of disk."""
+"""Trainings and commands that are stopped, killed, or run out of disk.
 
-import errno
-import itertools
+KILLS=20 in the environment sets how often the tests at random moments kill (default: 3).
+"""
+
+import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -12,28 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EL, TINY, run, write_recipe
+from conftest import EL, EVAL_BLEU, TINY, run, write_recipe
 
 from encourage_mt import processes
+from encourage_mt.environment import USER_DIR
 from encourage_mt.plugin import checkpoints, fault_tolerance
 from encourage_mt.training.run_folder import read_log
 
 
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
 def command(data, folder, *options):
-    """fairseq-train on the tiny corpus, many short epochs."""
-    argv = ["fairseq-train", data / "data-bin", "--user-dir", processes.USER_DIR, "--save-dir", folder, *EL, "--cpu"]
-    for name, value in {**TINY["train"], "max-tokens": 400, "max-epoch": 20}.items():
+    """fairseq-train on the tiny corpus: four short epochs, a validation of seconds after each second one."""
+    argv = ["fairseq-train", data / "data-bin", "--user-dir", USER_DIR, "--save-dir", folder, *EL, "--cpu"]
+    for name, value in {**TINY["train"], "max-epoch": 4}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", value]
-    argv += ["--disable-validation", "--log-format", "json", "--log-interval", "1", "--num-workers", "0"]
+    argv += [*EVAL_BLEU, "--validate-interval", "2", "--batch-size-valid", "1"]
+    argv += ["--eval-bleu-args", '{"beam": 1, "max_len_a": 0, "max_len_b": 60}']
+    argv += ["--log-format", "json", "--log-interval", "1", "--num-workers", "0"]
     argv += ["--required-batch-size-multiple", "1", *options]
     return [processes.program_path(argv[0]), *map(str, argv[1:])]
-
-
-def finish(argv):
-    """Run to the end; the process with all it said as `said` (fairseq logs to stdout, Python complains to stderr)."""
-    done = subprocess.run(argv, capture_output=True, text=True)
-    done.said = done.stdout + done.stderr
-    return done
 
 
 def start(argv, log):
@@ -41,11 +41,11 @@ def start(argv, log):
         return subprocess.Popen(argv, stdout=out, stderr=out)
 
 
-def wait_for(condition, process, seconds=120):
-    """Until `condition()` holds or the process ends."""
+def wait_for(condition, process, seconds=500):
+    """Wait until `condition()` holds or the process ends."""
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
 
 
@@ -70,31 +70,43 @@ def undisturbed(tiny, tmp_path_factory):
     return folder
 
 
-def test_the_same_run_twice_has_the_same_parameters_bit_for_bit(undisturbed, tiny, tmp_path):
-    subprocess.run(command(tiny[1], tmp_path), check=True, capture_output=True)
-    assert_identical(model(undisturbed), model(tmp_path))
-
-
-def test_sigterm_saves_and_the_next_run_ends_as_if_nothing_had_been(undisturbed, tiny, tmp_path):
+def test_sigterm_while_training_and_while_validating_changes_nothing(undisturbed, tiny, tmp_path):
+    """Stopped in epoch 1, then in the validation after epoch 2; then its last checkpoint is cut in two."""
     argv, log = command(tiny[1], tmp_path), tmp_path / "log"
     process = start(argv, log)
-    wait_for(lambda: updates_in(log) > 50, process)  # in the third epoch or so
+    wait_for(lambda: updates_in(log) > 3, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == fault_tolerance.STOPPED == 143
-    assert "stopped by SIGTERM after" in log.read_text()
-    subprocess.run(argv, check=True, capture_output=True)
+    assert process.wait(120) == fault_tolerance.STOPPED == 143
+
+    process = start(argv, log)
+    wait_for(lambda: "begin validation on" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert log.read_text().count("stopped by SIGTERM after") == 2
+    assert log.read_text().count("run the same command again") == 2
+    assert not [record for record in read_log(log) if "valid_loss" in record], "it did not wait for the end"
+    assert (tmp_path / "checkpoint2.pt").exists()
+
+    last = tmp_path / "checkpoint_last.pt"
+    os.truncate(last, last.stat().st_size // 2)
+    process = start(argv, log)
+    assert process.wait(500) == 0, log.read_text()[-3000:]
+    assert "checkpoint_last.pt is damaged" in log.read_text() and "checkpoint2.pt, the newest whole" in log.read_text()
+    validated = [int(record["epoch"]) for record in read_log(log) if "valid_loss" in record]
+    assert validated == [2, 4], "the validation that was left is made up for"
     assert_identical(model(undisturbed), model(tmp_path))
 
 
-def test_twenty_kills_at_random_moments_change_nothing(undisturbed, tiny, tmp_path):
+def test_kills_at_random_moments_change_nothing(undisturbed, tiny, tmp_path):
     """Half of them while a checkpoint is being written, the others anywhere."""
     dice = random.Random(1)
     argv, log = (
         command(tiny[1], tmp_path, "--save-interval-updates", "3", "--keep-interval-updates", "2"),
         tmp_path / "log",
     )
-    while_saving, epochs = 0, set()
-    for kill in range(20):
+    argv += ["--validate-after-updates", "1000000"]
+    while_saving = 0
+    for kill in range(KILLS):
         process = start(argv, log)
         if kill % 2:
             wait_for(lambda: any(tmp_path.glob("*.tmp")), process)
@@ -105,105 +117,14 @@ def test_twenty_kills_at_random_moments_change_nothing(undisturbed, tiny, tmp_pa
         process.kill()
         process.wait()
         while_saving += any(tmp_path.glob("*.tmp"))
-        epochs.update(int(record["epoch"]) for record in read_log(log)[-1:])
-    assert while_saving > 3, "kills hit files being written"
-    assert len(epochs) > 3, "kills in many epochs"
+    assert while_saving > KILLS // 6, "kills hit files being written"
     subprocess.run(argv, check=True, capture_output=True)
     assert_identical(model(undisturbed), model(tmp_path))
 
 
-# --- checkpoints that are not whole
-
-
-@pytest.fixture
-def saved(undisturbed, tmp_path):
-    """A copy of the folder of a training, from epoch 5 on to be trained again."""
-    folder = tmp_path / "saved"
-    shutil.copytree(undisturbed, folder)
-    for epoch in range(5, 21):
-        (folder / f"checkpoint{epoch}.pt").unlink()
-    return folder
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def fill_with_garbage(path):
-    path.write_bytes(os.urandom(2000))
-
-
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("harm", [truncate, fill_with_garbage, flip_a_byte, Path.unlink])
-def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one(harm, saved, caplog):
-    harm(saved / "checkpoint_last.pt")
-    truncate(saved / "checkpoint4.pt")
-    fault_tolerance.restore_last_checkpoint(saved)
-    assert (saved / "checkpoint_last.pt").read_bytes() == (saved / "checkpoint3.pt").read_bytes()
-    assert "checkpoint4.pt is damaged" in caplog.text and "resuming from" in caplog.text
-    if harm is not Path.unlink:
-        assert "checkpoint_last.pt is damaged" in caplog.text and (saved / "checkpoint_last.pt.damaged").exists()
-
-
-def test_training_resumes_from_the_newest_whole_checkpoint(undisturbed, saved, tiny):
-    truncate(saved / "checkpoint_last.pt")
-    said = finish(command(tiny[1], saved)).said
-    assert "checkpoint_last.pt is damaged" in said and "checkpoint4.pt, the newest whole" in said
-    assert_identical(model(undisturbed), model(saved))
-
-
-def test_without_a_whole_checkpoint_training_does_not_start_over_silently(saved, tiny):
-    for path in saved.glob("checkpoint*.pt"):
-        truncate(path)
-    done = finish(command(tiny[1], saved))
-    assert done.returncode == 2 and "is whole: remove them to start over" in done.said
-    assert "Traceback" not in done.said
-
-
-def test_the_order_of_checkpoints(tmp_path):
-    names = ["checkpoint_best.pt", "checkpoint2.pt", "checkpoint_2_30.pt", "checkpoint_11_90.pt", "checkpoint10.pt"]
-    for name in (*names, "checkpoint_last.pt", "checkpoint1.pt.tmp", "other.pt"):
-        (tmp_path / name).touch()
-    found = [path.name for path in fault_tolerance.saved_checkpoints(tmp_path, "")]
-    assert found == [
-        "checkpoint_11_90.pt",
-        "checkpoint10.pt",
-        "checkpoint2.pt",
-        "checkpoint_2_30.pt",
-        "checkpoint_best.pt",
-    ]
-
-
-def test_a_new_folder_needs_no_mending(tmp_path):
-    fault_tolerance.restore_last_checkpoint(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-# --- a full disk
-
-
-def test_what_cannot_be_written_leaves_nothing_and_ends_in_one_line(tmp_path, monkeypatch, caplog):
-    def full(obj, out):
-        out.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "checkpoint_last.pt").write_bytes(b"whole")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as stop:
-        fault_tolerance.save_whole({}, str(tmp_path / "checkpoint_last.pt"))
-    assert stop.value.code == 2 and "no space left" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_last.pt"]
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"whole"
-
-
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB, which is a few checkpoints."""
+    """A file system of 1 MB, room for a few checkpoints."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
@@ -213,77 +134,100 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, tiny, tmp_path):
-    done = finish(command(tiny[1], small_disk))
-    assert done.returncode == 2 and "Traceback" not in done.said
-    assert done.said.count("cannot save") == 1 and "no space left" in done.said
+def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, tiny):
+    argv = command(tiny[1], small_disk, "--save-interval-updates", "2", "--validate-after-updates", "1000000")
+    done = subprocess.run([*argv, "--save-interval", "1"], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said[-3000:]
+    assert said.count("cannot save") == 1 and "no space left" in said
     assert checkpoints.find_corruption(small_disk / "checkpoint_last.pt") is None
     assert not list(small_disk.glob("*.tmp"))
-    for path in small_disk.glob("checkpoint[0-9].pt"):
-        path.unlink()
-    subprocess.run(command(tiny[1], small_disk, "--no-epoch-checkpoints"), check=True, capture_output=True)
 
 
 # --- encourage-mt around it
 
 
-@pytest.fixture
-def long_run(tiny, tmp_path):
-    """Arguments of `encourage-mt train` for a training that lasts until it is stopped, and its run folder."""
-    recipe = write_recipe(tmp_path, train={**TINY["train"], "max-epoch": 1000, "disable-validation": True})
-    work = tmp_path / "work"
-    work.mkdir()
-    run("encourage-mt", "prepare", recipe, "--work-dir", work)
-    argv = ["encourage-mt", "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
-    return [processes.program_path(argv[0]), *argv[1:]], work / "el.seed1"
+def descendants(pid):
+    """Return the process ids of all children of `pid`, theirs included."""
+    try:
+        pids = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return pids + [below for child in pids for below in descendants(child)]
 
 
-def test_sigterm_to_encourage_mt_stops_its_training_saved(long_run, tmp_path):
-    argv, folder = long_run
-    process = start(argv, tmp_path / "out")
-    wait_for(lambda: (folder / "train.log").exists() and updates_in(folder / "train.log") > 2, process)
-    process.terminate()
-    assert process.wait(60) == 143
-    assert "stopped by SIGTERM after" in (folder / "train.log").read_text()
-    assert checkpoints.find_corruption(folder / "checkpoints" / "checkpoint_last.pt") is None
-    record = commands_of(folder)
-    (first,) = record["provenance"]["starts"]
-    assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__
-    assert first["command"].endswith("--distributed-world-size 1") and first["processes"] == 1
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-def commands_of(folder):
-    from encourage_mt.files import read_json
-
-    return read_json(folder / "run.json")
-
-
-def test_a_training_whose_parent_was_killed_keeps_others_out(long_run, tmp_path):
-    argv, folder = long_run
-    process = start(argv, tmp_path / "out")
-    wait_for(lambda: (folder / "train.log").exists() and updates_in(folder / "train.log") > 0, process)
+def kill_and_look_for_children(process):
+    """SIGKILL a command; assert that a second later none of its children runs."""
+    below = descendants(process.pid)
     process.kill()
     process.wait()
+    end = time.monotonic() + 1
+    while any(map(is_running, below)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not list(filter(is_running, below))
+    return below
+
+
+def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help(tmp_path):
+    recipe = write_recipe(tmp_path, train={**TINY["train"], "max-epoch": 1000, "disable-validation": True})
+    work, out = tmp_path / "work", tmp_path / "out"
+    folder, log = work / "el.seed1", work / "el.seed1" / "train.log"
+    argv = [processes.program_path("encourage-mt"), "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
+
+    def start_and_wait():
+        before = updates_in(log)
+        process = start(argv, out)
+        wait_for(lambda: updates_in(log) > before + 2, process)
+        assert process.poll() is None, out.read_text()[-3000:]
+        return process
+
+    process = start_and_wait()
+    process.terminate()
+    assert process.wait(120) == 143
+    assert "stopped by SIGTERM after" in log.read_text()
+    assert "saved: el.seed1" in out.read_text() and "Run the same command again" in out.read_text()
+    assert checkpoints.find_corruption(folder / "checkpoints" / "checkpoint_last.pt") is None
+    record = json.loads((folder / "run.json").read_text())
+    (first,) = record["provenance"]["starts"]
+    assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__
+    assert "--distributed-world-size=1" in first["command"] and first["processes"] == 1
+
+    process = start_and_wait()
     second = subprocess.run(argv, capture_output=True, text=True)
-    assert second.returncode == 2 and "another process is at work there" in second.stderr
-    orphan = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if owns(pid, folder)]
-    for pid in orphan:
-        os.kill(pid, signal.SIGTERM)
-    assert orphan
-    for _ in itertools.takewhile(lambda _: any(owns(pid, folder) for pid in orphan), range(600)):
-        time.sleep(0.1)
-    third = start(argv, tmp_path / "out")
-    log = folder / "train.log"
-    count = updates_in(log)
-    wait_for(lambda: updates_in(log) > count, third)
-    third.terminate()
-    assert third.wait(60) == 143
+    assert second.returncode == 2 and second.stderr.count("error:") == 1
+    assert f"in use by process {process.pid} on" in second.stderr
+    assert kill_and_look_for_children(process)
+
+    process = start_and_wait()
+    process.terminate()
+    assert process.wait(120) == 143
 
 
-def owns(pid, folder):
-    """Whether process `pid` trains into `folder`."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return str(folder / "checkpoints") in words and any("fairseq-train" in word for word in words)
+def test_kills_of_a_whole_run_change_no_score(tmp_path):
+    """SIGKILL at random moments of preparing, training, translating and reporting."""
+    recipe, dice = write_recipe(tmp_path), random.Random(2)
+    run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "whole")
+    argv = [processes.program_path("encourage-mt"), "run", str(recipe), "--work-dir", str(tmp_path / "work")]
+    log, kills = tmp_path / "log", 0
+    while kills < KILLS:
+        process = start(argv, log)
+        time.sleep(dice.uniform(0.5, 15))
+        if process.poll() is not None:
+            assert process.returncode == 0, log.read_text()[-3000:]
+            subprocess.run(["rm", "-r", tmp_path / "work"], check=True)
+            continue
+        kill_and_look_for_children(process)
+        kills += 1
+    run(*argv)
+    for arm in ("ce", "el"):
+        scores = [
+            json.loads((tmp_path / w / f"{arm}.seed1" / "scores.json").read_text())["scores"] for w in ("whole", "work")
+        ]
+        assert scores[0] == scores[1]
