@@ -90,7 +90,7 @@ def run_recipe(arguments) -> None:
         return
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings at a time")
     prepare_data(arguments, recipe, work_dir)
-    train(runs, recipe, cluster, parallel)
+    train(runs, cluster, parallel)
     results = [evaluate(run) for run in runs]
     print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
@@ -125,7 +125,7 @@ def train_one(arguments) -> None:
         prepare_data(arguments, recipe, work_dir)
     elif not data.exists():
         raise UserError(f"{data}: does not exist; run `encourage-mt prepare` once, then train on the machines")
-    train([run], recipe, cluster, 1)
+    train([run], cluster, 1)
     print(f"Trained: {run.folder}. To score it: encourage-mt evaluate {run.folder}")
 
 
@@ -148,11 +148,14 @@ def start_trainings(arguments, recipe: "Recipe", runs: list["Run"], cluster: "Cl
 
     Raises UserError if the recipe's options or this machine do not allow the trainings.
     """
+    from .recipe import check_train_options
     from .training.launch import hydra_config, launch_command, report_effective_batch
 
-    print(report_effective_batch(runs[0].options, cluster))
+    for line in dict.fromkeys(report_effective_batch(run.options, cluster) for run in runs):
+        print(line)
     if not arguments.dry_run:
         cluster.check_machine(parallel)
+        check_train_options(recipe)
         return True
     for run in runs:
         print(shlex.join(launch_command(run, cluster)))

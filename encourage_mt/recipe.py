@@ -242,12 +242,6 @@ class Recipe(Record):
         parts = {name: options[name].model_dump(exclude_unset=True) for name in ("subword", "clean")}
         return {**options, **parts, "data": [corpus.model_dump(exclude_unset=True) for corpus in self.data]}
 
-    @property
-    def length(self) -> tuple[int, str]:
-        """How long a training lasts: (number, "epoch") or, where max-update is set, (number, "update")."""
-        updates = self.train.get("max-update")
-        return (int(updates), "update") if updates else (int(self.train["max-epoch"]), "epoch")
-
     def arm_train(self, arm: str) -> dict[str, Any]:
         """Return the training options of an arm: the recipe's, replaced where the arm has its own."""
         own = self.arms[arm].train

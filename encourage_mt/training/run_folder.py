@@ -87,6 +87,12 @@ class Run(Record):
     def is_done(self) -> bool:
         return (self.folder / "train.done").exists()
 
+    @property
+    def length(self) -> tuple[int, str]:
+        """How long the training lasts: (number, "epoch") or, where max-update is set, (number, "update")."""
+        updates = self.options.get("max-update")
+        return (int(updates), "update") if updates else (int(self.options["max-epoch"]), "epoch")
+
     def prepared(self) -> PreparedData:
         """Return the data it was trained on. Raises UserError if that is gone."""
         return PreparedData.open(self.data)

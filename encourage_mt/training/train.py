@@ -74,7 +74,7 @@ def record(run: Run, cluster: Cluster) -> None:
     run.model_copy(update={"provenance": provenance}).save()
 
 
-def train(runs: list[Run], recipe: Recipe, cluster: Cluster, parallel: int) -> None:
+def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     """Train the runs that are not done, `parallel` at a time, each on `cluster`; interrupted ones resume.
 
     Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
@@ -90,7 +90,7 @@ def train(runs: list[Run], recipe: Recipe, cluster: Cluster, parallel: int) -> N
     if not waiting:
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # the trainings are stopped on the way out
-    trainings = Trainings(waiting, recipe.length, cluster, parallel)
+    trainings = Trainings(waiting, cluster, parallel)
     try:
         while trainings.waiting or trainings.active:
             trainings.step()
@@ -109,22 +109,22 @@ def train(runs: list[Run], recipe: Recipe, cluster: Cluster, parallel: int) -> N
 class Trainings:
     """The trainings of `train`: those that wait, those that run, and a progress bar over all of them."""
 
-    def __init__(self, runs: list[Run], length: tuple[int, str], cluster: Cluster, parallel: int):
-        self.waiting, self.length, self.cluster, self.parallel = list(runs), length, cluster, parallel
+    def __init__(self, runs: list[Run], cluster: Cluster, parallel: int):
+        self.waiting, self.cluster, self.parallel = list(runs), cluster, parallel
         self.active: list[Training] = []
         self.failures: list[str] = []
-        self.ended = 0.0  # epochs or updates of the trainings that ended
+        self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
         self.environment = job_environment(min(parallel, len(runs)) * cluster.gpus)
         self.environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun lets its workers save
-        self.bar = progress_bar("all trainings", len(runs) * length[0], length[1], 0)
+        self.bar = progress_bar("all trainings", len(runs), "training", 0)
 
     def step(self) -> None:
         """Start trainings where there is room, wait a second, and handle those that ended."""
         while self.waiting and len(self.active) < self.parallel:
             slot = min(set(range(1, self.parallel + 1)) - {training.slot for training in self.active})
-            self.active.append(Training(self.waiting.pop(0), self.length, self.cluster, self.environment, slot))
-            self.bar.initial += self.active[-1].bar.initial
+            self.active.append(Training(self.waiting.pop(0), self.cluster, self.environment, slot))
+            self.bar.initial += self.active[-1].share
         time.sleep(1)
         shown = sys.stderr.isatty() or time.monotonic() > self.next_line  # a log file gets a line a minute
         self.next_line = time.monotonic() + 60 if shown else self.next_line
@@ -135,7 +135,7 @@ class Trainings:
                 training.bar.refresh()
             if code is not None:
                 self.end(training, code)
-        self.bar.n = self.ended + sum(training.bar.n for training in self.active)
+        self.bar.n = self.ended + sum(training.share for training in self.active)
         if shown:
             self.bar.refresh()
 
@@ -145,7 +145,7 @@ class Trainings:
             sys.exit(STOPPED)
         training.close()
         self.active.remove(training)
-        self.ended += training.bar.n if code else self.length[0]
+        self.ended += training.share if code else 1
         if code:
             self.failures.append(describe_failure("fairseq-train", code, training.run.log))
         else:
@@ -167,14 +167,14 @@ class Trainings:
 
 def progress_bar(name: str, total: int, unit: str, slot: int) -> tqdm:
     layout = "{desc}: {n:.{digits}f}/{total} {unit}s |{bar:20}| {elapsed}<{remaining}{postfix}"
-    layout = layout.replace("{digits}", "1" if unit == "epoch" else "0")
+    layout = layout.replace("{digits}", "0" if unit == "update" else "1")
     return tqdm(total=total, desc=name, unit=unit, bar_format=layout, position=slot)
 
 
 class Training:
     """A running fairseq-train, and its progress bar in line `slot` of the terminal."""
 
-    def __init__(self, run: Run, length: tuple[int, str], cluster: Cluster, environment: dict[str, str], slot: int):
+    def __init__(self, run: Run, cluster: Cluster, environment: dict[str, str], slot: int):
         self.run, self.slot = run, slot
         words = launch_command(run, cluster)
         program_path("fairseq-train")
@@ -184,12 +184,17 @@ class Training:
                 with atomic_write(cluster.hydra_file(run.folder)) as file:
                     file.write(hydra_config(run))
             self.process = start(words, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
-        self.bar = progress_bar(run.name, *length, slot)
+        self.bar = progress_bar(run.name, *run.length, slot)
         self.lines = open(run.log, encoding="utf-8", errors="replace")
         self.rest = ""
         self.bleu = "-"
         self.read()
         self.bar.initial = self.bar.n  # earlier progress says nothing about the time left
+
+    @property
+    def share(self) -> float:
+        """The share of the training that is done."""
+        return self.bar.n / self.bar.total
 
     def read(self) -> None:
         """Bring the bar, without drawing it, up to the end of the log."""

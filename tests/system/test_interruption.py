@@ -20,7 +20,6 @@ from encourage_mt.environment import USER_DIR
 from encourage_mt.plugin import checkpoints, fault_tolerance
 from encourage_mt.training.run_folder import read_log
 
-
 KILLS = int(os.environ.get("KILLS", "3"))
 
 
