@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +19,17 @@ def average(paths: list[Path], output: Path) -> str:
     point, the options and the training state come from the last of `paths`; the optimizer's state is left out because
     it does not fit the mean. Raises UserError if a file is missing, damaged, not finite, or of another model.
     """
-    total = {}
+    total: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     for path in paths:
-        state = model = value = None  # free the last checkpoint before the next one is read
+        state.clear()  # free the last checkpoint before the next one is read
         state = load_checkpoint(path)
-        model = state["model"]
-        if total and _shapes(total) != _shapes(model):
+        if total and _shapes(total) != _shapes(state["model"]):
             raise UserError(f"{path}: its parameters differ in name or shape from those of {paths[0]}")
-        for name, value in model.items():
-            if not value.is_floating_point():
-                total[name] = value
-            elif not value.isfinite().all():
-                raise UserError(f"{path}: {name} has values that are not finite: the training has diverged")
-            elif name in total:
-                total[name] += value
-            else:
-                total[name] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        _add(total, state["model"], path)
     for name, value in total.items():
         if value.is_floating_point():
-            total[name] = (value / len(paths)).to(model[name].dtype)
+            total[name] = (value / len(paths)).to(state["model"][name].dtype)
     state["model"] = total
     state.pop("last_optimizer_state", None)
     try:
@@ -52,8 +45,20 @@ def digest(model: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, value in sorted(model.items()):
         total.update(name.encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _add(total, model, path):
+    for name, value in model.items():
+        if not value.is_floating_point():
+            total[name] = value
+        elif not value.isfinite().all():
+            raise UserError(f"{path}: {name} has values that are not finite: the training has diverged")
+        elif name in total:
+            total[name] += value
+        else:
+            total[name] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
 def _shapes(model):

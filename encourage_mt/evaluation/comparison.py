@@ -197,7 +197,8 @@ def _settings(result: Result, part: str) -> dict[str, Any]:
 
 def same_models(results: list[Result]) -> list[str]:
     """Return a line for each two results, of different seeds, whose averaged parameters are the same."""
-    first, found = {}, []
+    first: dict[str | None, Result] = {}
+    found = []
     for result in results:
         before = first.setdefault(result.weights_sha256, result)
         if result.weights_sha256 and before is not result:

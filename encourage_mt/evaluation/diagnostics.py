@@ -223,7 +223,7 @@ def measure(
     batches: (logits [tokens, V], target [tokens]); counts: occurrences of each type in train [V]; options: the loss the
     model was trained with, None to leave the gradient out; weight: output projection [V, D].
     """
-    tokens = {}
+    tokens: dict[str, list[np.ndarray]] = {}
     for logits, target in batches:
         for name, values in per_token(logits, target, options, weight).items():
             tokens.setdefault(name, []).append(values.cpu().numpy())

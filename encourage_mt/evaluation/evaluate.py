@@ -145,7 +145,7 @@ def translate(run: Run, data: PreparedData, split: str, output: Path) -> list[st
     with open(log, "w", encoding="utf-8", buffering=1) as out, bar:  # by lines, in order with the errors
         command = ["fairseq-generate", str(data.data_bin), "--no-progress-bar", *words]
         process = start(command, stdout=subprocess.PIPE, stderr=out, encoding="utf-8")
-        for line in process.stdout:
+        for line in process.stdout or ():
             out.write(line)
             match = re.match(r"D-(\d+)\t[^\t]+\t(.*)", line)
             if match:

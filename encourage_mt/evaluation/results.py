@@ -115,7 +115,7 @@ class Result(Record):
 
 def by_arm(results: list[Result]) -> dict[str, list[Result]]:
     """Return {arm: its results}, in order of appearance."""
-    arms = {}
+    arms: dict[str, list[Result]] = {}
     for result in results:
         arms.setdefault(result.arm, []).append(result)
     return arms

@@ -3,7 +3,9 @@
 import math
 import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from sacrebleu.significance import PairedTest
@@ -99,7 +101,7 @@ class MetricComparison:
     def verdict(self, baseline: str, candidate: str) -> str:
         """Return one line: better, worse, or not enough evidence and how many seeds it would take."""
         amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
-        if self.p is None:
+        if self.p is None or self.interval is None:
             return (
                 f"Not enough evidence: {amount}, but one seed does not show how much seeds vary. Train at least 2 "
                 "seeds a side, better 5."
@@ -143,11 +145,11 @@ def paired_tests(
     translations at random can give.
     """
     metrics = scoring.metrics(language, lowercase)
-    systems = [("baseline", baseline), ("candidate", candidate)]
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("candidate", candidate)]
     least = 0.5 ** (sum(a != b for a, b in zip(baseline, candidate, strict=True)) - 1)
-    found = {}
+    found: dict[str, tuple[float, float, dict[str, float]]] = {}
     for test in ("bs", "ar"):
-        _, table = PairedTest(systems, metrics, [references], test_type=test)()
+        table: dict[str, Any] = PairedTest(systems, metrics, [references], test_type=test)()[1]
         columns = [column for name, column in table.items() if name != "System"]
         for metric, (first, second) in zip(metrics, columns, strict=True):
             p = 1.0 if np.isclose(first.score, second.score, atol=1e-6) else max(float(second.p_value), least)

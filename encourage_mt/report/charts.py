@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.base import Metric
 
 from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis, FrequencyRange
@@ -127,7 +127,7 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
     return charts
 
 
-def bleu_by_length(split: str, groups: dict[str, list[list[str]]], references: list[str], bleu: BLEU) -> Chart:
+def bleu_by_length(split: str, groups: dict[str, list[list[str]]], references: list[str], bleu: Metric) -> Chart:
     """Draw BLEU of sentences grouped by the words of the reference. groups: {label: translations of each seed}."""
     lengths = np.array([len(reference.split()) for reference in references])
     bins = {}
@@ -249,8 +249,7 @@ def filled_range(sides: Iterable[Side], *names: str) -> tuple[float, float]:
 
 
 def name_range(row: FrequencyRange) -> str:
-    short = {1_000: "1k", 10_000: "10k", 100_000: "100k"}
-    low, high = short.get(row.start, row.start), short.get(row.below, row.below)
     if row.below == 1:
         return "0"
+    low, high = (f"{edge // 1000}k" if edge and edge >= 1000 else edge for edge in (row.start, row.below))
     return f"{low}+" if high is None else f"{low} to\n<{high}"

@@ -143,15 +143,15 @@ def disagree(sources: list[str], references: list[str], outputs: dict[str, list[
     and for each output its words, each with whether the reference lacks it.
     """
     chrf = scoring.metrics("")["chrF++"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (source, reference) in enumerate(zip(sources, references, strict=True)):
         pair = {label: lines[index] for label, lines in outputs.items()}
         if len(set(pair.values())) == 1:
             continue
         scores = [chrf.sentence_score(line, [reference]).score for line in pair.values()]
-        row = {"line": index + 1, "source": source, "reference": reference, "scores": scores}
-        row["gain"] = scores[1] - scores[0]
-        rows.append({**row, "outputs": {label: mark_words(line, reference) for label, line in pair.items()}})
+        row = {"line": index + 1, "source": source, "reference": reference, "gain": scores[1] - scores[0]}
+        marked = {label: mark_words(line, reference) for label, line in pair.items()}
+        rows.append({**row, "scores": scores, "outputs": marked})
     rows.sort(key=lambda row: row["gain"])
     worse = [row for row in rows if row["gain"] < 0][:DISAGREEMENTS]
     better = [row for row in rows if row["gain"] > 0][: -DISAGREEMENTS - 1 : -1]
@@ -161,7 +161,7 @@ def disagree(sources: list[str], references: list[str], outputs: dict[str, list[
 def mark_words(line: str, reference: str) -> list[tuple[str, bool]]:
     """Return the words of `line`, each with whether it is outside the words that both share in the same order."""
     words = line.split()
-    shared = set()
+    shared: set[int] = set()
     for block in difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_matching_blocks():
         shared.update(range(block.a, block.a + block.size))
     return [(word, index not in shared) for index, word in enumerate(words)]

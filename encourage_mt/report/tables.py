@@ -85,9 +85,9 @@ def keep_shared_seeds(*sides: dict[int, float]) -> list[dict[int, float]]:
 def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:
     """Return the gain over the seeds both arms share, or all if none, and ", seed ..." if not all seeds are used."""
     sides = [{r.seed: r.scores[split][HEADLINE].score for r in group} for group in (baseline, candidate)]
-    compared = keep_shared_seeds(*sides)
-    seeds = "" if list(map(len, compared)) == list(map(len, sides)) else f", seed {', '.join(map(str, compared[0]))}"
-    return MetricComparison(HEADLINE, *compared), seeds
+    first, second = keep_shared_seeds(*sides)
+    seeds = "" if [len(first), len(second)] == list(map(len, sides)) else f", seed {', '.join(map(str, first))}"
+    return MetricComparison(HEADLINE, first, second), seeds
 
 
 def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> str:
@@ -129,7 +129,8 @@ def diagnostics_table(results: list[Result]) -> str:
     """Return a row for each arm: mean ± standard deviation of each of DIAGNOSTICS over the results that have them."""
     rows = []
     for arm, group in by_arm([result for result in results if result.diagnostics]).items():
-        values = [[result.diagnostics[name] for result in group if name in result.diagnostics] for name in DIAGNOSTICS]
+        found = [result.diagnostics or {} for result in group]
+        values = [[of_run[name] for of_run in found if name in of_run] for name in DIAGNOSTICS]
         rows.append([arm, str(len(group)), *(format_mean(side, 3) if side else "" for side in values)])
     return markdown_table(["arm", "seeds", *DIAGNOSTICS], rows)
 
@@ -156,7 +157,7 @@ def curve_table(results: list[Result]) -> str:
     The gap is over the seeds both arms share, or all if they share none. Results without a curve are left out.
     """
     arms = by_arm([result for result in results if result.curve])
-    by_epoch = [{r.seed: {point.epoch: point for point in r.curve} for r in group} for group in arms.values()]
+    by_epoch = [{r.seed: {point.epoch: point for point in r.curve or ()} for r in group} for group in arms.values()]
     epochs = [set(points) for side in by_epoch for points in side.values()]
     rows = []
     for epoch in sorted(set.intersection(*epochs) if epochs else ()):
@@ -176,6 +177,8 @@ def curve_table(results: list[Result]) -> str:
 def published_table(recipe: Recipe, results: list[Result]) -> str:
     """Return the figures in the recipe's `published` and, below them, ours, or "not yet run"."""
     published = recipe.published
+    if published is None:
+        raise ValueError(f"{recipe.name} has no published figures")
     metric, theirs = published.metric, list(published.scores.values())
     arms = list(published.scores)
     rows = [[published.source, *(f"{m:.2f} ± {sd:.2f}" for m, sd in theirs), f"{theirs[-1][0] - theirs[0][0]:+.2f}"]]
