@@ -1,5 +1,6 @@
 """Extract single files from .zip and .tar archives that nobody has to trust."""
 
+import errno
 import lzma
 import stat
 import struct
@@ -35,7 +36,10 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                entries = [(i.filename, i.is_dir(), _is_special(i.external_attr >> 16), i) for i in file.infolist()]
+                entries = [
+                    (i.filename, i.filename.endswith("/"), _is_special(i.external_attr >> 16), i)
+                    for i in file.infolist()
+                ]
                 _write(archive, entries, members, folder, file.open)
         else:
             with tarfile.open(archive) as file:
@@ -45,7 +49,7 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
     except UNSUPPORTED as error:
         raise UserError(f"{archive}: cannot be read ({error}); extract it yourself and use --raw-dir") from None
     except (*DAMAGED, EOFError, ValueError, OSError) as error:
-        if getattr(error, "errno", None):  # not about the archive but, for example, a full disk
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # a full disk; EINVAL: seeking to a wrong offset
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{archive}: not a whole archive ({reason}); remove it and run again") from None
