@@ -36,10 +36,8 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                entries = [
-                    (i.filename, i.filename.endswith("/"), _is_special(i.external_attr >> 16), i)
-                    for i in file.infolist()
-                ]
+                infos = file.infolist()
+                entries = [(i.filename, i.filename.endswith("/"), _is_special(i.external_attr), i) for i in infos]
                 _write(archive, entries, members, folder, file.open)
         else:
             with tarfile.open(archive) as file:
@@ -55,8 +53,9 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
         raise UserError(f"{archive}: not a whole archive ({reason}); remove it and run again") from None
 
 
-def _is_special(mode):
-    return stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+def _is_special(external_attributes):
+    """Return whether a member of a .zip is neither a file nor a folder, by the mode of its Unix file."""
+    return stat.S_IFMT(external_attributes >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
 def _write(archive, entries, members, folder, open_entry):
