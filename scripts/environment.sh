@@ -1,5 +1,5 @@
-# Sourced by the other scripts: creates or reuses a virtual environment with all that this project needs.
-# VENV (default: .venv beside this folder) is where it lies, PYTHON (default: python3) is what makes it.
+# Sourced by the other scripts: creates or reuses a virtual environment with everything this project needs.
+# VENV is its folder (default: .venv of this project), PYTHON the interpreter that makes it (default: python3).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}

@@ -1,4 +1,4 @@
-"""The code that runs inside fairseq: criterion, safe checkpoints, fault tolerance."""
+"""Everything that runs inside fairseq: the criterion, safe checkpoints, fault tolerance."""
 
 import sys
 
@@ -14,8 +14,10 @@ def register() -> None:
 
 
 def switch_encoder_fast_path_off() -> None:
-    """Keep fairseq 0.12.2 from torch's fused encoder layer, whose arguments changed with torch 2 ("Mask Type should
-    be defined"); generation then takes the ordinary path, as training always does. fairseq-fixed has no fast path.
+    """Switch off the fused encoder layer that fairseq 0.12.2 uses in generation.
+
+    Its arguments changed with torch 2 ("Mask Type should be defined"). Generation then takes the ordinary path, as
+    training always does. fairseq-fixed has no fast path.
     """
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
