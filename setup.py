@@ -1,3 +1,5 @@
+import platform
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,6 +10,40 @@ version = next(
     for line in (ROOT / "encourage_mt/__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
+
+FLAGS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
+    "default": [],
+}
+
+
+def native_loss():
+    """Return the arguments of `setup` that compile encourage_mt/loss/native.cpp, once for each instruction set.
+
+    Empty where torch cannot be imported (a build in isolation) and outside Linux. The extensions are optional: without
+    a working compiler the installation succeeds, and the loss runs in plain PyTorch.
+    """
+    if sys.platform != "linux":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+    extensions = [
+        CppExtension(
+            f"encourage_mt.loss._native_{name}",
+            ["encourage_mt/loss/native.cpp"],
+            # -fopenmp only here: torch has its own copy of the library, and a second one would start more threads
+            extra_compile_args=["-O3", "-fopenmp", "-g0", "-Wno-psabi", *FLAGS[name]],
+            optional=True,
+        )
+        for name in (["avx512", "avx2"] if platform.machine() == "x86_64" else ["default"])
+    ]
+    # without ninja, because with it a failed compilation would also fail the installation
+    build_ext = BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=True)
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_ext}}
+
 
 setup(
     name="encourage-mt",
@@ -31,6 +67,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["encourage_mt", "encourage_mt.*"]),
     package_data={"encourage_mt": ["py.typed", "**/*.j2", "**/*.cpp", "**/*.h"]},
+    **native_loss(),
     install_requires=["torch>=2.1"],
     extras_require={
         # the plugin: a fairseq that builds on this Python. Leave this extra out if you have a fairseq of your own
