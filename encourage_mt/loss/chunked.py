@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bonuses import bonus_of, linear_coefficient, scaled_slope
 from .options import LossOptions
-from .terms import LossTerms, clone_terms, refuse_double_backward
+from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward
 
 GROUP = 64  # types that are gathered together
 BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
@@ -62,18 +62,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         (gradient,) = ctx.saved_tensors
-        if upstream.dim() == 1:
-            upstream = upstream.unsqueeze(1)
-        if _graph_is_kept():
-            gradient = gradient * upstream
-        elif upstream.device.type != "cpu" or upstream.dim() or upstream.item() != 1:
-            gradient *= upstream
-        return gradient.to(ctx.dtype), None, None, None, None
-
-
-def _graph_is_kept() -> bool:
-    """Return whether backward runs with retain_graph=True, so that it may run again; True if torch cannot say."""
-    return bool(getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)())
+        return multiply_gradient(gradient, upstream).to(ctx.dtype), None, None, None, None
 
 
 _gradient_buffers: list[mmap.mmap] = []  # at most one

@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import chunked, native, reference
 from .bonuses import check_bonus
 from .options import BACKENDS, LossOptions
 from .terms import LossTerms
 
 logger = logging.getLogger(__name__)
+
+_modules: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "native": native}  # triton on first use
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -57,43 +59,54 @@ def loss_terms(
 def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
     """Return the module that computes the loss: `backend`, or the reference for a bonus that it does not know.
 
-    The first use of each combination logs the backend, or warns that the reference takes over.
+    The first use of each combination logs the backend and why it is not a faster one.
     Raises ValueError if the backend is unknown or cannot run on this device.
     """
-    return _find_backend(backend, dataclasses.replace(options, bonus_weight=1.0), device, dtype)
+    return _modules[_choose_backend(backend, options, device, dtype)]
+
+
+def _choose_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> str:
+    return _checked_choice(backend, dataclasses.replace(options, bonus_weight=1.0), device, dtype)
+
+
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo, which takes 3 seconds.
+_choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # logs once; the weight, which schedules change with each update, is no part of the key
-def _find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
+def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")
     check_bonus(options)
-    if backend == "reference":
-        return reference
-    candidates = [backend]
-    if backend == "auto":
-        candidates = [name for name in _fastest_first(device, dtype) if not _missing(name, device)]
-    elif missing := _missing(backend, device):
+    if backend != "auto" and (missing := _missing(backend, device)):
         raise ValueError(f"loss_backend {backend} cannot run here: {missing}; use auto")
-    for name in candidates:
-        module = importlib.import_module({"triton": ".triton_kernels"}.get(name, f".{name}"), __package__)
-        if module.supports(options):
-            logger.info("loss backend: %s", name)
-            return module
-    logger.warning(
-        "the %s loss backend has no code for the %s bonus (%s): the reference backend computes it",
-        " or ".join(candidates), options.bonus, options,
-    )  # fmt: skip
-    return reference
+    passed_over = []
+    for name in _candidates(backend, device, dtype):
+        if missing := _missing(name, device):
+            passed_over.append(f"{name}: {missing}")
+            continue
+        if name == "triton":
+            _modules[name] = importlib.import_module(".triton_kernels", __package__)
+        if name == "reference" or _modules[name].supports(options):
+            level = logging.INFO if name == backend or (backend == "auto" and name != "reference") else logging.WARNING
+            logger.log(level, "loss backend: %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
+            return name
+        passed_over.append(f"{name}: it has no code for {options}")
+    raise AssertionError("the reference backend computes every bonus")
 
 
-def _fastest_first(device: str, dtype: torch.dtype) -> list[str]:
-    """Return the backends that "auto" tries; Triton's kernels compute in float32."""
-    return ["triton", "chunked"] if device == "cuda" and dtype != torch.float64 else ["chunked"]
+def _candidates(backend: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Return the backends to try, in this order, for the choice `backend`; Triton's kernels compute in float32."""
+    if backend == "auto":
+        fastest = {"cpu": ["native"], "cuda": ["triton"] if dtype != torch.float64 else []}.get(device, [])
+        return [*fastest, "chunked", "reference"]
+    return [backend, *(["chunked"] if backend == "native" else []), *(["reference"] if backend != "reference" else [])]
 
 
 def _missing(backend: str, device: str) -> str:
-    """Return what this machine lacks for `backend`, or "" if it can run."""
+    """Return why `backend` cannot run on this machine, or "" if it can."""
+    if backend == "native":
+        return f"it needs a CPU, the logits are on {device}" if device != "cpu" else native.unavailable()
     if backend != "triton":
         return ""
     if find_spec("triton") is None:

@@ -12,12 +12,14 @@ allocated.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bonuses import LOG_BONUS_FLOOR
-from .options import LossOptions, LossTerms, clone_terms
+from .options import LossOptions
+from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward
 
 BONUSES = ("none", "log", "power", "cosine")  # the order of the enumeration in native.cpp
 
@@ -39,7 +41,7 @@ def unavailable() -> str:
     return ""
 
 
-def _library(instruction_set):
+def _library(instruction_set: str) -> Path | None:
     """Return the path of the compiled file for `instruction_set`, or None."""
     for name in (instruction_set, "default"):
         library = Path(__file__).with_name(f"_native_{name}.so")
@@ -48,12 +50,12 @@ def _library(instruction_set):
     return None
 
 
-def _fake_terms(logits, target, ignored, *_):
+def _fake_terms(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((3, logits.size(0)), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _fake_terms_and_gradient(logits, *rest):
-    return _fake_terms(logits, *rest), torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _fake_terms_and_gradient(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_terms(logits), torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def supports(options: LossOptions) -> bool:
@@ -63,64 +65,52 @@ def supports(options: LossOptions) -> bool:
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return the terms, like `reference.loss_terms`; only loss has a gradient."""
-    return LossTerms(*_Native.apply(logits, target, ignored, reduce, *_scalars(options, logits.size(1))))
+    return LossTerms(*_Native.apply(logits, target, ignored, reduce, *_arguments(options, logits.size(1))))  # type: ignore[no-untyped-call]
 
 
-def terms_over_logits(
+def terms_and_gradient_(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return (terms [3, tokens], gradient times `scale` [tokens, V]); the gradient overwrites `logits`."""
+    arguments = _arguments(options, logits.size(1))
     factor = torch.full((), scale, dtype=torch.promote_types(logits.dtype, torch.float32))
-    terms = torch.ops.encourage_mt.terms_and_gradient_(
-        logits, target, ignored, factor, *_scalars(options, logits.size(1))
-    )
+    terms: Tensor = torch.ops.encourage_mt.terms_and_gradient_(logits, target, ignored, factor, *arguments)
     return terms, logits
 
 
-def _scalars(options, vocabulary):
-    """Return the bonus and the options as native.cpp takes them."""
-    target_weight, type_weight = options.weights(vocabulary)
+def _arguments(options: LossOptions, vocabulary: int) -> tuple[int, list[float]]:
+    """Return bonus and options as the operators take them: the fields of the struct Options in native.cpp."""
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
-    start = getattr(options, "bonus_start", 0.0)
-    floored = float(options.log_end == 1)
-    scalars = [target_weight, type_weight, options.bonus_weight, least, floored, options.bonus_exponent, start]
-    return BONUSES.index(options.bonus), scalars
+    log_bonus = [least, float(options.log_end == 1)]
+    masses = options.smoothing_masses(vocabulary)
+    return BONUSES.index(options.bonus), [
+        *masses, options.bonus_weight, *log_bonus, options.bonus_exponent, options.bonus_start,
+    ]  # fmt: skip
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, ignored, reduce, bonus, scalars):
-        ctx.recomputes = logits.dtype in (torch.float16, torch.bfloat16)
-        ctx.options = bonus, scalars
-        if ctx.needs_input_grad[0] and not ctx.recomputes:
-            terms, gradient = torch.ops.encourage_mt.terms_and_gradient(logits, target, ignored, None, bonus, scalars)
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, ignored: Tensor, reduce: bool, bonus: int, options: list[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.arguments = bonus, options
+        ctx.recompute = logits.dtype in (torch.float16, torch.bfloat16)
+        operators = torch.ops.encourage_mt
+        if ctx.needs_input_grad[0] and not ctx.recompute:
+            terms, gradient = operators.terms_and_gradient(logits, target, ignored, None, bonus, options)
             ctx.save_for_backward(gradient)
         else:
-            terms = torch.ops.encourage_mt.terms(logits, target, ignored, bonus, scalars)
+            terms = operators.terms(logits, target, ignored, bonus, options)
             ctx.save_for_backward(logits, target, ignored)
-        loss, nll_loss, bonus = clone_terms(terms, reduce)
-        ctx.mark_non_differentiable(nll_loss, bonus)
-        return loss, nll_loss, bonus
+        loss, nll_loss, bonus_term = clone_terms(terms, reduce)
+        ctx.mark_non_differentiable(nll_loss, bonus_term)
+        return loss, nll_loss, bonus_term
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, *_):
-        if ctx.recomputes:
-            logits, target, ignored = ctx.saved_tensors
-            _, gradient = torch.ops.encourage_mt.terms_and_gradient(logits, target, ignored, upstream, *ctx.options)
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if ctx.recompute:
+            _, gradient = torch.ops.encourage_mt.terms_and_gradient(*ctx.saved_tensors, upstream, *ctx.arguments)
         else:
-            (gradient,) = ctx.saved_tensors
-            gradient = _multiplied(gradient, upstream.unsqueeze(1) if upstream.dim() else upstream)
+            gradient = multiply_gradient(*ctx.saved_tensors, upstream)
         return gradient, None, None, None, None, None
-
-
-def _multiplied(gradient, upstream):
-    """Return gradient * upstream, in place unless the backward pass may run again or is being compiled."""
-    if torch.compiler.is_compiling() or _graph_is_kept():
-        return gradient * upstream
-    return gradient if upstream.dim() == 0 and upstream.item() == 1 else gradient.mul_(upstream)
-
-
-def _graph_is_kept():
-    """Return whether backward runs with retain_graph=True; True where torch cannot say."""
-    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

@@ -37,3 +37,22 @@ def refuse_double_backward() -> None:
             "this loss backend has no second derivative (create_graph=True); use backend='reference' "
             "(in fairseq: --loss-backend reference)"
         )
+
+
+def multiply_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Return `gradient` [tokens, V] times `upstream`, a scalar or [tokens].
+
+    In place, unless the backward pass may run again (retain_graph=True) or torch.compile traces it.
+    """
+    if upstream.dim() == 1:
+        upstream = upstream.unsqueeze(1)
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        return gradient * upstream
+    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream.item() == 1:
+        return gradient
+    return gradient.mul_(upstream)
+
+
+def _graph_is_kept() -> bool:
+    """Return whether backward runs with retain_graph=True; True if torch cannot say."""
+    return bool(getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)())
