@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 
+from encourage_mt.loss import native
 from encourage_mt.loss.functional import loss_terms
 from encourage_mt.loss.options import LossOptions
 
 PAD = 1
 EPS32 = torch.finfo(torch.float32).eps
 STEPS = {"reference": 40, "chunked": 8}  # of EPS32, see assert_agrees
+if not native.unavailable():
+    STEPS["native"] = 4
 BACKENDS = list(STEPS)
 
 # One of each code path: power 1 is linear near 0, power 1.5 has no form there that chunked knows.

@@ -88,7 +88,7 @@ def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torc
         if name == "triton":
             _modules[name] = importlib.import_module(".triton_kernels", __package__)
         if name == "reference" or _modules[name].supports(options):
-            level = logging.INFO if name == backend or (backend == "auto" and name != "reference") else logging.WARNING
+            level = logging.WARNING if name == "reference" != backend else logging.INFO
             logger.log(level, "loss backend: %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
             return name
         passed_over.append(f"{name}: it has no code for {options}")
