@@ -27,6 +27,7 @@ TRAIN = {
 def train_on(world_size, folder, data, *options, fuse=False, **changes):
     """Folder of a run of the tiny corpus by `encourage-mt train`."""
     el = {"criterion": "label_smoothed_encouraging_loss", "label-smoothing": 0.1, "report-accuracy": True}
+    el |= {"bonus-schedule": "linear", "bonus-schedule-updates": 20}
     settings = {name: value for name, value in {**TRAIN, **changes}.items() if value is not None}
     recipe = write_recipe(folder, train=settings, arms={"el": {**el, "fuse-projection": fuse}})
     (folder / "work").mkdir()
@@ -80,7 +81,7 @@ def test_the_log_of_two_processes_has_the_figures_of_the_whole_batch(one, two):
         epochs = [[r for r in log if f"{kind}_loss" in r] for log in logs]
         assert len(epochs[0]) == len(epochs[1]) == TRAIN["max-epoch"]
         for alone, together in zip(*epochs, strict=True):
-            for name in ("loss", "nll_loss", "bonus", "accuracy", "num_updates", *batch):
+            for name in ("loss", "nll_loss", "bonus", "bonus_weight", "accuracy", "num_updates", *batch):
                 key = f"{kind}_{name}"
                 assert float(together[key]) == pytest.approx(float(alone[key]), abs=2e-3), key
 
