@@ -1,6 +1,7 @@
 """Read a recipe: the data, its preparation, the training options, and the arms that are compared."""
 
 import io
+import os
 import re
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -125,6 +126,15 @@ class Subword(Record):
         return self.model_dump(exclude_unset=True)
 
 
+def check_trusted_bonus(name: str) -> None:
+    """Raise ValueError unless the user trusts the module of bonus MODULE:NAME: a recipe must not choose what runs."""
+    if name not in os.environ.get("ENCOURAGE_MT_BONUSES", "").split():
+        raise ValueError(
+            f"bonus {short_repr(name)} runs code of that module; if you trust it, set the environment variable "
+            "ENCOURAGE_MT_BONUSES to this name"
+        )
+
+
 class Arm(Record):
     """One side of a comparison: a criterion with its options, and training options that replace the recipe's."""
 
@@ -140,7 +150,9 @@ class Arm(Record):
         if foreign:
             raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (train: is for others)")
         for name, value in self.options.items():
-            if name != "bonus" and name.replace("-", "_") in OPTIONS:  # a bonus may have to be imported
+            if name == "bonus" and ":" in str(value):
+                check_trusted_bonus(str(value))
+            elif name.replace("-", "_") in OPTIONS:
                 check_option(name.replace("-", "_"), value)
         return self
 

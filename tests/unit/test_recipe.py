@@ -87,6 +87,8 @@ def refusal(path, **options):
         ("arms.a|b: ", {"arms": {"a|b": CE}}),
         ("arms.el: ", {"arms": {"el": {**EL, "lr": 1}}}),
         ("arms.el: ", {"arms": {"el": {**EL, "log-end": 2}}}),
+        ("arms.el: ", {"arms": {"el": {**EL, "bonus": "tanh"}}}),
+        ("arms.el: ", {"arms": {"el": {**EL, "bonus": "evil:bonus"}}}),
         ("arms.el.criterion: ", {"arms": {"el": {"log-end": 1}}}),
         ("arms.el.criterion: ", {"arms": {"el": {"criterion": "--user-dir=evil"}}}),
         ("arms.el.train.seed: ", {"arms": {"el": {**EL, "train": {"seed": 1}}}}),
@@ -130,6 +132,12 @@ def test_the_command_line_prints_one_line_and_makes_nothing(tmp_path, capsys):
         assert f"{recipe}: beam: " in refused(capsys, command, recipe, "--work-dir", tmp_path / "work")
     assert "No such file" in refused(capsys, "prepare", tmp_path / "none.yaml")
     assert not (tmp_path / "work").exists()
+
+
+def test_a_recipe_names_a_module_only_with_the_users_consent(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENCOURAGE_MT_BONUSES", "other:one my_bonus:square")
+    recipe = load_recipe(write_recipe(tmp_path, arms={"el": {**EL, "bonus": "my_bonus:square"}}))
+    assert recipe.arms["el"].options["bonus"] == "my_bonus:square"
 
 
 def test_options_fairseq_does_not_know_are_refused(tmp_path):
