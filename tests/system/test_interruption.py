@@ -175,7 +175,7 @@ def kill_and_look_for_children(process):
 
 
 def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help(tmp_path):
-    recipe = write_recipe(tmp_path, train={**TINY["train"], "max-epoch": 1000, "disable-validation": True})
+    recipe = write_recipe(tmp_path, train={**TINY["train"], "max-epoch": 1000, "validate-interval": 1000})
     work, out = tmp_path / "work", tmp_path / "out"
     folder, log = work / "el.seed1", work / "el.seed1" / "train.log"
     argv = [processes.program_path("encourage-mt"), "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
