@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, JsonValue, model_validator
 
 from ..errors import UserError
@@ -155,6 +156,41 @@ class PreparedData(Record):
         lines.append(f"dictionary: {sizes} types")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def count_repetitions(hashes: dict[str, list[np.ndarray]]) -> tuple[int, dict[str, dict[str, int]]]:
+    """Return how many pairs of train repeat another, and what the other splits share with train.
+
+    hashes is {split: [of sources, of targets, of pairs]}.
+    """
+    train = [np.unique(side) for side in hashes["train"]]
+    shared = {
+        split: {
+            f"{kind}_in_train": int(np.isin(side, known).sum())
+            for kind, side, known in zip(("sources", "targets", "pairs"), sides, train, strict=True)
+        }
+        for split, sides in hashes.items()
+        if split != "train"
+    }
+    return len(hashes["train"][2]) - len(train[2]), shared
+
+
+def find_warnings(expected, counts, dictionary, leakage, lengths) -> list[str]:
+    """Return what a user should know: counts that differ from published ones, leakage, sentences that are too long."""
+    warnings = []
+    for split, stages in expected.items():
+        for stage, published in stages.items():
+            number = {**counts, "dictionary": dictionary}[split][stage]
+            if number not in published:
+                warnings.append(f"{split}, {stage}: {number:,}, published {' or '.join(f'{n:,}' for n in published)}")
+    for split, shared in leakage.items():
+        if shared["pairs_in_train"]:
+            warnings.append(f"{split}: {shared['pairs_in_train']:,} of its pairs are in train too")
+    for split, sides in lengths.items():
+        longest = max(side["longest"] for side in sides.values())
+        if longest > 1022:
+            warnings.append(f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022")
+    return warnings
 
 
 def describe_dropped(counts: dict[str, int]) -> str:
