@@ -1,20 +1,23 @@
-"""Prepare bitext: a user's own files, bad files, options."""
+"""Prepare bitext: what is written, what is refused, and what is never deleted."""
 
 import functools
 import gzip
 import http.server
 import json
 import os
+import shutil
 import threading
 
 import grammar
 import pytest
 import yaml
-from conftest import ROOT, TINY, refused, run, write_recipe
+from conftest import ROOT, TINY, refused, write_recipe
 
+from encourage_mt.cli import main
 from encourage_mt.data import stages
 from encourage_mt.data.bitext import read_lines
-from encourage_mt.data.prepare import data_checksum, prepare
+from encourage_mt.data.manifest import PreparedData
+from encourage_mt.data.prepare import MARKER, prepare
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
 
@@ -25,11 +28,15 @@ def write(path, content):
     return path
 
 
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
 # --- preparing a user's own files
 
 
 def own_recipe(folder, changes=None, **files):
-    """A recipe of the tiny model on files beside it: the bundled corpus as text, but for `files`."""
+    """Write a recipe of the tiny model on files beside it: the bundled corpus as text, except for `files`."""
     splits = grammar.generate(5, {"train": 200, "valid": 10, "test": 10})
     for split, pairs in splits.items():
         for side, language in enumerate(("de", "en")):
@@ -41,120 +48,136 @@ def own_recipe(folder, changes=None, **files):
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"train_de": "nur eine Zeile\n"}, "they must pair line by line"),
-        ({"test_en": ""}, "test.en: empty file"),
-        ({"valid_de": b"\xe4\n" * 10}, "valid.de: line 1, byte 1: not UTF-8"),
-        ({"train_de": "\n" * 200}, "train: no pair has text on both sides"),
-        ({"train_de": "a\n" * 200, "train_en": "a\n" * 200}, "subword model:"),
-        ({"changes": {"clean": {"max_length": 1}}}, "train: no pair is left of 200 after cleaning (too_long 200)"),
+        ({"train_de": "nur eine Zeile\n"}, ["train.de", "train.en"]),
+        ({"valid_de": b"\xe4\n" * 10}, ["valid.de", "line 1, byte 1"]),
+        ({"train_de": "\n" * 200}, ["train:"]),
+        ({"train_de": "a\n" * 200, "train_en": "a\n" * 200}, ["subword model:"]),
+        ({"changes": {"clean": {"max_length": 1}}}, ["train:", "too_long 200"]),
         (
             {"changes": {"tokenizer": "moses", "clean": {"max_ratio": 1, "unit": "tokens"}}, "train_de": "ja\n" * 200},
-            "train: no pair is left of 200 after cleaning (ratio 200)",
+            ["train:", "ratio 200"],
         ),
         (
             {"changes": {"subword": {"merges": 100}}, "train_de": "a\n" * 200, "train_en": "a\n" * 200},
-            "subword model: no word has two characters",
+            ["subword model:"],
         ),
     ],
 )
-def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path):
+def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path, capsys):
     recipe = own_recipe(tmp_path, **files)
-    done = run("encourage-mt", "prepare", recipe, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work", code=2)
-    assert expected in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    line = refused(capsys, "prepare", recipe, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work", "--workers", 1)
+    assert all(part in line for part in expected)
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
 def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
-    recipe = load_recipe(own_recipe(tmp_path))
-    (tmp_path / "work" / "data.partial").mkdir(parents=True)
-    write(tmp_path / "work" / "data.partial" / "of a killed run", "")
-    lines = read_lines(tmp_path / "train.de")
-    write(tmp_path / "train.de", "\n".join(["", *lines[1:]]) + "\n")
+    pairs = grammar.generate(5, {"train": 200})["train"]
+    train = [("", pairs[5][1]), *pairs, *pairs[:3]]
+    test = [pairs[0], pairs[0], (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new €")]
+    sides = {
+        f"{split}_{language}": "".join(pair[side] + "\n" for pair in split_pairs)
+        for split, split_pairs in (("train", train), ("test", test))
+        for side, language in enumerate(("de", "en"))
+    }
+    recipe = load_recipe(own_recipe(tmp_path, {"expected": {"test": {"kept": [6, 7]}}}, **sides))
+    left = tmp_path / "work" / "data.partial-1"
+    left.mkdir(parents=True)
+    write(left / MARKER, "")
     data = prepare(recipe, tmp_path / "work", tmp_path)
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["pairs"] == {"train": 199, "valid": 10, "test": 10}
-    assert manifest["counts"]["train"]["empty"] == 1
-    assert read_lines(data / "text" / "test.en") == read_lines(tmp_path / "test.en")
-    assert (data / "data-bin" / "dict.de.txt").read_bytes() == (data / "data-bin" / "dict.en.txt").read_bytes()
+    assert not left.exists(), "of a process that was killed"
     assert sorted(path.name for path in data.iterdir()) == [
         *("data-bin", "manifest.json", "subword.model", "subword.vocab", "text")
     ]
-    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    manifest = PreparedData.open(data)
+    assert manifest.lines == {"train": 203, "valid": 10, "test": 5} and manifest.counts["train"]["empty"] == 1
+    assert manifest.read_text("test", "en") == read_lines(tmp_path / "test.en")
+    assert (data / "data-bin" / "dict.de.txt").read_bytes() == (data / "data-bin" / "dict.en.txt").read_bytes()
+    assert manifest.duplicate_train_pairs == 3
+    assert manifest.leakage["test"].model_dump() == {
+        "sources_in_train": 3,
+        "targets_in_train": 3,
+        "pairs_in_train": 2,
+    }
+    assert [warning.partition(":")[0] for warning in manifest.warnings] == ["test, kept", "test"]
+    assert manifest.percent_unknown["test"]["en"] > 0 and manifest.lengths_in_pieces["test"]["en"].longest > 1
+    assert {"sacremoses", "sentencepiece", "subword-nmt"} <= set(manifest.versions)
+
+    before = snapshot(data)
     prepare(recipe, tmp_path / "work", tmp_path)
-    assert "is prepared already" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*")}
-    write(tmp_path / "train.de", "\n".join(lines) + "\n")
-    with pytest.raises(UserError, match="prepared from another train.de"):
+    assert "is prepared already" in capsys.readouterr().out and snapshot(data) == before
+    write(tmp_path / "train.de", "etwas anderes\n")
+    with pytest.raises(UserError, match="train.de"):
         prepare(recipe, tmp_path / "work", tmp_path)
 
 
-def test_data_of_other_options_is_kept_unless_told_to_overwrite(tmp_path):
-    prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
-    other = own_recipe(tmp_path, {"lowercase": True, "subword": {"vocab_size": 250, "model_type": "bpe"}})
-    command = ("encourage-mt", "prepare", other, "--raw-dir", tmp_path, "--work-dir", tmp_path / "work")
-    checksum = data_checksum(tmp_path / "work" / "data")
-    error = run(*command, code=2).stderr
-    assert "prepared with other options (lowercase, subword); choose another --work-dir" in error
-    write(tmp_path / "train.en", "")
-    assert "train.en: empty file" in run(*command, "--overwrite", code=2).stderr
-    assert data_checksum(tmp_path / "work" / "data") == checksum, "what fails loses nothing"
-    own_recipe(tmp_path, {"lowercase": True, "subword": {"vocab_size": 250, "model_type": "bpe"}})
-    run(*command, "--overwrite")
-    assert data_checksum(tmp_path / "work" / "data") != checksum
-
-
-def test_odd_characters_shift_and_lose_nothing(tmp_path):
+def test_odd_characters_and_long_lines_shift_and_lose_nothing(tmp_path):
     de, en = ([pair[side] for pair in grammar.generate(5, {"train": 200})["train"]] for side in (0, 1))
     odd = "".join(map(chr, [*range(32), *range(127, 160), 0x2028, 0x2029, 0xFEFF])).replace("\n", "")
     for side in (de, en):
         side[7] = f"A {odd} b{odd}c"
-    files = {"train_de": "\ufeff" + "\r\n".join(de) + "\r\n", "train_en": "\n".join(en)}
-    test = "\n".join(["x\ry\x85z\u2028w"] * 10) + "\n"
-    recipe = load_recipe(own_recipe(tmp_path, **files, test_de=test, test_en=test))
-    data = prepare(recipe, tmp_path / "work", tmp_path)
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["pairs"] == {"train": 200, "valid": 10, "test": 10}
-    told = (tmp_path / "work" / "preprocess.log").read_text()
-    for language in ("de", "en"):
-        assert f"train.{language}: 200 sents" in told and f"test.{language}: 10 sents" in told
-    assert (data / "text" / "test.de").read_bytes().decode() == test, "what is scored against is as it was"
-
-
-def test_a_line_of_a_million_characters(tmp_path):
-    de, en = ([pair[side] for pair in grammar.generate(5, {"train": 200})["train"]] for side in (0, 1))
     de[3], en[4] = "x" * 10**6, "wide " * 200_000
-    files = {"train_de": "\n".join(de), "train_en": "\n".join(en), "test_de": "weit " * 200_000 + "\n" + "ja\n" * 9}
-    recipe = load_recipe(own_recipe(tmp_path, {"tokenizer": "moses"}, **files))
-    data = prepare(recipe, tmp_path / "work", tmp_path)
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["counts"]["train"]["too_long"] == 2 and manifest["pairs"]["test"] == 10
-    assert any(warning.startswith("test: a sentence of") for warning in manifest["warnings"])
+    files = {"train_de": "\ufeff" + "\r\n".join(de) + "\r\n", "train_en": "\n".join(en)}
+    test = "\n".join(["x\ry\x85z\u2028w"] * 9 + ["weit " * 200_000]) + "\n"
+    recipe = load_recipe(own_recipe(tmp_path, {"tokenizer": "moses"}, **files, test_de=test, test_en=test))
+    data = PreparedData.open(prepare(recipe, tmp_path / "work", tmp_path))
+    assert data.lines == {"train": 198, "valid": 10, "test": 10} and data.counts["train"]["too_long"] == 2
+    log = (tmp_path / "work" / "preprocess.log").read_text()
+    for language in ("de", "en"):
+        assert f"train.{language}: 198 sents" in log and f"test.{language}: 10 sents" in log
+    assert (data.folder / "text" / "test.de").read_bytes().decode() == test, "the references stay as published"
+    assert any(warning.startswith("test: ") for warning in data.warnings)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
-def test_no_space_left_is_told_and_nothing_is_left(tmp_path, monkeypatch):
-    def on_full_disk(path, mode="r"):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def open_on_full_disk(path, mode="r"):
         return open("/dev/full" if mode == "w" else path, mode, encoding="utf-8")
 
-    monkeypatch.setattr("encourage_mt.data.prepare._open", on_full_disk)
-    with pytest.raises(UserError, match="no space left on the disk for .*work"):
-        prepare(load_recipe(own_recipe(tmp_path)), tmp_path / "work", tmp_path)
+    monkeypatch.setattr("encourage_mt.data.prepare._open", open_on_full_disk)
+    line = refused(capsys, "prepare", own_recipe(tmp_path), "--raw-dir", tmp_path, "--work-dir", tmp_path / "work")
+    assert "no space left" in line and str(tmp_path / "work") in line
     assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
 
 
-def test_repetitions_and_leakage_are_counted(tmp_path):
-    pairs = grammar.generate(5, {"train": 200})["train"]
-    train = pairs + pairs[:3]
-    test = [pairs[0], pairs[0], (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new")]
-    files = {f"train_{language}": "".join(p[side] + "\n" for p in train) for side, language in enumerate(("de", "en"))}
-    files |= {f"test_{language}": "".join(p[side] + "\n" for p in test) for side, language in enumerate(("de", "en"))}
-    manifest_file = prepare(load_recipe(own_recipe(tmp_path, **files)), tmp_path / "work", tmp_path) / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
-    assert manifest["duplicates"] == {"train_pairs": 3}
-    assert manifest["leakage"]["test"] == {"sources_in_train": 3, "targets_in_train": 3, "pairs_in_train": 2}
-    assert "test: 2 of its pairs are in train too" in manifest["warnings"]
-    assert manifest["percent_unknown"]["test"]["en"] >= 0 and manifest["lengths_in_pieces"]["test"]["en"]["longest"] > 1
-    assert {"sacremoses", "sentencepiece", "subword-nmt"} <= set(manifest["versions"])
+# --- what is there already
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    """A work directory with prepared data, and its recipe."""
+    shutil.copytree(tiny[1], tmp_path / "work" / "data")
+    return tmp_path / "work", write_recipe(tmp_path)
+
+
+def test_data_of_other_options_is_kept_unless_overwritten(prepared, tmp_path, capsys):
+    work, _ = prepared
+    before = snapshot(work / "data")
+    other = write_recipe(tmp_path, lowercase=True, subword={"vocab_size": 250, "model_type": "bpe"})
+    assert "(lowercase, subword)" in refused(capsys, "prepare", other, "--work-dir", work)
+    write(tmp_path / "train.tsv", "")
+    assert "train.tsv" in refused(capsys, "prepare", other, "--work-dir", work, "--overwrite")
+    assert snapshot(work / "data") == before, "a failure loses nothing"
+    write_recipe(tmp_path, lowercase=True, subword={"vocab_size": 250, "model_type": "bpe"})
+    checksum = PreparedData.open(work / "data").checksum
+    main(["prepare", str(other), "--work-dir", str(work), "--overwrite"])
+    assert PreparedData.open(work / "data").checksum != checksum
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
+def test_files_of_others_are_never_deleted(name, prepared, capsys):
+    work, recipe = prepared
+    if name == "manifest.json":
+        (work / "data" / name).unlink()  # a folder that happens to be called data
+    else:
+        write(work / "data" / name, "mine")
+    for foreign in ("data.partial", "data.partial-mine"):
+        (work / foreign).mkdir()
+        write(work / foreign / "file", "mine")
+    before = snapshot(work)
+    line = refused(capsys, "prepare", recipe, "--work-dir", work, "--overwrite")
+    assert str(work / "data") in line and name in line
+    after = snapshot(work)
+    assert {path: state for path, state in after.items() if path.name != ".lock"} == before
 
 
 # --- a user's own text, with valid and test held out of it
@@ -185,11 +208,9 @@ def sentences(data, languages=("de", "en")):
 
 
 def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_path):
-    files = ["--bitext", corpus / "corpus.de", corpus / "corpus.en.gz"]
-    run("encourage-mt", "prepare", corpus / "recipe.yaml", *files, "--work-dir", tmp_path / "work")
-    data = tmp_path / "work" / "data"
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["pairs"] == {"train": 253, "valid": 20, "test": 30}
+    files = [str(corpus / "corpus.de"), str(corpus / "corpus.en.gz")]
+    data = prepare(load_recipe(corpus / "recipe.yaml", bitext=files), tmp_path / "work")
+    assert PreparedData.open(data).lines == {"train": 253, "valid": 20, "test": 30}
     held = sentences(data)
     for side, language in enumerate(("de", "en")):
         everything = [line.split("\t")[side].casefold() for line in read_lines(corpus / "corpus.tsv")]
@@ -197,16 +218,10 @@ def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_
             assert all(everything.count(line.casefold()) == 1 for line in held[split, language])
         assert not set(held["valid", language]) & set(held["test", language])
 
-    tsv = ["--bitext", corpus / "corpus.tsv", "--source", "de", "--target", "en"]
-    run("encourage-mt", "prepare", corpus / "recipe.yaml", *tsv, "--reverse", "--work-dir", tmp_path / "turned")
-    assert sentences(tmp_path / "turned" / "data") == held, "the same pairs from either form"
-    assert (tmp_path / "turned" / "data" / "data-bin" / "test.en-de.en.bin").exists()
-
-
-def test_own_text_is_trained_on_and_scored(corpus, tmp_path):
-    files = ["--bitext", corpus / "corpus.de", corpus / "corpus.en.gz"]
-    done = run("encourage-mt", "run", corpus / "recipe.yaml", *files, "--criteria", "el", cwd=tmp_path)
-    assert "BLEU signature" in done.stdout and (tmp_path / "runs" / "own_de_en" / "el.seed1").is_dir()
+    recipe = load_recipe(corpus / "recipe.yaml", "de", "en", [str(corpus / "corpus.tsv")])
+    turned = prepare(recipe.reversed(), tmp_path / "turned")
+    assert sentences(turned) == held, "the same pairs from either form"
+    assert (turned / "data-bin" / "test.en-de.en.bin").exists()
 
 
 def test_too_few_pairs_to_hold_out_are_refused(corpus, tmp_path, capsys):

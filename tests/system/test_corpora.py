@@ -1,18 +1,19 @@
 """The recipes of examples/ on archives with the inner layout of the real ones; outputs checked by hand."""
 
-import json
 import os
 import tarfile
 import zipfile
 from pathlib import Path
 
+import grammar
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, TINY, run
 from fairseq.data import Dictionary, data_utils
 
 from encourage_mt.data.bitext import read_lines
-from encourage_mt.data.prepare import data_checksum, prepare
+from encourage_mt.data.manifest import PreparedData
+from encourage_mt.data.prepare import prepare
 from encourage_mt.data.subwords import restore_bytes
 from encourage_mt.recipe import load_recipe
 
@@ -112,8 +113,8 @@ def test_iwslt14(iwslt14, tmp_path, capfd):
     assert not (data / "tokenized" / "train.de").exists() and not (data / "raw").exists()
     assert (data / "data-bin/dict.de.txt").read_bytes() != (data / "data-bin/dict.en.txt").read_bytes()
 
-    manifest = json.loads((data / "manifest.json").read_text())
-    train = manifest["counts"]["train"]
+    manifest = PreparedData.open(data)
+    train = manifest.counts["train"]
     assert {name: train[name] for name in ("read", "empty", "ratio", "too_long", "held_out", "kept")} == {
         "read": 52,
         "empty": 1,
@@ -122,8 +123,8 @@ def test_iwslt14(iwslt14, tmp_path, capfd):
         "held_out": 2,
         "kept": 47,
     }
-    assert manifest["sources"]["de-en.tgz"]["checked"] == "no checksum is published"
-    assert "train, kept: 47, published 160,239 or 160,250" in manifest["warnings"]
+    assert manifest.sources["de-en.tgz"].checked == "no checksum is published"
+    assert "train, kept: 47, published 160,239 or 160,250" in manifest.warnings
     assert "warning: test, kept: 5, published 6,750" in capfd.readouterr().out
 
 
@@ -138,8 +139,7 @@ def test_iwslt14_reversed_and_modern(iwslt14, tmp_path):
     assert undone == [f"It’s {place},000 &quot;miles&quot; away..." for place in range(5)], "NFKC, cased, bytes for ’"
     dictionary = read_lines(data / "data-bin" / "dict.en.txt")
     assert {f"<0x{byte:02X}>" for byte in range(256)} <= {line.split()[0] for line in dictionary}
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert set(manifest["percent_unknown"]["test"].values()) == {0.0}
+    assert set(PreparedData.open(data).percent_unknown["test"].values()) == {0.0}
     assert dictionary == read_lines(data / "data-bin" / "dict.de.txt")
 
 
@@ -224,7 +224,7 @@ def test_wmt14(tmp_path):
     train = binarized(data, recipe, "train", "de")
     assert train[0] == "&quot; Altbekannte @-@ Zeile &quot; Nummer 1 , nicht wahr ?"
     assert train[109:] == ["a b c d", *(train[0].replace(" 1 ", f" {n} ") for n in range(114, 121))]
-    counts = json.loads((data / "manifest.json").read_text())["counts"]
+    counts = PreparedData.open(data).counts
     assert counts["train"] == {
         "read": 120,
         "held_out": 1,
@@ -250,32 +250,48 @@ def test_tatoeba_from_its_archive(tmp_path):
     corpus = recipe.data[0].model_copy(update={"held_out": {"valid": 20, "test": 30}})
     recipe = recipe.model_copy(update={"data": [corpus, *recipe.data[1:]]})
     data = prepare(recipe, tmp_path / "work", tmp_path / "raw")
-    counts = json.loads((data / "manifest.json").read_text())["counts"]
+    counts = PreparedData.open(data).counts
     assert [counts[split]["kept"] for split in ("train", "valid", "test")] == [253, 20, 30]
     assert "Tom aß " in read_lines(data / "text" / "test.de")[0]
     assert "Hallo." in binarized(data, recipe, "train", "de"), "sentences that stand twice are never held out"
 
 
-# --- the real ones, from files at hand
+# --- a user's own text
+
+
+def test_own_text_is_trained_on_and_scored(tmp_path):
+    pairs = grammar.generate(7, {"all": 300})["all"]
+    for side, language in enumerate(("de", "en")):
+        (tmp_path / f"corpus.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
+    content = yaml.safe_load((ROOT / "examples" / "own" / "recipe.yaml").read_text(encoding="utf-8"))
+    content |= {"data": {"held_out": {"valid": 20, "test": 30}}, "train": TINY["train"], "average": 2}
+    content["subword"]["vocab_size"] = 400
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    files = ["--bitext", tmp_path / "corpus.de", tmp_path / "corpus.en"]
+    done = run("encourage-mt", "run", tmp_path / "recipe.yaml", *files, "--arms", "el", cwd=tmp_path)
+    assert "BLEU signature" in done.stdout and (tmp_path / "runs" / "own_de_en" / "el.seed1").is_dir()
+
+
+# --- the real corpora, from local files
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data to serve as --raw-dir")
-def test_multi30k_from_files_at_hand(tmp_path):
+def test_multi30k_from_local_files(tmp_path):
     recipe = load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml")
     data = prepare(recipe, tmp_path, SHARED)
-    counts = json.loads((data / "manifest.json").read_text())["pairs"]
-    assert counts == {"train": 29000, "valid": 1014, "test_2016_flickr": 1000, "test_2017_flickr": 1000}
-    assert data_checksum(data) == "7dc1605a71fb94121754f22dff71b2296fa0c95f4b282c70d1ba969592a06d03"
+    manifest = PreparedData.open(data)
+    assert manifest.lines == {"train": 29000, "valid": 1014, "test_2016_flickr": 1000, "test_2017_flickr": 1000}
+    assert manifest.checksum == "7dc1605a71fb94121754f22dff71b2296fa0c95f4b282c70d1ba969592a06d03"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data to serve as --raw-dir")
-def test_tatoeba_from_files_at_hand(tmp_path):
+def test_tatoeba_from_local_files(tmp_path):
     recipe = load_recipe(ROOT / "examples/tatoeba_de_en/recipe.yaml")
     data = prepare(recipe, tmp_path, SHARED)
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert manifest["counts"]["train"]["read"] == 160852
-    assert manifest["pairs"]["valid"] == 2000 and manifest["pairs"]["test"] == 3000
-    assert set(manifest["percent_unknown"]["test"].values()) == {0.0}
+    manifest = PreparedData.open(data)
+    assert manifest.counts["train"]["read"] == 160852
+    assert manifest.lines["valid"] == 2000 and manifest.lines["test"] == 3000
+    assert set(manifest.percent_unknown["test"].values()) == {0.0}
 
 
 # --- the script
