@@ -237,7 +237,7 @@ class Recipe(Record):
         return self.data[0].tests
 
     @property
-    def remove_bpe(self) -> str:
+    def remove_bpe(self) -> Literal["@@ ", "sentencepiece"]:
         """The value for fairseq's --remove-bpe."""
         return "@@ " if self.subword.merges else "sentencepiece"
 

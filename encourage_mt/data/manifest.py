@@ -158,21 +158,20 @@ class PreparedData(Record):
         return "\n".join(lines)
 
 
-def count_repetitions(hashes: dict[str, list[np.ndarray]]) -> tuple[int, dict[str, dict[str, int]]]:
+def count_repetitions(hashes: dict[str, list[np.ndarray]]) -> tuple[int, dict[str, Leakage]]:
     """Return how many pairs of train repeat another, and what the other splits share with train.
 
     hashes is {split: [of sources, of targets, of pairs]}.
     """
     train = [np.unique(side) for side in hashes["train"]]
     shared = {
-        split: {
-            f"{kind}_in_train": int(np.isin(side, known).sum())
-            for kind, side, known in zip(("sources", "targets", "pairs"), sides, train, strict=True)
-        }
+        split: [int(np.isin(side, known).sum()) for side, known in zip(sides, train, strict=True)]
         for split, sides in hashes.items()
         if split != "train"
     }
-    return len(hashes["train"][2]) - len(train[2]), shared
+    names = ("sources_in_train", "targets_in_train", "pairs_in_train")
+    leakage = {split: Leakage(**dict(zip(names, numbers, strict=True))) for split, numbers in shared.items()}
+    return len(hashes["train"][2]) - len(train[2]), leakage
 
 
 def find_warnings(expected, counts, dictionary, leakage, lengths) -> list[str]:
@@ -184,10 +183,10 @@ def find_warnings(expected, counts, dictionary, leakage, lengths) -> list[str]:
             if number not in published:
                 warnings.append(f"{split}, {stage}: {number:,}, published {' or '.join(f'{n:,}' for n in published)}")
     for split, shared in leakage.items():
-        if shared["pairs_in_train"]:
-            warnings.append(f"{split}: {shared['pairs_in_train']:,} of its pairs are in train too")
+        if shared.pairs_in_train:
+            warnings.append(f"{split}: {shared.pairs_in_train:,} of its pairs are in train too")
     for split, sides in lengths.items():
-        longest = max(side["longest"] for side in sides.values())
+        longest = max(side.longest for side in sides.values())
         if longest > 1022:
             warnings.append(f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022")
     return warnings

@@ -25,7 +25,7 @@ from ..recipe import Clean, Recipe
 from . import subwords
 from .binarize import Binarized, binarize
 from .bitext import iterate_pairs
-from .manifest import PreparedData, count_repetitions, describe_dropped, find_warnings
+from .manifest import Lengths, PreparedData, count_repetitions, describe_dropped, find_warnings
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
@@ -115,7 +115,7 @@ class _Preparation:
         self.corpus = sources.choose()
         self.splits = ["train", "valid", *recipe.tests]
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.splits}
-        self.lengths: dict[str, dict[str, dict]] = {}
+        self.lengths: dict[str, dict[str, Lengths]] = {}
         self.hashes: dict[str, list[np.ndarray]] = {}
 
     def run(self, log: Path) -> PreparedData:
@@ -165,7 +165,7 @@ class _Preparation:
 
     # --- text
 
-    def _write_texts(self):
+    def _write_texts(self) -> None:
         """Write the text of all splits, from their files or held out of train."""
         names = [name for lists in self.corpus.splits.values() for files in lists for name in files]
         paths = self.sources.collect(names, self.folder / "raw")
@@ -269,7 +269,7 @@ class _Preparation:
                 for language in languages:
                     _filter(self._path(kind, split, language), kept)
         self.lengths[split] = {
-            language: {"mean": round(sum(values) / len(values), 2), "longest": max(values)}
+            language: Lengths(mean=round(sum(values) / len(values), 2), longest=max(values))
             for language, values in zip(languages, lengths, strict=True)
         }
         self.hashes[split] = [np.frombuffer(values, dtype=np.uint64) for values in hashes]

@@ -71,7 +71,10 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
             cells = [arm, split, str(len(group)), *(format_mean(values) if values else "" for values in scores)]
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
     header = ["arm", "set", "seeds", *metrics, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
-    options = [f"{arm}: `{criterion_options(group[0])}`  " for arm, group in arms.items()]
+    options = []
+    for arm, group in arms.items():
+        others = training_differences(group[0], arms[first][0])
+        options.append(f"{arm}: `{criterion_options(group[0])}`{f'; differs in: {others}' if others else ''}  ")
     lines = [*options, *signature_lines(all_signatures(results)), *describe_setting(results)]
     return "\n".join([markdown_table(header, rows), "", *lines])
 
@@ -198,6 +201,20 @@ def criterion_options(result: Result) -> str:
     names = names[names.index("criterion") :] if "criterion" in names else []
     values = {name: result.options[name] for name in names}
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
+
+
+def training_differences(result: Result, other: Result) -> str:
+    """Return the options of fairseq-train, except seed and criterion, in which a result differs from another."""
+
+    def training(options):
+        names = list(options)
+        return {name: options[name] for name in names[: names.index("criterion")] if name != "seed"}
+
+    if "criterion" not in result.options or "criterion" not in other.options:
+        return ""
+    first, second = training(other.options), training(result.options)
+    names = dict.fromkeys([*second, *first])
+    return ", ".join(f"{name} {second.get(name, 'unset')}" for name in names if first.get(name) != second.get(name))
 
 
 def metric_names(results: list[Result]) -> list[str]:

@@ -178,10 +178,15 @@ def test_the_other_direction_and_the_modern_pipeline(tmp_path):
     assert modern.tokenizer == "none" and not modern.lowercase and modern.joined_dictionary
 
 
-def test_arms_of_the_bundled_recipes_differ_by_criterion_alone():
+def test_arms_of_the_bundled_recipes_differ_by_criterion_alone_or_train_half_as_long_with_rdrop():
     for path in sorted((ROOT / "examples").glob("*/recipe.yaml")):
         recipe = load_recipe(path, bitext=["/any/a.de", "a.en"] if path.parent.name == "own" else None)
-        assert set(recipe.arms) >= {"ce", "el"} and not any(arm.train for arm in recipe.arms.values())
+        assert set(recipe.arms) >= {"ce", "el"}
+        for name, arm in recipe.arms.items():
+            lengths = [options.get("max-epoch") or options.get("max-update") for options in (recipe.train, arm.train)]
+            assert lengths[1] == (lengths[0] / 2 if "rdrop-alpha" in arm.options else None), name
+            assert len(arm.train) <= 1
+    check_train_options(load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml"))
 
 
 @pytest.mark.parametrize(

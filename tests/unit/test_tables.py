@@ -96,6 +96,9 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
         "Trained on: CPU; python 3.11.7, torch 2.13.0; 0.1 hours in updates, 0.02 a run.  ",
     ]
     assert "el: `--criterion el --log-end 0.1`" in table and table.count("signature") == 1
+    longer = {**results[3].options, "seed": 1}
+    longer = results[3].model_copy(update={"options": {"max-epoch": 9, **longer}})
+    assert "differs in" not in table and "`; differs in: max-epoch 9" in arms_table([results[0], longer], [])
     assert [row[:2] for row in rows_of(arms_table(results[:1], []))[1:]] == [["ce", "valid"], ["ce", "test"]]
 
 
