@@ -59,10 +59,10 @@ class _Triton(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool
     ) -> tuple[Tensor, ...]:
-        bonus_and_scalars = _bonus_and_scalars(options, logits.size(1))
-        terms, statistics = row_sums(logits, target, ignored, *bonus_and_scalars)
+        arguments = bonus_and_scalars(options, logits.size(1))
+        terms, statistics = row_sums(logits, target, ignored, *arguments)
         ctx.save_for_backward(logits, target, ignored, statistics)
-        ctx.bonus_and_scalars = bonus_and_scalars
+        ctx.arguments = arguments
         loss, nll_loss, bonus = clone_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus)
         return loss, nll_loss, bonus
@@ -73,7 +73,7 @@ class _Triton(torch.autograd.Function):
         logits, target, ignored, statistics = ctx.saved_tensors
         upstream = upstream.expand(logits.size(0)).contiguous()
         gradient = torch.empty_like(logits)
-        write_gradient(gradient, logits, target, ignored, statistics, upstream, *ctx.bonus_and_scalars)
+        write_gradient(gradient, logits, target, ignored, statistics, upstream, *ctx.arguments)
         return gradient, *[None] * 4
 
 
@@ -81,9 +81,9 @@ def terms_and_gradient_(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return (terms [3, tokens], gradient times `scale` [tokens, V]); the gradient replaces `logits`."""
-    bonus_and_scalars = _bonus_and_scalars(options, logits.size(1))
-    terms, statistics = row_sums(logits, target, ignored, *bonus_and_scalars)
-    write_gradient(logits, None, target, ignored, statistics, torch.full_like(terms[0], scale), *bonus_and_scalars)
+    arguments = bonus_and_scalars(options, logits.size(1))
+    terms, statistics = row_sums(logits, target, ignored, *arguments)
+    write_gradient(logits, None, target, ignored, statistics, torch.full_like(terms[0], scale), *arguments)
     return terms, logits
 
 
@@ -165,7 +165,7 @@ def _device_of(logits: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
-def _bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[float]]:
+def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[float]]:
     """Return the bonus in effect and the numbers that both kernels take, in their order."""
     start = torch.tensor(options.bonus_start, dtype=torch.float64)
     at_start = bonus_of(start, 1.0 - start, dataclasses.replace(options, bonus_start=0.0)).item()
