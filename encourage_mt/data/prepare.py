@@ -78,7 +78,7 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
         (partial / MARKER).unlink()
         partial.rename(final)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{work_dir}: no space left on the disk; make room and run it again") from None
         raise
     finally:

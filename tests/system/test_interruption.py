@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EL, EVAL_BLEU, TINY, run, write_recipe
+from conftest import EL, EVAL_BLEU, TINY, refused, run, write_recipe
 
 from encourage_mt import processes
 from encourage_mt.environment import USER_DIR
@@ -122,11 +122,11 @@ def test_kills_at_random_moments_change_nothing(undisturbed, tiny, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, room for a few checkpoints."""
-    folder = tmp_path / "disk"
+def small_disk(request, tmp_path):
+    """A file system of 1 MB, room for a few checkpoints, or of the size that a test sets."""
+    folder, size = tmp_path / "disk", getattr(request, "param", "1m")
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
     yield folder
@@ -141,6 +141,13 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, ti
     assert said.count("cannot save") == 1 and "no space left" in said
     assert checkpoints.find_corruption(small_disk / "checkpoint_last.pt") is None
     assert not list(small_disk.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("small_disk", ["16k", "256k", "400k"], indirect=True, ids=["text", "model", "binarized"])
+def test_a_full_disk_ends_preparing_in_one_line(small_disk, tmp_path, capsys):
+    line = refused(capsys, "prepare", write_recipe(tmp_path), "--work-dir", small_disk)
+    assert "no space left" in line.lower() and str(small_disk) in line
+    assert not [path for path in small_disk.iterdir() if path.is_dir()]
 
 
 # --- encourage-mt around it
