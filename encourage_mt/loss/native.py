@@ -32,7 +32,7 @@ def unavailable() -> str:
     if library is None:
         return f"native.cpp is not compiled for {instruction_set}"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:  # built against another torch
         return f"{library.name} does not load: {str(error).splitlines()[0]}"
     torch.library.register_fake("encourage_mt::terms", _fake_terms)
@@ -112,5 +112,6 @@ class _Native(torch.autograd.Function):
         if ctx.recompute:
             _, gradient = torch.ops.encourage_mt.terms_and_gradient(*ctx.saved_tensors, upstream, *ctx.arguments)
         else:
-            gradient = multiply_gradient(*ctx.saved_tensors, upstream)
+            (gradient,) = ctx.saved_tensors
+            gradient = multiply_gradient(gradient, upstream)
         return gradient, None, None, None, None, None
