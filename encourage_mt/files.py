@@ -87,6 +87,9 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, record.model_dump(mode="json"))
 
 
+PLAIN_WORDS = {"dictionary": "a mapping", "integer": "a whole number", "boolean": "true or false", "string": "text"}
+
+
 def describe_problem(error: ValidationError) -> str:
     """Return the first problem pydantic found, as one line "KEY: problem"."""
     first = error.errors(include_url=False)[0]
@@ -98,8 +101,15 @@ def describe_problem(error: ValidationError) -> str:
         text = "is missing"
     elif kind in ("value_error", "assertion_error"):
         text = str(first["ctx"]["error"])
+    elif kind in ("too_short", "too_long"):
+        limits = first["ctx"]
+        text = f"must have at {'least' if kind == 'too_short' else 'most'} "
+        text += f"{limits.get('min_length', limits.get('max_length'))} entries, has {limits['actual_length']}"
     else:
-        text = f"{text.replace('Input should be', 'must be', 1)}, got {short_repr(first['input'])}"
+        text = text.replace("Input should be", "must be", 1)
+        for word, plain_word in PLAIN_WORDS.items():
+            text = text.replace(f"a valid {word}", plain_word)
+        text = f"{text}, got {short_repr(first['input'])}"
     return _one_line(f"{key}: {text}" if key else text)
 
 

@@ -252,7 +252,8 @@ class Recipe(Record):
         others = {"name", "train", "average", "beam", "arms", "lenpen", "expected", "published"}
         options = {name: getattr(self, name) for name in type(self).model_fields if name not in others}
         parts = {name: options[name].model_dump(exclude_unset=True) for name in ("subword", "clean")}
-        return {**options, **parts, "data": [corpus.model_dump(exclude_unset=True) for corpus in self.data]}
+        elsewhere = {"urls", "checksums"}  # the manifest has the checksums of the files themselves
+        return {**options, **parts, "data": [c.model_dump(exclude=elsewhere, exclude_unset=True) for c in self.data]}
 
     def arm_train(self, arm: str) -> dict[str, Any]:
         """Return the training options of an arm: the recipe's, replaced where the arm has its own."""

@@ -91,6 +91,8 @@ class PreparedData(Record):
                 rest.pop("pairs", None)
                 text = {key: value for key, value in text.items() if key != "lines"}
                 moved = {f"duplicate_{key}": value for key, value in duplicates.items()}
+                if isinstance(rest.get("options"), dict) and isinstance(rest["options"].get("data"), list):
+                    rest["options"] = {**rest["options"], "data": list(map(_drop_addresses, rest["options"]["data"]))}
                 return {"format": 2, **rest, **text, **subword, **moved}
         return content
 
@@ -156,6 +158,12 @@ class PreparedData(Record):
         lines.append(f"dictionary: {sizes} types")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _drop_addresses(corpus: Any) -> Any:
+    """Return one of a recipe's `data` without what no longer counts as an option of the preparation."""
+    is_corpus = isinstance(corpus, dict)
+    return {k: v for k, v in corpus.items() if k not in ("urls", "checksums")} if is_corpus else corpus
 
 
 def count_repetitions(hashes: dict[str, list[np.ndarray]]) -> tuple[int, dict[str, Leakage]]:
