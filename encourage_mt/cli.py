@@ -75,6 +75,7 @@ def run_recipe(arguments) -> None:
     from .report.page import write_report
     from .report.tables import arms_table, published_table, runs_table
     from .training.launch import Cluster
+    from .training.run_folder import open_run
     from .training.train import make_run, train
 
     started = time.monotonic()
@@ -91,6 +92,7 @@ def run_recipe(arguments) -> None:
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings at a time")
     prepare_data(arguments, recipe, work_dir)
     train(runs, cluster, parallel)
+    runs = [open_run(run.folder) for run in runs]  # with the provenance that was recorded
     results = [evaluate(run) for run in runs]
     print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}

@@ -45,6 +45,7 @@ def test_all_arms_and_seeds_are_trained_scored_and_compared(work):
         result = Result.read(folder)
         assert f"{result.arm}.seed{result.seed}" == name and int(result.options["seed"]) == result.seed
         assert set(result.evaluation.checkpoints_sha256) == {"checkpoint2.pt", "checkpoint3.pt"}
+        assert result.provenance["data_sha256"] == result.evaluation.data_sha256 and result.provenance["starts"]
         assert set(result.translations_sha256) == {"valid.en", "test.en"}
         assert {"torch", "sacrebleu", "encourage-mt"} <= set(result.versions)
         assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result.seed
@@ -101,7 +102,7 @@ def test_a_folder_of_plain_fairseq_train_is_evaluated(el_run, tiny, tmp_path, ca
     folder = tmp_path / "by hand"
     shutil.copytree(el_run, folder)
     error = refused(capsys, "evaluate", folder)
-    assert f"{folder}: 2 epoch checkpoints found, 10 asked for" in error
+    assert f"{folder}: has 2 epoch checkpoints, 10" in error
 
     argv = ["evaluate", str(folder), "--average", "2", "--beam", "1"]
     main(argv)
@@ -174,8 +175,8 @@ def data_gone(folder):
 
 
 REFUSED = {
-    "no checkpoints": (no_checkpoints, [], "checkpoints: 0 epoch checkpoints found, 2 asked for"),
-    "few": (None, ["--average", 10], "checkpoints: 3 epoch checkpoints found, 10 asked for"),
+    "no checkpoints": (no_checkpoints, [], "checkpoints: has 0 epoch checkpoints, 2"),
+    "few": (None, ["--average", 10], "checkpoints: has 3 epoch checkpoints, 10"),
     "zero": (None, ["--average", 0], "--average"),
     "lenpen": (None, ["--lenpen", "nan"], "--lenpen"),
     "nan": (nan_parameters, [], "checkpoint2.pt: encoder.embed_tokens.weight"),
