@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Pairs per second and peak memory of preparing data, stage by stage, on generated pairs.
+"""Measure pairs per second and peak memory of the preparation of data, stage by stage, on generated pairs.
 
-The published (Moses) pipeline stands against sacremoses line by line, then subword-nmt, in one process; the output has
-to be identical. The machine may be noisy: compare ratios within one table only.
+The published (Moses) pipeline is compared with sacremoses line by line, followed by subword-nmt, in one process; the
+output must be identical. The machine may be noisy: compare only ratios within one table.
 
-The pairs come from examples/bundled_de_en/grammar.py. Its words get Zipf-distributed endings, so that the vocabulary
-grows with the text as it does in real text.
+The pairs come from examples/bundled_de_en/grammar.py. Their words get Zipf-distributed prefixes, so that the vocabulary
+grows with the text, as it does in real text.
 """
 
 import argparse
@@ -37,24 +37,24 @@ import grammar  # noqa: E402
 CLEAN = Clean(max_length=175, max_ratio=1.5, unit="tokens")
 PUBLISHED = {"tokenizer": "moses", "lowercase": True, "clean": CLEAN, "subword": {"merges": 10000}}
 MODERN = {"clean": Clean(max_length=250, max_ratio=3), "subword": modern_subword(10000)}
-BASE_PAIRS = 20_000  # of the grammar, which is slow; respelled again and again
+BASE_PAIRS = 20_000  # from the grammar, which is slow; they are respelled again and again
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ei", "au")]
 
 
 def generate(number):
-    """`number` pairs, the same every time; one at a time."""
+    """Yield `number` pairs, the same every time."""
     rng = random.Random(1)
     base = grammar.generate(1, {"all": BASE_PAIRS})["all"]
 
     def respell(sentence):
         words = sentence.split(" ")
-        for place in range(0, len(words), 4):  # a quarter of the words: new ones keep coming
-            word = words[place]
+        for index in range(0, len(words), 4):  # a quarter of the words, so that new ones keep coming
+            word = words[index]
             rank = int(rng.paretovariate(0.7))
             while rank and len(word) < 40:
                 rank, syllable = divmod(rank, len(SYLLABLES))
                 word = SYLLABLES[syllable] + word
-            words[place] = word
+            words[index] = word
         return " ".join(words)
 
     for _, pair in zip(range(number), itertools.cycle(base)):
@@ -62,7 +62,7 @@ def generate(number):
 
 
 class Memory:
-    """Peak resident memory, in MB, of this process and its children together while the block runs."""
+    """Measures the peak resident memory, in MB, of this process and its children while the block runs."""
 
     def __enter__(self):
         self.peak, self.done = 0, threading.Event()
@@ -86,16 +86,16 @@ def _children():
 
 
 def _resident(process):
-    """Private memory and its share of what several processes have in common, in MB."""
+    """Return the private memory of a process and its share of memory shared with others, in MB."""
     try:
         text = (process / "smaps_rollup").read_text()
-    except OSError:  # ended meanwhile
+    except OSError:  # the process has ended
         return 0
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) / 1024
 
 
 def line_by_line(pairs, prefix):
-    """sacremoses, the cleaning rule, subword-nmt, in one process: what the published scripts come to in Python."""
+    """Run sacremoses, the cleaning rule and subword-nmt in one process, as the published scripts do in Perl."""
     tokenizers = [MosesTokenizer("de"), MosesTokenizer("en")]
     with open(f"{prefix}.codes", encoding="utf-8") as codes:
         bpe = BPE(codes)
@@ -106,7 +106,7 @@ def line_by_line(pairs, prefix):
 
 
 def tokenized(recipe, pairs, workers):
-    """The pairs kept."""
+    """Yield the pairs that are kept."""
     for _, rows in ordered_map(TextStage(recipe, is_train=True), pairs, workers):
         yield from ((source, target) for reason, source, target in rows if not reason)
 
@@ -119,7 +119,7 @@ def encoded(recipe, pairs, prefix, workers):
 
 
 def time_row(name, blocks, number, rows, write_to):
-    """Write `blocks`, (pairs read, text of both sides), to a file for each side; add a row to the table."""
+    """Write `blocks` of (pairs read, text of both sides) to a file for each side, and add a row to the table."""
     with ExitStack() as files:
         memory = files.enter_context(Memory())
         out = [files.enter_context(open(f"{write_to}.{s}", "w", encoding="utf-8", newline="\n")) for s in "ab"]
@@ -135,7 +135,7 @@ def time_row(name, blocks, number, rows, write_to):
 
 
 def cpu_seconds():
-    """Of this process and of its children that have ended."""
+    """Return the CPU time of this process and of its children that have ended."""
     usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -149,7 +149,7 @@ def pairs_of(path):
 
 
 def measure(number, baseline_number, workers, folder):
-    """The rows of the table. The slow baseline runs on the first `baseline_number` pairs."""
+    """Return the rows of the table, and counts of the text. The slow baseline runs on the first `baseline_number`."""
     rows = []
     raw = folder / "raw"
     time_row("generating", lines_of(generate(number)), number, [], raw)
@@ -174,22 +174,22 @@ def measure(number, baseline_number, workers, folder):
     first = list(itertools.islice(pairs_of(raw), baseline_number))
     time_row("sacremoses, subword-nmt", line_by_line(first, folder / "published"), len(first), rows, folder / "slow")
     for count in dict.fromkeys((1, workers)):
-        told = f"{count} process" + "es" * (count > 1)
+        label = f"{count} process" + "es" * (count > 1)
         both = encoded(published, tokenized(published, first, count), folder / "published", count)
-        time_row(f"published, the same pairs, {told}", both, len(first), rows, folder / f"fast{count}")
+        time_row(f"published, the same pairs, {label}", both, len(first), rows, folder / f"fast{count}")
         if any((folder / f"fast{count}.{s}").read_bytes() != (folder / f"slow.{s}").read_bytes() for s in "ab"):
-            raise SystemExit("error: the output differs from that of sacremoses and subword-nmt")
-    told = f"{workers} processes"
+            raise SystemExit("error: the output differs from the output of sacremoses and subword-nmt")
+    label = f"{workers} processes"
     steps = [
-        (f"published: tokenize, clean, {told}", lines_of(tokenized(published, pairs_of(raw), workers)), "tokens"),
+        (f"published: tokenize, clean, {label}", lines_of(tokenized(published, pairs_of(raw), workers)), "tokens"),
         (
-            f"published: encode, {told}",
+            f"published: encode, {label}",
             encoded(published, pairs_of(folder / "tokens"), folder / "published", workers),
             "pieces",
         ),
-        (f"modern: text, {told}", lines_of(tokenized(modern, pairs_of(raw), workers)), "text"),
+        (f"modern: text, {label}", lines_of(tokenized(modern, pairs_of(raw), workers)), "text"),
         (
-            f"modern: encode, clean, {told}",
+            f"modern: encode, clean, {label}",
             encoded(modern, pairs_of(folder / "text"), folder / "modern", workers),
             "out",
         ),
@@ -201,7 +201,7 @@ def measure(number, baseline_number, workers, folder):
 
 
 def table(rows):
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     base = rows[0]["pairs_per_second"]
     lines = ["| stage | pairs | pairs/s | times the first row | CPU µs a pair | peak memory, MB |"]
     lines.append("|---|---|---|---|---|---|")
@@ -214,9 +214,9 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pairs", type=int, default=500_000)
-    parser.add_argument("--baseline-pairs", type=int, default=50_000, help="of them, for the slow first row")
+    parser.add_argument("--baseline-pairs", type=int, default=50_000, help="how many of them the slow first row uses")
     parser.add_argument("--workers", type=int, default=cores())
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, text = measure(arguments.pairs, arguments.baseline_pairs, arguments.workers, Path(folder))

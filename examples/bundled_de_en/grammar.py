@@ -38,7 +38,7 @@ def _table(text):
 
 
 def _zipf(rng, items):
-    """One of `items`, the first ones more often, as words of a language are."""
+    """Return one of `items`, the first ones more often, as in a natural language."""
     return rng.choices(items, weights=[1 / (rank + 4) for rank in range(len(items))])[0]
 
 
@@ -56,13 +56,13 @@ class NounPhrase:
 
 @dataclass
 class Clause:
-    """A verb with all that belongs to it, before any order is chosen."""
+    """A verb and its phrases, before their order is chosen."""
 
     subject: NounPhrase
     verb: tuple
     tense: str  # present, past or modal
     modal: tuple
-    objects: list  # [(NounPhrase, German words, may stand first)]
+    objects: list  # [(NounPhrase, German words, whether it may be first)]
     en_objects: str
     time: tuple
     place: tuple
@@ -71,7 +71,7 @@ class Clause:
 
 
 class Grammar:
-    """Draws sentence pairs; `draw` returns (German, English, held-out pairs of words in it)."""
+    """Draws pairs of sentences; `draw` returns (German, English, the held-out pairs of words in it)."""
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
@@ -223,7 +223,7 @@ class Grammar:
             if phrase.noun:
                 pairs.append((verb[0], phrase.noun))
             words = f"{preposition} {phrase.de[case]}".strip()
-            # first place only where the form alone tells the object: masculine singular
+            # an object may be first only if its form shows that it is the object: masculine singular
             objects.append((phrase, words, phrase.gender == "m" and not preposition))
             en_objects += " " + phrase.en_object
 
@@ -261,7 +261,7 @@ class Grammar:
         return clause
 
     def add_relative(self, clause):
-        """Give the subject a relative clause of which it is the subject: der Mann, der ..., / the man who ..."""
+        """Add a relative clause to the subject: der Mann, der ..., / the man who ..."""
         inner = self.clause(relative_allowed=False)
         subject = clause.subject
         inner.subject = NounPhrase({"nom": DEFINITE["nom"][subject.gender]}, "who", "", subject.person, subject.gender)
@@ -273,7 +273,7 @@ class Grammar:
     # --- German
 
     def german_verb(self, clause):
-        """(finite verb, what stands at the end of a main clause, the verb cluster of a verb-final clause)."""
+        """Return (finite verb, end of a main clause, verbs at the end of a verb-final clause)."""
         prefix, _, rest = clause.verb[0].rpartition("|")
         infinitive, he_form, participle = prefix + rest, clause.verb[1], clause.verb[2]
         person = clause.subject.person
@@ -288,7 +288,7 @@ class Grammar:
         return finite, prefix, prefix + finite
 
     def german_middle(self, clause, without=None):
-        """Pronouns, time, the other objects, place: the usual order between the verb's two places."""
+        """Return the words between the two parts of the verb, in the usual order: pronouns, time, objects, place."""
         objects = [(phrase, words) for phrase, words, _ in clause.objects if words != without]
         pronouns = [
             words for phrase, words in objects if not phrase.noun and words == words.lower() and " " not in words
@@ -356,10 +356,10 @@ def _join(words):
 
 
 def generate(seed: int, sizes: dict[str, int]) -> dict[str, list[tuple[str, str]]]:
-    """Pairs (German, English) for each split of `sizes`, the same for the same arguments on every machine.
+    """Return (German, English) pairs for each split of `sizes`: the same for the same arguments on every machine.
 
-    "train" gets no held-out pair of words, every pair of any other split at least one. No sentence of either language
-    stands twice, within a split or across splits.
+    Sentences of "train" have no held-out pair of words, those of other splits have at least one. No sentence occurs
+    twice.
     """
     grammar = Grammar(seed)
     splits = {name: [] for name in sizes}
@@ -374,7 +374,7 @@ def generate(seed: int, sizes: dict[str, int]) -> dict[str, list[tuple[str, str]
 
 
 def main() -> None:
-    """Write the corpus of recipe.yaml beside this file: {train,valid,test}.tsv.gz, German and English."""
+    """Write {train,valid,test}.tsv.gz, German and English, beside this file."""
     for split, pairs in generate(seed=1, sizes={"train": 8000, "valid": 200, "test": 500}).items():
         text = "".join(f"{german}\t{english}\n" for german, english in pairs)
         path = Path(__file__).with_name(f"{split}.tsv.gz")
