@@ -90,7 +90,7 @@ class Corpus(Record):
 
 
 class Clean(Record):
-    """Which pairs are dropped from train, and from what valid_every takes of it: too long, or of unequal lengths."""
+    """Limits on the lengths of a pair; pairs beyond them are dropped from train, and from the pairs of valid_every."""
 
     max_length: Annotated[int, within(1, 10**6)] | None = None
     max_ratio: Annotated[float, within(1, 10**6)] | None = None
@@ -115,7 +115,7 @@ class Subword(Record):
     @model_validator(mode="after")
     def _check_kind(self) -> "Subword":
         if self.merges and self.model_fields_set != {"merges"}:
-            raise ValueError("merges (of subword-nmt) must stand alone: the other options are SentencePiece's")
+            raise ValueError("merges (of subword-nmt) must be the only option: the others are SentencePiece's")
         if not self.model_fields_set:
             raise ValueError("must set merges (subword-nmt) or vocab_size (SentencePiece)")
         return self
@@ -189,7 +189,7 @@ class Recipe(Record):
     lenpen: Annotated[float, within(-10, 10)] = LENPEN  # exponent of the length penalty
     tokenizer: Literal["none", "moses"] = "none"
     aggressive_hyphens: bool = False  # Moses option: a-b becomes a @-@ b
-    normalize_punctuation: bool = False  # in train and what is held out of it, as Moses' scripts do
+    normalize_punctuation: bool = False  # in train and the pairs held out of it, as Moses' scripts do
     straight_apostrophes: bool = False  # in files of valid and tests, the typographic apostrophe becomes '
     lowercase: bool = False  # after tokenizing
     clean: Clean = Clean(max_length=1000)

@@ -186,7 +186,7 @@ class _Preparation:
         return tqdm(items, desc=description, total=total, **options)
 
     def _write_text(self, split, pairs, held_out):
-        """Write tokenized/SPLIT.LANG, and text/SPLIT.LANG except for train, of `split` and what is held out of it."""
+        """Write tokenized/SPLIT.LANG, and text/SPLIT.LANG except for train, of `split` and the pairs held out of it."""
         stage, counts = TextStage(self.recipe, is_train=split == "train"), self.counts[split]
         every = self.corpus.valid_every if split == "train" else None
         passed = 0  # pairs that were not dropped

@@ -1,4 +1,4 @@
-"""Prepare bitext: what is written, what is refused, and what is never deleted."""
+"""Prepare bitext: the files written, the input refused, and the files of others that are never deleted."""
 
 import functools
 import gzip
@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
 
 
-# --- what is there already
+# --- a work directory that holds something
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def sentences(data, languages=("de", "en")):
     return {(s, side): read_lines(data / "text" / f"{s}.{side}") for s in ("valid", "test") for side in languages}
 
 
-def test_own_text_is_split_so_that_no_sentence_stands_in_two_splits(corpus, tmp_path):
+def test_own_text_is_split_so_that_no_sentence_is_in_two_splits(corpus, tmp_path):
     files = [str(corpus / "corpus.de"), str(corpus / "corpus.en.gz")]
     data = prepare(load_recipe(corpus / "recipe.yaml", bitext=files), tmp_path / "work")
     assert PreparedData.open(data).lines == {"train": 253, "valid": 20, "test": 30}

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and that everything else is refused in one line that names file and key."""
+"""Recipes: a mistake is refused in one line that names file and key, and the other forms of a recipe."""
 
 import copy
 from pathlib import Path
