@@ -65,7 +65,7 @@ class Side:
 
 
 def axes(xlabel: str, ylabel: str):
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.4, 3.1), layout="constrained")
     ax = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
