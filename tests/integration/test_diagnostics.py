@@ -20,7 +20,7 @@ from encourage_mt.training.run_folder import open_run, read_log
 
 @pytest.fixture
 def evaluated(el_run, tiny, tmp_path):
-    """A run whose averaged checkpoint is the last one of training, of which fairseq logged the figures on valid."""
+    """A run whose averaged checkpoint is the last one of training; fairseq logged its values on valid."""
     checkpoint = el_run / "checkpoint_last.pt"
     shutil.copy(checkpoint, tmp_path / "average.pt")
     shutil.copy(checkpoint, tmp_path / "checkpoint_last.pt")

@@ -66,10 +66,10 @@ def test_scores_are_those_of_the_whole_translations(work):
         references = (work.folder / "data" / "text" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1]
         assert len(hypotheses) == count and "▁" not in "".join(hypotheses)
         assert result.scores[split] == scoring.score(hypotheses, references, "en")
-    told = run(
+    command = run(
         "sacrebleu", work.folder / "data/text/test.en", "-i", work.folder / "el.seed2/test.en", "-m", "bleu", "-w", 10
     )
-    assert json.loads(told.stdout)["score"] == pytest.approx(result.scores["test"]["sacreBLEU"].score, abs=1e-9)
+    assert json.loads(command.stdout)["score"] == pytest.approx(result.scores["test"]["sacreBLEU"].score, abs=1e-9)
 
 
 def test_a_second_run_of_all_has_nothing_to_do(work, capsys):

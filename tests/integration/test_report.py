@@ -90,7 +90,7 @@ def test_the_page_loads_nothing_from_anywhere(reported):
     assert len(ids) == len(set(ids)), "clipping paths of two charts do not mix"
 
 
-def test_what_the_page_says_of_scores_is_what_the_runs_say(reported):
+def test_the_scores_on_the_page_are_those_of_the_runs(reported):
     page = html.unescape((reported / "report.html").read_text(encoding="utf-8"))
     compared = Comparison.read(reported / "comparison.json")
     markdown = (reported / "report.md").read_text(encoding="utf-8")
@@ -130,7 +130,7 @@ def test_the_worst_regressions_come_first_then_the_best_gains(reported):
     assert found[len(worse)][0] == "5"
 
 
-def test_disagreements_are_ten_of_each_kind_and_equal_outputs_are_none():
+def test_ten_disagreements_of_each_kind_are_shown_and_equal_outputs_are_left_out():
     sources = references = [f"word number {i} of the line" for i in range(40)]
     baseline = ["x" if i < 15 else reference for i, reference in enumerate(references)]
     candidate = ["x" if 15 <= i < 30 else reference for i, reference in enumerate(references)]

@@ -38,7 +38,7 @@ def test_the_mean_of_three_by_hand(tmp_path):
 
 
 def test_half_types_are_summed_in_float32(tmp_path):
-    """In float16 the sum of 3 x 30,000 would be infinite, and 2,049 is no float16 number."""
+    """In float16 the sum of 3 x 30,000 would be infinite, and float16 does not have 2,049."""
     paths = [checkpoint(tmp_path / f"{i}.pt", v, torch.float16) for i, v in enumerate((30000.0, 30000.0, 30000.0))]
     average(paths, tmp_path / "out.pt")
     w = checkpoints.load(tmp_path / "out.pt")["model"]["w"]

@@ -181,7 +181,7 @@ def test_a_seed_twice_on_a_side_and_a_run_on_both_sides_are_refused(bench):
         compare(baseline, baseline)
 
 
-def test_sides_of_one_arm_are_told_apart(bench):
+def test_two_sides_of_one_arm_have_different_names(bench):
     baseline, _ = pair_of(bench)
     other = bench.run("ce", 2, bench.references)
     found = compare(baseline, [other])
@@ -241,7 +241,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("spoil, expected", SPOILED.values(), ids=SPOILED)
-def test_compare_refuses_in_one_line_what_it_cannot_trust(spoil, expected, bench, capsys):
+def test_compare_refuses_damaged_runs_in_one_line(spoil, expected, bench, capsys):
     baseline, candidate = pair_of(bench)
     spoil(candidate[0])
     error = refused(capsys, "compare", "--baseline", baseline[0].folder, "--candidate", candidate[0].folder)

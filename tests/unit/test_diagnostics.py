@@ -109,7 +109,7 @@ def test_batches_are_put_together_and_histograms_are_shares():
     assert margin["mean"] == pytest.approx(math.log(4 / 3) / 3)
 
 
-def test_what_lies_outside_a_histogram_counts_in_its_outermost_bin():
+def test_values_outside_a_histogram_are_counted_in_its_outermost_bin():
     logits = torch.tensor([[300.0, 0.0], [300.0, 0.0]], dtype=torch.float64)
     found = measure([(logits, torch.tensor([0, 1]))], np.ones(2), CE, torch.eye(2, dtype=torch.float64))
     assert found["margin"]["share"][0] == found["margin"]["share"][-1] == 0.5
@@ -119,7 +119,7 @@ def test_what_lies_outside_a_histogram_counts_in_its_outermost_bin():
 
 
 def test_the_calibration_error_is_the_weighted_distance_of_confidence_from_accuracy():
-    """20 tokens at confidence 0.7 of which 12 are right, 10 at 0.95 all right, 10 at 0.62 and 0.64 of which 7 are."""
+    """20 tokens at confidence 0.7, 12 of them right; 10 at 0.95, all right; 10 at 0.62 and 0.64, 7 of them right."""
     confidence = [0.7] * 20 + [0.95] * 10 + [0.62] * 5 + [0.64] * 5
     right = [1] * 12 + [0] * 8 + [1] * 10 + [1] * 7 + [0] * 3
     p = torch.tensor([[c, 1 - c] for c in confidence], dtype=torch.float64)

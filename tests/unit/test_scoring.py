@@ -30,8 +30,8 @@ CHINESE = ["我喜欢看书。", "今天天气很好,我们去 Berlin 玩吧!"],
 
 
 @pytest.fixture
-def told(tmp_path):
-    """told(hypotheses, references, *options): the figures of the sacrebleu command, unrounded."""
+def sacrebleu_command(tmp_path):
+    """sacrebleu_command(hypotheses, references, *options): the values of the sacrebleu command, unrounded."""
 
     def ask(hypotheses, references, *options):
         for name, lines in (("hyp", hypotheses), ("ref", references)):
@@ -41,9 +41,9 @@ def told(tmp_path):
     return ask
 
 
-def same(ours, told):
-    assert ours.score == pytest.approx(told["score"], abs=1e-12)
-    assert ours.signature == told["signature"]
+def same(ours, theirs):
+    assert ours.score == pytest.approx(theirs["score"], abs=1e-12)
+    assert ours.signature == theirs["signature"]
 
 
 COMMANDS = {
@@ -55,11 +55,11 @@ LOWER = {"sacreBLEU": ["-lc"], "chrF++": ["--chrf-lowercase"], "TER": []}  # the
 
 
 @pytest.mark.parametrize("lowercase", [False, True], ids=["cased", "lowercased"])
-def test_scores_are_those_of_the_sacrebleu_command_to_the_digit(lowercase, told):
+def test_scores_are_those_of_the_sacrebleu_command_to_the_digit(lowercase, sacrebleu_command):
     ours = scoring.score(HYPOTHESES, REFERENCES, "en", lowercase)
     assert set(ours) == set(COMMANDS)
     for name, options in COMMANDS.items():
-        same(ours[name], told(HYPOTHESES, REFERENCES, *options, *(LOWER[name] if lowercase else ())))
+        same(ours[name], sacrebleu_command(HYPOTHESES, REFERENCES, *options, *(LOWER[name] if lowercase else ())))
     assert ("case:lc" in ours["sacreBLEU"].signature) is lowercase
     assert ("case:lc" in ours["chrF++"].signature) is lowercase
     assert 0 < ours["sacreBLEU"].score < 100
@@ -71,19 +71,19 @@ def test_the_length_ratio_is_that_of_the_hypotheses_to_the_references_in_tokens(
     assert scoring.tokenized_bleu(hypotheses, references).length_ratio == 6 / 8
 
 
-def test_chinese_scores_are_those_of_the_command_with_its_options(told):
+def test_chinese_scores_are_those_of_the_command_with_its_options(sacrebleu_command):
     ours = scoring.score(*CHINESE, "zh_CN")
     assert ours["sacreBLEU"].score > 10
-    same(ours["sacreBLEU"], told(*CHINESE, "-m", "bleu", "-l", "en-zh"))
-    same(ours["TER"], told(*CHINESE, "-m", "ter", "--ter-asian-support", "--ter-normalized"))
-    same(ours["chrF++"], told(*CHINESE, *COMMANDS["chrF++"]))
+    same(ours["sacreBLEU"], sacrebleu_command(*CHINESE, "-m", "bleu", "-l", "en-zh"))
+    same(ours["TER"], sacrebleu_command(*CHINESE, "-m", "ter", "--ter-asian-support", "--ter-normalized"))
+    same(ours["chrF++"], sacrebleu_command(*CHINESE, *COMMANDS["chrF++"]))
 
 
-def test_tokenized_bleu_is_that_of_the_command_without_tokenizer(told):
+def test_tokenized_bleu_is_that_of_the_command_without_tokenizer(sacrebleu_command):
     hypotheses = ["he said : &quot; no &quot; .", "it 's the U.S. one , is n't it ?"]
     references = ["he said : &quot; no ! &quot;", "it 's the U.K. one , is it not ?"]
     ours = scoring.tokenized_bleu(hypotheses, references)
-    same(ours, told(hypotheses, references, "-m", "bleu", "--tokenize", "none", "--force"))
+    same(ours, sacrebleu_command(hypotheses, references, "-m", "bleu", "--tokenize", "none", "--force"))
     assert "tok:none" in ours.signature
     assert ours.score != pytest.approx(scoring.score(hypotheses, references, "en")["sacreBLEU"].score)
 
@@ -121,7 +121,7 @@ def test_japanese_and_korean_are_scored_by_mecab_or_not_at_all(language, code):
     ],
 )
 @pytest.mark.parametrize("function", [lambda h, r: scoring.score(h, r, "en"), scoring.tokenized_bleu])
-def test_what_cannot_be_scored_is_refused(function, hypotheses, references, expected):
+def test_texts_that_cannot_be_scored_are_refused(function, hypotheses, references, expected):
     with pytest.raises(UserError, match=expected):
         function(hypotheses, references)
 
@@ -130,7 +130,7 @@ def test_an_unknown_word_of_the_model_or_some_empty_lines_are_scored():
     assert math.isfinite(scoring.score(["a <unk> b", ""], ["a b", "c"], "en")["sacreBLEU"].score)
 
 
-def test_a_score_that_is_no_number_is_refused(monkeypatch):
+def test_a_score_that_is_not_a_number_is_refused(monkeypatch):
     class Broken(BLEU):
         def corpus_score(self, hypotheses, references):
             result = super().corpus_score(hypotheses, references)

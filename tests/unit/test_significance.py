@@ -45,12 +45,12 @@ def test_seeds_that_do_not_match_get_welchs_test():
     assert equal.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
 
 
-def test_seeds_of_which_some_match_are_compared_on_those():
+def test_seeds_that_match_in_part_are_compared_on_the_shared_ones():
     result = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 90.0}, {1: 31.0, 2: 33.0, 4: 10.0})
     assert result.gain == pytest.approx(1.5) and result.test == "paired t-test over 2 seeds"
 
 
-def test_of_ter_less_is_better():
+def test_a_lower_ter_is_better():
     result = compared([60.0, 61.0, 62.0], [57.0, 58.1, 58.9], metric="TER")
     assert result.gain == pytest.approx(3.0) and result.interval[0] > 0
     assert result.verdict("ce", "el").startswith("el is better than ce: +3.00 TER (reduction)")
@@ -108,7 +108,7 @@ def test_a_gain_larger_than_the_spread_is_found_and_named():
     assert worse.startswith("el is worse than ce: -1.00 sacreBLEU (95% interval -")
 
 
-def test_a_gain_within_the_spread_is_no_evidence_and_the_verdict_says_what_would_be():
+def test_a_gain_within_the_spread_is_not_evidence_and_the_verdict_says_how_many_seeds_are_needed():
     result = compared([30.0, 31.0, 29.0], [31.0, 30.5, 30.0])  # gains 1, -0.5, 1: mean 0.5, deviation 0.866
     assert result.seeds_needed == seeds_needed(0.5, math.sqrt(0.75)) == 26
     line = result.verdict("ce", "el")

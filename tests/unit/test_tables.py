@@ -102,7 +102,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     assert [row[:2] for row in rows_of(arms_table(results[:1], []))[1:]] == [["ce", "valid"], ["ce", "test"]]
 
 
-def test_each_comparison_gives_a_gain_with_its_seeds_where_they_are_not_all(results, comparison):
+def test_each_comparison_gives_a_gain_and_names_its_seeds_if_not_all_are_used(results, comparison):
     control = MetricComparison("sacreBLEU", {1: 29.0}, {1: 31.0}, {1: {"bs": 0.1, "ar": 0.2}})
     fair = compared("ce_ls000", "el", control)
     row = rows_of(arms_table(results, [comparison, fair]))[2]
@@ -112,7 +112,7 @@ def test_each_comparison_gives_a_gain_with_its_seeds_where_they_are_not_all(resu
     assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; 0.200"
 
 
-def test_arms_that_share_no_seed_are_compared_all_the_same(results):
+def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
     others = [result.model_copy(update={"seed": result.seed + 10}) for result in results[3:6]]
     row = rows_of(arms_table(results[:3] + others, []))[4]
     welch = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
