@@ -95,7 +95,10 @@ def check_output(output: Path) -> None:
     for path in sorted(output.rglob("*")):
         if not path.is_dir() and path.relative_to(output).as_posix() not in ours:
             name = path.relative_to(output)
-            raise UserError(f"{output}: holds {name}, which is not part of a report; choose another --output")
+            raise UserError(
+                f"{output}: holds {name}, which is not part of a report of this version; remove it or choose another "
+                "--output"
+            )
 
 
 def compare_translations(comparison: Comparison, groups: dict[str, list[Run]]) -> tuple[list[Chart], dict[str, list]]:
