@@ -239,7 +239,7 @@ def list_means(sides: list[Side], name: str, digits: str, unit: str = "") -> str
 
 
 def filled_range(sides: Iterable[Side], *names: str) -> tuple[float, float]:
-    """Return the range of the edges outside of which all histograms are nearly empty."""
+    """Return the range of edges that contains nearly all values of all histograms."""
     low, high = [], []
     for histogram in (attrgetter(name)(analysis) for name in names for side in sides for analysis in side.analyses):
         filled = np.flatnonzero(np.array(histogram.share) > 0.0005)

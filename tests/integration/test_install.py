@@ -37,13 +37,17 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from encourage_mt import EncouragingLoss
-print(EncouragingLoss()(torch.zeros(1, 4), torch.tensor([0])).item(), sys.modules["encourage_mt"].__file__)
+from encourage_mt.loss.native import unavailable
+loss = EncouragingLoss()(torch.zeros(1, 4), torch.tensor([0])).item()
+print(loss, unavailable() or "compiled", sys.modules["encourage_mt"].__file__, sep="|")
 """
 
 
 def test_loss_needs_torch_only(installed, tmp_path):
-    loss, file = run(sys.executable, "-c", WITHOUT_EXTRAS, env=installed, cwd=tmp_path).stdout.split(maxsplit=1)
+    output = run(sys.executable, "-c", WITHOUT_EXTRAS, env=installed, cwd=tmp_path).stdout
+    loss, native, file = output.split("|")
     assert float(loss) == pytest.approx(1.3862944 - 0.2876821, abs=1e-6)  # log 4 + log(1 - 1/4)
+    assert native == "compiled"
     assert file.startswith(installed["PYTHONPATH"])
 
 

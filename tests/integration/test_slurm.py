@@ -23,7 +23,8 @@ def test_sbatch_script_finds_the_first_node_and_requeues_a_job_out_of_time(code,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    setup = (ROOT / "setup.py").read_bytes() + (ROOT / "scripts/constraints.txt").read_bytes()
+    files = ("setup.py", "scripts/constraints.txt", "encourage_mt/loss/native.cpp")
+    setup = b"".join((ROOT / file).read_bytes() for file in files)
     digest = subprocess.run(["sha256sum"], input=setup, capture_output=True, check=True).stdout.decode().strip()
     (tmp_path / "venv/installed").write_text(f"{ROOT} {digest}\n")
     environment = {
