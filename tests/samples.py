@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from encourage_mt.data.manifest import PreparedData
 from encourage_mt.evaluation.results import Result
+from encourage_mt.files import write_record
+from encourage_mt.training.run_folder import Run, open_run
 
 EVALUATION = {
     **{"average": 10, "beam": 5, "lenpen": 1.0, "comet": None},
@@ -19,6 +22,35 @@ def sample_result(arm="ce", seed=1, **fields):
         **{"machine": "another, that evaluated"},
     }
     return Result(**{**record, **fields})
+
+
+def sample_data(folder, texts, **fields):
+    """Prepared data with one test set and nothing but the raw `texts` {language: lines} of it."""
+    (folder / "text").mkdir(parents=True)
+    for language, lines in texts.items():
+        write_lines(folder / "text" / f"test.{language}", lines)
+        counts = {split: {"kept": len(lines)} for split in ("train", "valid", "test")}
+    empty = "options sources percent_unknown dictionary checksums lengths_in_pieces leakage versions".split()
+    record = {
+        **{"source": "de", "target": "en", "tests": ["test"], "tokenizer": "none", "lowercase": False},
+        **{"remove_bpe": "sentencepiece", "byte_fallback": False, "learned_on_lines": 0, "counts": counts},
+        **{"duplicate_train_pairs": 0, "warnings": [], **dict.fromkeys(empty, {})},
+    }
+    data = PreparedData(folder=folder, **{**record, **fields})
+    data.write()
+    return data
+
+
+def sample_run(folder, data, arm="ce", seed=1):
+    """A run that was never trained."""
+    folder.mkdir(parents=True)
+    how = {"average": 10, "beam": 5, "lenpen": 1.0, "precision": "fp32", "options": {}, "provenance": {}}
+    write_record(folder / "run.json", Run(folder=folder, recipe="r", arm=arm, seed=seed, data=data, **how))
+    return open_run(folder)
+
+
+def write_lines(path, lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def draw_references(rng, count):

@@ -7,24 +7,19 @@ import numpy as np
 import pytest
 from conftest import refused
 from sacrebleu.significance import PairedTest
-from samples import EVALUATION, corrupt, draw_references, sample_result
+from samples import EVALUATION, corrupt, draw_references, sample_data, sample_result, sample_run, write_lines
 
-from encourage_mt.data.manifest import PreparedData
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation import scoring, significance
 from encourage_mt.evaluation.comparison import Comparison, compare, differences
 from encourage_mt.evaluation.significance import MetricComparison
-from encourage_mt.files import read_json, write_json, write_record
-from encourage_mt.training.run_folder import Run, open_run
+from encourage_mt.files import read_json, write_json
 
 TRAINING = {"tokens per update": 4000, "updates": 500, "max_update": 500, "lr": [0.002], "dropout": 0.2}
 CRITERIA = {
     "ce": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
     "el": {"_name": "label_smoothed_encouraging_loss", "label_smoothing": 0.1, "log_end": 0.5},
 }
-EMPTY = dict.fromkeys(
-    "options sources percent_unknown dictionary checksums lengths_in_pieces leakage versions".split(), {}
-)
 
 
 def a_result(arm, seed, scores=None, weights=None, **changes):
@@ -42,27 +37,13 @@ class Bench:
 
     def __init__(self, folder, references):
         self.folder, self.references = folder, references
-        self.data = folder / "data"
-        (self.data / "text").mkdir(parents=True)
-        self.write(self.data / "text" / "test.en", references)
-        data = {"source": "de", "target": "en", "tests": ["test"], "tokenizer": "none", "lowercase": False}
-        counts = {split: {"kept": len(references)} for split in ("train", "valid", "test")}
-        how = {"remove_bpe": "sentencepiece", "byte_fallback": False, "learned_on_lines": 0}
-        rest = {"duplicate_train_pairs": 0, "warnings": [], **EMPTY}
-        PreparedData(folder=self.data, counts=counts, **data, **how, **rest).write()
-
-    @staticmethod
-    def write(path, lines):
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        self.data = sample_data(folder / "data", {"en": references}).folder
 
     def run(self, arm, seed, hypotheses, work="", **changes):
-        folder = self.folder / work / f"{arm}.seed{seed}"
-        folder.mkdir(parents=True)
-        self.write(folder / "test.en", hypotheses)
-        how = {"average": 10, "beam": 5, "lenpen": 1.0, "precision": "fp32", "options": {}, "provenance": {}}
-        write_record(folder / "run.json", Run(folder=folder, recipe="r", arm=arm, seed=seed, data=self.data, **how))
-        a_result(arm, seed, {"test": scoring.score(hypotheses, self.references, "en")}, **changes).write(folder)
-        return open_run(folder)
+        run = sample_run(self.folder / work / f"{arm}.seed{seed}", self.data, arm, seed)
+        write_lines(run.folder / "test.en", hypotheses)
+        a_result(arm, seed, {"test": scoring.score(hypotheses, self.references, "en")}, **changes).write(run.folder)
+        return run
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""From the lines of fairseq-generate, written here by hand, to a translation and its scores."""
+
+import io
+
+import pytest
+from samples import sample_data, sample_run
+
+from encourage_mt.environment import USER_DIR
+from encourage_mt.errors import UserError
+from encourage_mt.evaluation import evaluate
+from encourage_mt.recipe import TOKENIZED_BLEU
+
+# in the order in which fairseq finishes them, with lines of other kinds between
+GENERATED = ["S-1\tx", "D-1\t-0.5\tit &apos;s the cat .", "H-0\t-1\tno", "D-0\t-0.25\t10 <0xE2><0x82><0xAC> !"]
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    """generate(lines, code): what fairseq-generate prints and returns; generate.command is its command line."""
+
+    def prepare(lines, code=0):
+        def start(command, **options):
+            prepare.command = command
+            process = io.StringIO("\n".join(lines) + "\n")
+            process.stdout, process.wait, process.returncode = process, lambda: code, code
+            return process
+
+        monkeypatch.setattr(evaluate, "start", start)
+
+    return prepare
+
+
+def translate(tmp_path, **fields):
+    texts = {"de": ["a", "b"], "en": ["10 € !", "It's the cat."]}
+    data = sample_data(tmp_path / "data", texts, **fields)
+    run = sample_run(tmp_path / "ce.seed1", data.folder)
+    return data, evaluate.translate(run, data, "test", run.folder), run.folder
+
+
+def test_tokenized_text_is_kept_and_scored_beside_the_detokenized(generate, tmp_path):
+    generate(GENERATED)
+    data, lines, folder = translate(tmp_path, tokenizer="moses", remove_bpe="@@ ", byte_fallback=True)
+    assert lines == ["10 € !", "it &apos;s the cat ."]
+    assert (folder / "test.tok.en").read_text(encoding="utf-8") == "10 € !\nit &apos;s the cat .\n"
+    assert (folder / "test.en").read_text(encoding="utf-8") == "10 €!\nit's the cat.\n"
+    (data.folder / "tokenized").mkdir()
+    (data.folder / "tokenized" / "test.en").write_text("10 € !\nit &apos;s the cat .\n", encoding="utf-8")
+    scores = evaluate.score(lines, data, "test", folder, None)
+    assert set(scores) == {"sacreBLEU", "chrF++", "TER", TOKENIZED_BLEU}
+    assert scores[TOKENIZED_BLEU].score == pytest.approx(100) and scores["sacreBLEU"].score < 100
+
+
+def test_raw_text_is_kept_as_it_was_generated(generate, tmp_path):
+    generate(GENERATED)
+    _, lines, folder = translate(tmp_path)
+    assert lines == ["10 <0xE2><0x82><0xAC> !", "it &apos;s the cat ."], "without byte fallback"
+    assert (folder / "test.en").read_text(encoding="utf-8").splitlines() == lines
+    assert not (folder / "test.tok.en").exists()
+
+
+def test_each_value_is_one_word_with_its_option_and_our_plugin_comes_last(generate, tmp_path):
+    generate(GENERATED)
+    translate(tmp_path)
+    program, data_bin, *words = generate.command
+    assert (program, data_bin) == ("fairseq-generate", str(tmp_path / "data" / "data-bin"))
+    assert all(word.startswith("--") for word in words) and words[-1] == f"--user-dir={USER_DIR}"
+    assert {"--beam=5", "--lenpen=1.0", "--gen-subset=test", "--source-lang=de"} <= set(words)
+
+
+@pytest.mark.parametrize("lines, code", [(GENERATED[:2], 0), (GENERATED, 1), ([*GENERATED, "D-7\t0\tx"], 0)])
+def test_a_failure_or_a_missing_sentence_is_one_line_with_the_log(lines, code, generate, tmp_path):
+    generate(lines, code)
+    with pytest.raises(UserError, match="test.generate.log"):
+        translate(tmp_path)
