@@ -1,4 +1,4 @@
-"""Reading parallel text, and what is refused."""
+"""Read parallel text, and refuse text that is damaged or misaligned."""
 
 import gzip
 
@@ -14,7 +14,7 @@ def write(path, content):
     return path
 
 
-def test_lines_end_at_newline_alone(tmp_path):
+def test_lines_end_at_newline_only(tmp_path):
     path = write(tmp_path / "a", "\ufeffeins\u2028zwei\r\ndrei\x0bvier\u0085\n\nfünf")
     assert read_lines(path) == ["eins\u2028zwei", "drei\x0bvier\u0085", "", "fünf"]
     assert read_lines(write(tmp_path / "a.gz", gzip.compress(path.read_bytes()))) == read_lines(path)

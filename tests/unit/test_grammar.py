@@ -14,7 +14,7 @@ def splits():
     return grammar.generate(1, SIZES)
 
 
-def test_the_corpus_is_the_same_everywhere(splits):
+def test_corpus_is_the_same_on_every_machine(splits):
     assert splits == grammar.generate(1, SIZES)
     assert splits != grammar.generate(2, SIZES)
     text = "".join(f"{split}\t{de}\t{en}\n" for split, pairs in splits.items() for de, en in pairs)
@@ -24,13 +24,13 @@ def test_the_corpus_is_the_same_everywhere(splits):
 CORPUS_DIGEST = "4f2ea54d8b3e3a3d9984f0086b912b919d848c2a34276c7a4c2a2e1b9ae050e6"
 
 
-def test_no_sentence_stands_twice(splits):
+def test_no_sentence_occurs_twice(splits):
     for side in (0, 1):
         sentences = [pair[side] for pairs in splits.values() for pair in pairs]
         assert len(set(sentences)) == len(sentences) == sum(SIZES.values())
 
 
-def test_test_sentences_combine_what_train_has_only_apart():
+def test_test_sentences_combine_words_that_train_has_only_apart():
     corpus = grammar.Grammar(1)
     held_out = corpus.held_out
     tens = [(ten, unit) for ten, unit in held_out if ten.endswith("zig") or ten == "dreißig"]
@@ -47,7 +47,7 @@ def test_test_sentences_combine_what_train_has_only_apart():
 @pytest.mark.parametrize(
     "pattern, why",
     [
-        (r"^(Den|Einen|Meinen|Deinen|Seinen|Unseren|Diesen|Keinen) ", "an object first: only its case tells"),
+        (r"^(Den|Einen|Meinen|Deinen|Seinen|Unseren|Diesen|Keinen) ", "an object first, known by its case"),
         (r", (weil|wenn|obwohl|bevor|während) .* (hat|haben|ist|sind)\.$", "the verb last in a subordinate clause"),
         (r" (ab|an|auf|ein|mit|weg|zu|zurück|aus)\.$", "a separated prefix at the end"),
         (r"und(zwanzig|dreißig|vierzig|fünfzig) ", "units before tens"),
@@ -55,11 +55,11 @@ def test_test_sentences_combine_what_train_has_only_apart():
         (r" (dem|einem) [a-zöüß]+en ", "an adjective in the dative"),
     ],
 )
-def test_the_corpus_has_what_makes_german_hard(pattern, why, splits):
+def test_corpus_has_the_difficulties_of_german(pattern, why, splits):
     assert sum(bool(re.search(pattern, de)) for de, _ in splits["train"]) >= 15, why
 
 
-def test_pairs_a_reader_can_check():
+def test_clauses_that_a_reader_can_check():
     """Hand-made clauses in every order."""
     corpus = grammar.Grammar(1)
     verbs = {verb[0]: verb for verb in corpus.verbs}
