@@ -15,10 +15,20 @@ from ..errors import UserError
 from ..files import is_safe_relative_path
 
 MAX_MEMBERS = 100_000  # of an archive
+MAX_HEADER = 1 << 20  # bytes of an extended header, which holds a long name or the like
 MAX_RATIO, MIN_LIMIT = 100, 1 << 30  # text compresses by 3 to 10, a decompression bomb by 1,000 and more
 BLOCK = 1 << 20
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, lzma.LZMAError, zlib.error, struct.error)
 UNSUPPORTED = (NotImplementedError, RuntimeError)  # how zipfile refuses unknown methods and encrypted members
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A member whose extended header is not read if it is oversized: tarfile reads it into memory as a whole."""
+
+    def _proc_member(self, archive):  # the method that tarfile offers for overriding
+        if not self.isreg() and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)
 
 
 def size_limit(archive: Path) -> int:
@@ -40,7 +50,7 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
                 entries = [(i.filename, i.filename.endswith("/"), _is_special(i.external_attr), i) for i in infos]
                 _write(archive, entries, members, folder, file.open)
         else:
-            with tarfile.open(archive) as file:
+            with tarfile.open(archive, tarinfo=_TarInfo) as file:
                 some = islice(file, MAX_MEMBERS + 1)
                 entries = [(i.name, i.isdir(), not (i.isfile() or i.isdir()), i) for i in some]
                 _write(archive, entries, members, folder, file.extractfile)

@@ -88,6 +88,14 @@ def test_member_that_expands_beyond_the_limit_is_refused(kind, tmp_path, monkeyp
     assert (tmp_path / "out" / "x" / "a.en").stat().st_size <= 1_000_000
 
 
+def test_oversized_header_of_a_tar_is_not_read(tmp_path):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(header.tobuf())
+    with pytest.raises(UserError, match="a.tar: .*header"):
+        extract(tmp_path / "a.tar", ["x"], tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04", b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"BZh9"])
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_file_that_is_not_an_archive_is_refused(kind, content, tmp_path):
