@@ -6,7 +6,7 @@ Definitions per target token, with logits z, p = softmax(z) and target y:
   change softmax, so only the gap, mean_{k != y}(-z_k) - (-z_y), can be compared between models;
 - gradient: norm of the derivative of the run's own training loss with respect to the decoder's output, the
   representation that the projection turns into logits. A token is well classified if p_y > 0.5. It is left out for a
-  bonus from outside this package;
+  bonus from outside that the user does not trust;
 - nll: -log p_y, in nats (fairseq logs bits);
 - expected calibration error: Guo et al. 2017, equation 3, with 15 bins of equal width;
 - accuracy and F1 by frequency of the type in train: as word accuracy of compare-mt (Neubig et al. 2019), on subwords.
@@ -32,6 +32,7 @@ from ..files import Record, file_hash, read_record, write_json
 from ..loss.functional import loss_terms
 from ..loss.options import LossOptions
 from ..plugin import register
+from ..recipe import check_trusted_bonus
 from ..training.run_folder import Run
 from .evaluate import evaluated_checkpoint
 from .results import Result
@@ -179,12 +180,15 @@ def load(checkpoint: Path, data: Path):
 def loss_options(criterion: dict[str, Any]) -> LossOptions | None:
     """Return the loss of a criterion's settings as scores.json has them; fairseq's cross entropies have no bonus.
 
-    Returns None for a bonus outside this package: somebody else's run must not choose which module is imported.
+    Returns None for a bonus from outside that the user does not trust: a run must not choose which module is imported.
     """
     names = {each.name for each in fields(LossOptions)}
     known = {name: value for name, value in criterion.items() if name in names}
     if ":" in str(known.get("bonus")):
-        return None
+        try:
+            check_trusted_bonus(str(known["bonus"]))
+        except ValueError:
+            return None
     try:
         return LossOptions(**{"bonus": "none", "smoothing_convention": "fairseq", **known})
     except (TypeError, ValueError) as error:

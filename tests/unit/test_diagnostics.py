@@ -168,6 +168,13 @@ def test_the_loss_is_taken_from_the_options_of_the_checkpoint():
             loss_options({**ours, name: value})
 
 
+def test_a_trusted_bonus_from_outside_is_measured(monkeypatch, tmp_path):
+    (tmp_path / "own_bonus.py").write_text("def linear(p, q, options):\n    return p\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ENCOURAGE_MT_BONUSES", "own_bonus:linear")
+    assert loss_options({"bonus": "own_bonus:linear"}).bonus == "own_bonus:linear"
+
+
 def test_a_bonus_from_outside_is_not_imported_and_leaves_the_gradient_out():
     options = loss_options({"bonus": "evil:function", "label_smoothing": 0.1})
     assert options is None
