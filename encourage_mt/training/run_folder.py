@@ -110,24 +110,30 @@ class Run(Record):
         options = {**self.options, **{name.replace("_", "-"): value for name, value in changes.items()}}
         return [str(self.data / "data-bin"), f"--save-dir={self.folder / 'checkpoints'}", *render_options(options)]
 
-    def save(self) -> None:
-        """Write run.json. Raises UserError if the folder holds a training with other options, precision or data."""
+    def earlier_starts(self) -> list[Start]:
+        """Return the starts that run.json holds, none if there is no such file.
+
+        Raises UserError if it is of a training with other options, precision or data.
+        """
         path = self.folder / "run.json"
-        run = self
-        if path.exists():
-            before = read_record(path, Run, folder=self.folder)
-            theirs, ours = before.shown_options(), self.shown_options()
-            changed = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
-            changed += ["data"] * (self.provenance["data_sha256"] != before.provenance.get("data_sha256"))
-            if changed:
-                raise UserError(
-                    f"{self.folder}: already contains a training with different {', '.join(changed)} (run.json); "
-                    "choose another --work-dir"
-                )
-            starts = [*before.provenance.get("starts", []), *self.provenance["starts"]]
-            run = self.model_copy(update={"provenance": {**self.provenance, "starts": starts}})
+        if not path.exists():
+            return []
+        before = read_record(path, Run, folder=self.folder)
+        theirs, ours = before.shown_options(), self.shown_options()
+        changed = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        changed += ["data"] * (self.provenance["data_sha256"] != before.provenance.get("data_sha256"))
+        if changed:
+            raise UserError(
+                f"{self.folder}: already contains a training with different {', '.join(changed)} (run.json); "
+                "choose another --work-dir"
+            )
+        return before.provenance.get("starts", [])
+
+    def save(self) -> None:
+        """Write run.json, with its earlier starts before those of this run. Raises as `earlier_starts` does."""
+        provenance = {**self.provenance, "starts": [*self.earlier_starts(), *self.provenance["starts"]]}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_record(path, run)
+        write_record(self.folder / "run.json", self.model_copy(update={"provenance": provenance}))
 
     def shown_options(self) -> dict[str, str]:
         """Return options and precision as text, as they are on a command line."""

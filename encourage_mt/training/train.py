@@ -57,11 +57,8 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
     )
 
 
-def record(run: Run, cluster: Cluster) -> None:
-    """Write run.json, with the command that is started now and its environment, unless the run is done.
-
-    Raises UserError if the folder holds another training.
-    """
+def with_provenance(run: Run, cluster: Cluster) -> Run:
+    """Return the run with its data's checksum and, unless it is done, the command that starts it now, and on what."""
     now = {
         "command": shlex.join(launch_command(run, cluster)),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -71,7 +68,7 @@ def record(run: Run, cluster: Cluster) -> None:
         "machine": describe_hardware(),
     }
     provenance = {"data_sha256": run.prepared().checksum, "starts": [] if run.is_done else [now]}
-    run.model_copy(update={"provenance": provenance}).save()
+    return run.model_copy(update={"provenance": provenance})
 
 
 def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
@@ -81,8 +78,11 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     trainings save and stop, and this process exits with STOPPED.
     """
     if cluster.node == 0:
-        for run in runs:
-            record(run, cluster)
+        for run in runs:  # all folders are checked before the first training starts
+            recorded = with_provenance(run, cluster)
+            recorded.earlier_starts()
+            if run.is_done:
+                recorded.save()
     waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
@@ -180,6 +180,8 @@ class Training:
         program_path("fairseq-train")
         environment = {**environment, **cluster.devices(slot - 1)}
         with locked(run.folder, cluster.node) as lock, open(run.log, "a", encoding="utf-8") as log:
+            if cluster.node == 0:
+                with_provenance(run, cluster).save()
             if cluster.precision == "bf16":
                 with atomic_write(cluster.hydra_file(run.folder)) as file:
                     file.write(hydra_config(run))

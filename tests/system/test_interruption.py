@@ -182,10 +182,13 @@ def kill_and_look_for_children(process):
 
 
 def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help(tmp_path):
-    recipe = write_recipe(tmp_path, train={**TINY["train"], "max-epoch": 1000, "validate-interval": 1000})
+    """On two processes, which torchrun starts."""
+    train = {**TINY["train"], "max-tokens": 500, "update-freq": 2, "max-epoch": 1000, "validate-interval": 1000}
+    recipe = write_recipe(tmp_path, train=train)
     work, out = tmp_path / "work", tmp_path / "out"
     folder, log = work / "el.seed1", work / "el.seed1" / "train.log"
     argv = [processes.program_path("encourage-mt"), "train", str(recipe), "--work-dir", str(work), "--arm", "el"]
+    argv += ["--gpus", "2"]
 
     def start_and_wait():
         before = updates_in(log)
@@ -203,13 +206,14 @@ def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help
     record = json.loads((folder / "run.json").read_text())
     (first,) = record["provenance"]["starts"]
     assert record["provenance"]["data_sha256"] and first["versions"]["torch"] == torch.__version__
-    assert "--distributed-world-size=1" in first["command"] and first["processes"] == 1
+    assert "--update-freq=1" in first["command"] and first["processes"] == 2
 
     process = start_and_wait()
     second = subprocess.run(argv, capture_output=True, text=True)
     assert second.returncode == 2 and second.stderr.count("error:") == 1
     assert f"in use by process {process.pid} on" in second.stderr
-    assert kill_and_look_for_children(process)
+    assert len(json.loads((folder / "run.json").read_text())["provenance"]["starts"]) == 2, "none of the refused start"
+    assert len(kill_and_look_for_children(process)) >= 3, "torchrun and its two workers"
 
     process = start_and_wait()
     process.terminate()
