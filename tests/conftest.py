@@ -136,7 +136,7 @@ def work(tmp_path_factory):
 
 
 def interrupt(argv, log):
-    """Start a command, press Ctrl-C after the first epoch told in `log`; returns the finished process."""
+    """Start a command, press Ctrl-C after `log` has the first epoch; return the finished process."""
     process = subprocess.Popen(
         [processes.program_path(argv[0]), *map(str, argv[1:])],
         stdout=subprocess.PIPE,

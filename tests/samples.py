@@ -15,7 +15,7 @@ WORDS = np.array([f"w{number}" for number in range(300)])
 
 
 def sample_result(arm="ce", seed=1, **fields):
-    """The scores of a run without any, but for `fields`."""
+    """Return the scores of a run, with `fields` in place of the defaults."""
     record = {
         **{"name": f"{arm}.seed{seed}", "recipe": "tiny", "arm": arm, "seed": seed, "evaluation": EVALUATION},
         **{"options": {}, "criterion": {}, "training": {}, "scores": {}, "provenance": {}, "versions": {}},

@@ -41,7 +41,7 @@ def test_training_logs_likelihood_and_bonus(el_run):
         assert 0 <= float(record["train_accuracy"]) <= 100
 
 
-def test_resume_goes_on_where_it_stopped(el_run, train, tmp_path):
+def test_resume_continues_where_it_stopped(el_run, train, tmp_path):
     for file in el_run.glob("checkpoint_last.pt"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     log = train(tmp_path, *EL, *EVAL_BLEU, "--report-accuracy", "--max-epoch", "3").output
@@ -130,7 +130,7 @@ def test_the_allow_list_is_what_a_checkpoint_with_eval_bleu_needs(el_run):
     assert name in (
         "numpy.core.multiarray._reconstruct",
         "numpy._core.multiarray._reconstruct",
-    ), "nothing is listed that is not needed, but for the name of the other numpy"
+    ), "nothing unneeded is listed, except the name of the other numpy"
 
 
 @pytest.mark.parametrize("first, second", [(CE, EL), (EL, CE)], ids=["ce to el", "el to ce"])
@@ -156,7 +156,7 @@ def test_an_option_out_of_range_is_a_usage_error(train, tmp_path):
 MY_BONUS = "def square(p, one_minus_p, options):\n    return -(p**2)\n"
 
 
-def test_a_users_bonus_with_schedule_and_rdrop_goes_on_after_a_resume(train, tmp_path, monkeypatch):
+def test_a_users_bonus_with_schedule_and_rdrop_continues_after_a_resume(train, tmp_path, monkeypatch):
     """The second process takes up the schedule where the first one stopped."""
     (tmp_path / "my_bonus.py").write_text(MY_BONUS)
     monkeypatch.chdir(tmp_path)

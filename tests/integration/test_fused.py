@@ -56,7 +56,7 @@ def test_logits_of_the_batch_are_never_held(task, monkeypatch):  # noqa: F811
     assert asked == [True, False]
 
 
-def test_a_model_without_a_plain_projection_is_told_which_option_to_drop(task):  # noqa: F811
+def test_a_model_without_a_plain_projection_is_refused_with_the_remedy(task):  # noqa: F811
     model = build_model(task, adaptive_softmax_cutoff="10,20", criterion="adaptive_loss").train()
     criterion = make_criterion(task, label_smoothing=0.1, fuse_projection=True)
     with pytest.raises(ValueError, match="drop --fuse-projection"):

@@ -88,12 +88,12 @@ def stub(tmp_path, body):
     ],
     ids=["unsupported Python", "no venv", "no compiler", "no headers"],
 )
-def test_what_the_machine_lacks_is_told_in_one_line(body, left_out, expected, tmp_path):
+def test_script_names_a_missing_tool_in_one_line(body, left_out, expected, tmp_path):
     done = quickstart(tmp_path, with_tools(tmp_path / "bin", *left_out), stub(tmp_path, body))
     assert done.returncode == 2
     assert expected in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_no_python_at_all_is_told(tmp_path):
+def test_script_names_a_missing_python(tmp_path):
     done = quickstart(tmp_path, with_tools(tmp_path / "bin"), "python-that-is-not-there")
     assert done.returncode == 2 and "not found; install Python" in done.stderr

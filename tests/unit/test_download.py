@@ -190,7 +190,7 @@ PAGE = b"<html><body>log in</body></html>"
         (CONTENT, {"status": 203}, "203"),
     ],
 )
-def test_what_is_not_the_whole_file_is_refused_without_a_checksum(content, answer, expected, server, tmp_path):
+def test_incomplete_file_is_refused_without_a_checksum(content, answer, expected, server, tmp_path):
     server.files["/a.tgz"] = content
     server.faults["/a.tgz"] = [dict(answer) for _ in range(downloads.ATTEMPTS)]
     with pytest.raises(UserError, match=expected):

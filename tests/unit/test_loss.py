@@ -54,7 +54,7 @@ def golden_cases():
 
 
 def is_noisy(case):
-    """Three cases at log-end 1 have a target at 1 - p = 2.3e-5, of which a rounding step of p (6e-8) is 0.26 %."""
+    """Whether a target lies at 1 - p = 2.3e-5 with log-end 1: a rounding step of p (6e-8) is 0.26 % of it."""
     options = case["options"]
     return options["log_end"] == 1.0 and options.get("bonus_gamma", -1) == -1 and len(case["logits"]) == 3
 

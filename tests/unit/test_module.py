@@ -115,7 +115,7 @@ def test_module_refuses_shapes(logits, target):
         EncouragingLoss()(torch.zeros(logits), torch.zeros(target, dtype=torch.long))
 
 
-def test_what_is_not_supported_is_refused_by_name():
+def test_unsupported_arguments_are_refused_by_name():
     logits, target = random_batch(2, 9)
     with pytest.raises(ValueError, match="class weights"):
         EncouragingLoss(weight=torch.ones(9))
