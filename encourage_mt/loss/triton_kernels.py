@@ -221,6 +221,15 @@ def _load(logits, types, vocabulary):
 
 
 @triton.jit
+def _is_at_top(z, highest, KIND: tl.constexpr, SMOOTHED: tl.constexpr):
+    """Whether z is the highest logit, in the form with which rows of WHOLE_ROW types spill no registers."""
+    if KIND == LOG and SMOOTHED:
+        return z >= highest
+    else:
+        return z - highest >= 0.0
+
+
+@triton.jit
 def _add_fractions(numerator, denominator, other_numerator, other_denominator):
     return numerator * other_denominator + other_numerator * denominator, denominator * other_denominator
 
@@ -258,9 +267,10 @@ def _forward(
     for first in range(0, end, BLOCKS * BLOCK):
         for block in tl.static_range(BLOCKS):
             z, exists = _load(logits, first + block * BLOCK + types, vocabulary)
-            # NaN is not >= highest, so that it reaches every result of the row
-            rests += tl.where(z >= highest, 0.0, tl.exp(z - highest))
-            ties += tl.where(z == highest, 1.0, 0.0)
+            # NaN is not at the top, so that it reaches every result of the row
+            at_top = _is_at_top(z, highest, KIND, SMOOTHED)
+            rests += tl.where(at_top, 0.0, tl.exp(z - highest))
+            ties += tl.where(z == highest if KIND == LOG and SMOOTHED else at_top, 1.0, 0.0)
             if SMOOTHED:
                 shifted_sums += tl.where(exists, z - highest, 0.0)
     ties = tl.sum(ties, axis=0)
@@ -306,7 +316,8 @@ def _forward(
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
                     z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    p = tl.where(z >= highest, 0.0, tl.exp(z - highest)) * p_top
+                    at_top = _is_at_top(z, highest, KIND, SMOOTHED)
+                    p = tl.where(at_top, 0.0, tl.exp(z - highest)) * p_top
                     held = 1.0 - p
                     if TANGENT:
                         excess = tl.maximum(p - (1.0 - least), 0.0)
@@ -327,8 +338,9 @@ def _forward(
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
                     z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    p = tl.where(z >= highest, 0.0, tl.exp(z - highest)) * p_top
-                    log_p = tl.where(z >= highest, float("-inf"), z - highest - log_total)
+                    at_top = _is_at_top(z, highest, KIND, SMOOTHED)
+                    log_p = tl.where(at_top, float("-inf"), z - highest - log_total)
+                    p = tl.exp(log_p)
                     b, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
                     b_sums += b
                     slope_sums += slope
