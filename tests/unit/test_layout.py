@@ -121,3 +121,8 @@ def test_messages_and_first_lines_are_plain_english(path):
     for line, text in plain_text(path):
         found = AVOIDED.search(text)
         assert not found, f"{name(path)}:{line}: write {text!r} without {found[0]!r}"
+
+
+def test_file_names_of_tests_are_unique():  # pytest imports them all as top-level modules
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
