@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compile the GPU kernels for GPUs that are not there, and print what their instructions say.
+"""Compile the GPU kernels without a GPU, and print bounds of their time from their instructions.
 
 Without options: a lower bound of the time per row, from the instruction counts and the published rates of two GPUs.
 It is a bound, not a measurement; benchmarks/loss.py --device cuda measures on a GPU. With --check CASES: registers,
@@ -38,7 +38,7 @@ GPUS = {"A100 80GB": (80, 108, 1.41, 2039), "H100 80GB": (90, 132, 1.98, 3350)}
 
 
 def compile_kernel(kernel, architecture, dtype, vocabulary, **options):
-    """Return what `kernel` ("forward" or "backward") becomes on sm_`architecture`.
+    """Return `kernel` ("forward" or "backward") compiled for sm_`architecture`.
 
     A dict of the arguments and: registers per thread; stack, bytes per thread, and spills, instructions that use local
     memory; instructions and special_functions of all warps for a row; loads and stores of logits and gradients,
@@ -120,7 +120,7 @@ def accesses(operations, prefix):
 
 
 def cases(which):
-    """Return keyword arguments of `compile_kernel`: "core" is a few seconds, "all" every combination that matters."""
+    """Return keyword arguments of `compile_kernel`: "core" takes a few seconds, "all" all that matter."""
     bonuses = [{"bonus": bonus} for bonus in triton_kernels.BONUS_KINDS]
     log = [{"bonus": "log"}]
     crowded = [{"log_end": 0.0}, *({"bonus": name, "bonus_start": 0.1} for name in triton_kernels.BONUS_KINDS)]
@@ -141,7 +141,7 @@ def cases(which):
 
 
 def bounds(vocabularies, dtype):
-    """Return rows of a table: lower bounds of the time of a row, when rows keep the whole GPU busy."""
+    """Return the table of lower bounds of the time per row of logits, if the rows keep the whole GPU busy."""
     rows = []
     for (gpu, (architecture, processors, clock, bandwidth)), vocabulary, bonus in itertools.product(
         GPUS.items(), vocabularies, ("none", "log")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time and memory of the loss and its gradient, against fairseq's label-smoothed cross entropy.
+"""Measure time and memory of the loss and its gradient, compared with fairseq's label-smoothed cross entropy.
 
-All implementations run interleaved in one process; figures are medians over repeats after a warm-up, memory is the peak
-beyond what was held before. The machine may be noisy: compare ratios within one table only.
+All implementations run interleaved in one process. Times are medians over repeats after a warm-up; memory is the peak
+beyond what was in use before. The machine may be noisy: compare only ratios within one table.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FEATURES = 512
 
 
 def fairseq_lsce(logits, target):
-    """What fairseq's LabelSmoothedCrossEntropyCriterion computes from logits."""
+    """Return what fairseq's LabelSmoothedCrossEntropyCriterion computes from logits."""
     from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 
     log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -41,7 +41,7 @@ def ours(options, backend):
 
 
 def from_logits(device):
-    """{row: (logits, target) -> loss}; the first is what the others are compared with."""
+    """Return {row: (logits, target) -> loss}; the others are compared with the first."""
     rows = {
         "fairseq LSCE": fairseq_lsce,
         "EL reference": ours(EL, "reference"),
@@ -62,7 +62,7 @@ def from_logits(device):
 
 
 def from_features(device):
-    """{row: (features, weight, target) -> loss}: the output projection included."""
+    """Return {row: (features, weight, target) -> loss}, with the output projection included."""
     rows = {
         "projection, fairseq LSCE": lambda x, w, y: fairseq_lsce(x @ w.T, y),
         "projection, EL chunked": lambda x, w, y: ours(EL, "chunked")(x @ w.T, y),
@@ -85,7 +85,7 @@ def from_features(device):
 
 
 def make_input(tokens, vocabulary, dtype, device):
-    """(logits, features, weight, target) as of a half-trained model: targets have p from near 0 to near 1.
+    """Return (logits, features, weight, target) like a half-trained model's: targets have p from near 0 to near 1.
 
     logits [tokens, vocabulary] are noise of deviation 2 with the target up to 20 above; a tenth of the targets is
     padding. features [tokens, FEATURES] and weight [vocabulary, FEATURES] stand for the same with the projection.
@@ -102,7 +102,7 @@ def make_input(tokens, vocabulary, dtype, device):
 
 
 class PeakMemory:
-    """Peak bytes beyond those held at the start of the block: of the process on CPU, of the allocator on CUDA."""
+    """Measures the peak bytes beyond those at the start of the block: of the process, or of CUDA's allocator."""
 
     def __init__(self, device):
         self.cuda = device == "cuda"
@@ -127,7 +127,7 @@ class PeakMemory:
 
 
 def timed(action, device):
-    """Seconds that `action()` takes."""
+    """Return the seconds that `action()` takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -138,7 +138,7 @@ def timed(action, device):
 
 
 def interleaved(actions, device, repeats, prepare=lambda: None):
-    """{name: (median seconds, peak extra bytes)} of {name: action}, each run `repeats` times in turn."""
+    """Return {name: (median seconds, peak extra bytes)} of {name: action}, each run `repeats` times in turn."""
     seconds = {name: [] for name in actions}
     peaks = {}
     for repeat in tqdm(range(repeats + 1), unit="round", leave=False):
@@ -157,7 +157,7 @@ def interleaved(actions, device, repeats, prepare=lambda: None):
 
 
 def bench_loss(tokens, vocabulary, dtype, device, repeats):
-    """Rows of loss and gradient at one size."""
+    """Return the rows for loss and gradient at one size."""
     *leaves, target = make_input(tokens, vocabulary, dtype, device)
     logits, features, weight = leaves
 
@@ -219,7 +219,7 @@ MODELS = {
 
 
 def build(architecture, vocabulary, options):
-    """(model, sample, {criterion name: criterion}) for whole training steps on random text, all through fairseq."""
+    """Return (model, sample, {criterion name: criterion}) for whole training steps on random text, made by fairseq."""
     import fairseq.criterions
     from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
@@ -260,7 +260,7 @@ def build(architecture, vocabulary, options):
 
 
 def bench_steps(repeats):
-    """Rows of whole training steps on CPU: forward, loss, backward, Adam; each criterion in turn on the same model."""
+    """Return the rows for whole training steps on CPU (forward, loss, backward, Adam), all with the same model."""
     rows = []
     for name, (architecture, vocabulary, options) in MODELS.items():
         model, sample, criteria = build(architecture, vocabulary, options)
@@ -299,7 +299,7 @@ def bench_steps(repeats):
 
 
 def as_table(rows):
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join('' if row.get(c) is None else str(row[c]) for c in columns)} |" for row in rows]

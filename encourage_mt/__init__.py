@@ -1,7 +1,7 @@
 """encourage_mt: train translation models with the encouraging loss.
 
 `--user-dir encourage_mt` imports this package into a fairseq command, where it registers the criterion and makes
-checkpoints load safely. Elsewhere nothing of fairseq is imported: `encourage_mt.loss` works in any PyTorch program.
+checkpoints load safely. In other programs it does not import fairseq: `encourage_mt.loss` works in any PyTorch program.
 """
 
 import sys

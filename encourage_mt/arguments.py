@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(
         "run",
-        "prepare the data, train all arms and seeds, translate, score, compare and report; finished steps are kept and "
-        "interrupted trainings resume",
+        "prepare the data, train all arms and seeds, translate, score, compare and report; finished steps are skipped "
+        "and interrupted trainings resume",
     )
     add_recipe_options(command)
     add_cluster_options(command)
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1],
         metavar="SEED",
-        help="random seeds; each arm is trained once with each (default: 1)",
+        help="random seeds; each arm is trained once with each seed (default: 1)",
     )
     command.add_argument(
         "--arms",
@@ -98,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(
         "train",
-        "train one arm with one seed on the GPUs of one machine or, if started on each of them, of several; the tokens "
-        "per update stay those of the recipe; an interrupted training resumes",
+        "train one arm with one seed, on one machine or on several (start it on each); the tokens per update are those "
+        "of the recipe on any number of GPUs; an interrupted training resumes",
     )
     add_recipe_options(command)
     add_cluster_options(command)
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as the recipe says)")
     command.add_argument(
-        "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: no COMET)"
+        "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: none)"
     )
 
     for name, help in (
@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:
-    """Add the recipe, and the options that say which data is prepared from where to where."""
+    """Add the recipe, and the options for its data: where the files are, how to prepare them, and where to write."""
     command.add_argument("recipe", type=Path, help="a recipe.yaml")
     data = command.add_argument_group("data")
     data.add_argument(
@@ -176,7 +176,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--modern",
         action="store_true",
-        help="prepare cased text without tokenizer, by SentencePiece with NFKC and byte fallback (default: as the "
+        help="prepare cased text with SentencePiece, NFKC and byte fallback, without a tokenizer (default: as the "
         "recipe says)",
     )
     data.add_argument(
@@ -187,7 +187,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     )
     for option, side in (("--source", "first"), ("--target", "second")):
         data.add_argument(
-            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: the suffix of its file)"
+            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: suffix of its file)"
         )
     data.add_argument(
         "--workers", type=count, metavar="N", help="processes that share the preparation (default: one per core)"
@@ -195,9 +195,9 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_cluster_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that say what each training runs on."""
+    """Add the options for the GPUs and the precision of each training."""
     command.add_argument(
-        "--gpus", type=count, default=1, metavar="N", help="GPUs for each training on a machine (default: %(default)s)"
+        "--gpus", type=count, default=1, metavar="N", help="GPUs per training on each machine (default: %(default)s)"
     )
     command.add_argument(
         "--precision",
@@ -205,5 +205,5 @@ def add_cluster_options(command: argparse.ArgumentParser) -> None:
         help="arithmetic in training (default: fp16 on a GPU, fp32 on a CPU)",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="print the commands of the trainings, do nothing (default: no)"
+        "--dry-run", action="store_true", help="only print the commands of the trainings (default: no)"
     )

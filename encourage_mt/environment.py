@@ -22,7 +22,7 @@ PACKAGES = (
 
 @contextmanager
 def quiet_imports():
-    """Silence what fairseq and hydra log about themselves when they are imported and set up."""
+    """Silence the messages that fairseq and hydra log when they are imported and set up."""
     logging.disable(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -52,7 +52,7 @@ def describe_hardware(device: str = "") -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {package.metadata["Name"]: package.version for package in distributions()}
     return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input or a missing piece; the message names the file or option and the remedy."""
+    """Bad input or something that is missing; the message names the file or option and the remedy."""
 
 
 def first_line(error: BaseException) -> str:

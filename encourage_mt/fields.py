@@ -1,4 +1,4 @@
-"""The types of values in recipes and records: names, paths, counts, options of fairseq-train."""
+"""Define the types of values in recipes and records: names, paths, counts, options of fairseq-train."""
 
 import re
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ RESERVED_SPLITS = ("average", "run", "scores", "analysis", "dict", "dictionary")
 
 
 def matching(pattern: str, meaning: str) -> BeforeValidator:
-    """Return a check that a value is text that matches `pattern` as a whole; `meaning` says so in words."""
+    """Return a check that a value is text that matches `pattern` completely; `meaning` describes it in words."""
 
     def check(value: Any) -> Any:
         if not isinstance(value, str) or len(value) > 200 or not re.fullmatch(pattern, value):
@@ -44,7 +44,7 @@ def file_lists(files: list) -> list[list[str]]:
 
 
 def check_split(name: Any) -> Any:
-    """Refuse what cannot be the name of a split: it has no dot, so that SPLIT.LANG and SPLIT.tok.LANG differ."""
+    """Refuse an invalid name of a split. It must not have a dot, so that SPLIT.LANG and SPLIT.tok.LANG differ."""
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) or name in RESERVED_SPLITS:
         raise ValueError(f"{short_repr(name)} cannot be the name of a split (letters, digits, _ and -)")
     return name

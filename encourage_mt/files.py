@@ -1,4 +1,4 @@
-"""Read and write files: whole or not at all, JSON, and records whose every field is checked."""
+"""Read and write JSON files and records, whose fields are all checked; hash files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .errors import UserError
 
 
 class Record(BaseModel):
-    """Base of the records kept in files. Types are strict, unknown keys and numbers that are not finite are refused.
+    """Base of the records kept in files. Types are strict; unknown keys and numbers that are not finite are refused.
 
     A record with a field `format` is refused if the file holds another number, or none.
     """
@@ -25,7 +25,7 @@ class Record(BaseModel):
 
     @classmethod
     def upgrade(cls, content: dict) -> dict:
-        """Return the content of a file as the present format has it; overridden where an older one is still read."""
+        """Return the content of a file in the present format; records that can read an older format override this."""
         return content
 
 
@@ -59,7 +59,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_record(path: Path, model: type[AnyRecord], **fields: Any) -> AnyRecord:
-    """Return the record in a JSON file, with `fields` that the file does not hold (such as its folder).
+    """Return the record in a JSON file, with `fields` that are not in the file (such as its folder).
 
     Raises UserError "FILE: KEY: problem" if the file is missing or damaged, or if another version wrote it.
     """

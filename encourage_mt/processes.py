@@ -1,4 +1,4 @@
-"""Run other programs of this Python: children that end with their parent, and one process a folder."""
+"""Run other programs of this Python as children that end with their parent, and lock folders."""
 
 import fcntl
 import os
@@ -103,7 +103,7 @@ def locked(folder: Path, node: int = 0):
 
 
 def set_up_worker(parent: int) -> None:
-    """Set up a worker of a process pool, in the worker: it dies with its `parent` and does not hold its locks."""
+    """Set up a worker of a process pool, in the worker: it dies with its `parent` and does not keep its locks."""
     die_with_parent(parent)
     for lock in _held_locks:  # copies that a forked worker inherited; closing them does not unlock
         lock.close()

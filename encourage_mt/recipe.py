@@ -43,7 +43,7 @@ def _in_list(value: Any) -> Any:
 
 
 class Corpus(Record):
-    """Files and where to get them. Keys that are not fields are splits: {split: files}.
+    """Files and the addresses to download them from. Keys that are not fields are splits: {split: files}.
 
     Files are [source, target] or [tab-separated file], or a list of such lists, which are joined. "a.tgz:b/c" is the
     member b/c of the archive a.tgz. Every split except train and valid is a test set.
@@ -90,7 +90,7 @@ class Corpus(Record):
 
 
 class Clean(Record):
-    """Limits on the lengths of a pair; pairs beyond them are dropped from train, and from the pairs of valid_every."""
+    """Limits on the lengths of a pair; pairs that exceed them are dropped from train and from pairs of valid_every."""
 
     max_length: Annotated[int, within(1, 10**6)] | None = None
     max_ratio: Annotated[float, within(1, 10**6)] | None = None
@@ -127,7 +127,7 @@ class Subword(Record):
 
 
 def check_trusted_bonus(name: str) -> None:
-    """Raise ValueError unless the user trusts the module of bonus MODULE:NAME: a recipe must not choose what runs."""
+    """Raise ValueError unless the user trusts the module of bonus MODULE:NAME: a recipe must not choose code to run."""
     if name not in os.environ.get("ENCOURAGE_MT_BONUSES", "").split():
         raise ValueError(
             f"bonus {short_repr(name)} runs code of that module; if you trust it, set the environment variable "
@@ -148,7 +148,7 @@ class Arm(Record):
     def _check_options(self) -> "Arm":
         foreign = sorted(set(self.options) - OPTION_NAMES - {"criterion"})
         if foreign:
-            raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (train: is for others)")
+            raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (others belong in train:)")
         for name, value in self.options.items():
             if name == "bonus" and ":" in str(value):
                 check_trusted_bonus(str(value))
@@ -282,7 +282,7 @@ class Recipe(Record):
 
 
 def modern_subword(size: int) -> Subword:
-    """Return the subword model of `Recipe.modern`. Rare characters become bytes, so that bytes are trained."""
+    """Return the subword model of `Recipe.modern`. Rare characters become bytes, so that bytes occur in training."""
     options: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9999}
     return Subword(vocab_size=size, **options, normalization_rule_name="nmt_nfkc")
 
@@ -295,7 +295,7 @@ def _check_length(key: str, options: dict[str, Any], average: int) -> None:
     if "max-tokens" not in options:
         raise ValueError(f"{key}.max-tokens: is missing")
     if len({"max-epoch", "max-update"} & set(options)) != 1:
-        raise ValueError(f"{key}: must set max-epoch or max-update, one of the two")
+        raise ValueError(f"{key}: must set either max-epoch or max-update")
     if average > options.get("max-epoch", average):
         raise ValueError(f"average: must be between 1 and max-epoch {options['max-epoch']}, got {average}")
 
@@ -329,7 +329,7 @@ def _read_yaml(path: Path) -> dict:
 def load_recipe(
     path: Path, source: str | None = None, target: str | None = None, bitext: list[str] | None = None
 ) -> Recipe:
-    """Read and check a recipe; for one without files, `bitext` names them and source, target its languages.
+    """Read and check a recipe. If it has no files, `bitext` names them, and `source` and `target` their languages.
 
     Raises UserError "FILE: KEY: problem".
     """
@@ -337,10 +337,10 @@ def load_recipe(
     is_own = isinstance(content.get("data"), dict) and "held_out" in content["data"] and "train" not in content["data"]
     if bitext or source or target:
         if not is_own:
-            raise UserError(f"{path}: has data of its own; --bitext, --source and --target go with examples/own")
+            raise UserError(f"{path}: has its own data; use --bitext, --source and --target with examples/own")
         _insert_bitext(content, source, target, bitext)
     elif is_own:
-        raise UserError(f"{path}: is for your own text: name your files with --bitext corpus.de corpus.en")
+        raise UserError(f"{path}: needs your own text: name your files, for example --bitext corpus.de corpus.en")
     try:
         recipe = Recipe.model_validate(content, context=bitext)
     except ValidationError as error:
@@ -354,7 +354,7 @@ def load_recipe(
 
 def _insert_bitext(content: dict, source: str | None, target: str | None, bitext: list[str] | None) -> None:
     if not bitext:
-        raise UserError("--source and --target go with --bitext")
+        raise UserError("--source and --target can only be used with --bitext")
     if len(bitext) > 2:
         raise UserError(f"--bitext takes two files or one tab-separated file, got {len(bitext)}")
     suffixes = [Path(name.removesuffix(".gz")).suffix[1:] for name in bitext] if len(bitext) == 2 else ["", ""]

@@ -20,7 +20,7 @@ check_python() { # of "$1", before anything is made
     esac
     "$1" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "Python's venv module is missing; install it (Debian: apt-get install python3-venv)"
-    [ "$version" = 3.12 ] && return # fairseq has a wheel there; elsewhere it is built
+    [ "$version" = 3.12 ] && return # fairseq has a wheel for 3.12 only; for other versions it is built
     command -v g++ >/dev/null || fail "no C++ compiler to build fairseq with; install one (Debian: apt-get install g++)"
     "$1" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(os.path.join(s.get_paths()["include"], "Python.h")))' ||
         fail "Python's headers to build fairseq with are missing; install them (Debian: apt-get install python3-dev)"
@@ -37,7 +37,7 @@ ensure_environment() {
         check_python "$VENV/bin/python"
     fi
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
-    echo "Installing into $VENV, once. Where fairseq is built from source this takes about 5 minutes."
+    echo "Installing into $VENV, only this time. If fairseq must be built from source, this takes about 5 minutes."
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
         "${pip[@]}" 'pip<24.1'
@@ -47,7 +47,7 @@ ensure_environment() {
         "${pip[@]}" torch numpy cython setuptools wheel ninja
         "${pip[@]}" --no-build-isolation -e "$root[$EXTRAS]"
     fi
-    # fairseq-fixed requires torchaudio for speech only; a torchaudio that this torch cannot load breaks transformers
+    # fairseq-fixed needs torchaudio only for speech, and a torchaudio that this torch cannot load breaks transformers
     "$VENV/bin/python" -c 'import torchaudio' 2>/dev/null || "$VENV/bin/python" -m pip uninstall -qy torchaudio
     echo "$wanted" >"$VENV/installed"
 }

@@ -3,8 +3,8 @@
     python scripts/results.py                  write the tables
     python scripts/results.py --add FOLDER     first copy the results of `encourage-mt run` in FOLDER: scores,
                                                diagnostics, learning curves and comparisons
-    ... --into NAME                            copy them to results/NAME instead of the recipe's name, because the same
-                                               runs were evaluated in another way
+    ... --into NAME                            copy them to results/NAME instead of the recipe's name, for runs that
+                                               were evaluated in another way
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve, or
 published (the figures of a paper with ours); NAME is the folder in results/; without ARM all arms are shown, baselines

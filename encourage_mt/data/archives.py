@@ -1,4 +1,4 @@
-"""Extract single files from .zip and .tar archives that nobody has to trust."""
+"""Extract single files from .zip and .tar archives safely, even if the archive is hostile."""
 
 import errno
 import lzma
@@ -60,7 +60,7 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):  # a full disk; EINVAL: seeking to a wrong offset
             raise
         reason = " ".join(str(error).split())
-        raise UserError(f"{archive}: not a whole archive ({reason}); remove it and run again") from None
+        raise UserError(f"{archive}: damaged archive ({reason}); remove it and run again") from None
 
 
 def _is_special(external_attributes):
@@ -93,6 +93,6 @@ def _write(archive, entries, members, folder, open_entry):
                 if limit < 0:
                     size = size_limit(archive)
                     raise UserError(
-                        f"{archive}: refused, its members hold more than {size:,} bytes; extract it yourself"
+                        f"{archive}: refused, its members have more than {size:,} bytes; extract it yourself"
                     )
                 out.write(block)

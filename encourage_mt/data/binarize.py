@@ -12,7 +12,7 @@ from . import subwords
 
 
 class Binarized(NamedTuple):
-    """What fairseq-preprocess made.
+    """The output of fairseq-preprocess.
 
     unknown is {split: {language: percentage of unknown pieces}}, dictionary {language: types}, checksums
     {file: sha256}.

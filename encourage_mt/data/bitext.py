@@ -140,7 +140,7 @@ def _iterate(path, dropped_tags):
 
 
 def first_misaligned_line(source: np.ndarray, target: np.ndarray) -> int:
-    """Estimate the line, counted from 1, from which on the sides pair better if the longer one is shifted.
+    """Estimate the line, counted from 1, after which the sides pair better if the longer one is shifted.
 
     source, target: lengths of the lines in characters. Pairs are compared by the logarithm of their length ratio, and
     the shift is the difference in the number of lines.

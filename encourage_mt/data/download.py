@@ -1,4 +1,4 @@
-"""Download files: try mirrors in order, resume after a lost connection, keep a file only if it is whole."""
+"""Download files: try mirrors in order, resume after a lost connection, keep only complete files."""
 
 import os
 import re
@@ -76,7 +76,7 @@ _HTML = re.compile(rb"\xef?\xbb?\xbf?(?:\s|<!--.*?-->|<\?xml.*?\?>)*<(?:!doctype
 
 
 def _fetch(url, part, checksums):
-    """Download `url` to `part` in as many attempts as it takes. Raises _Refused."""
+    """Download `url` to `part` in up to ATTEMPTS attempts. Raises _Refused."""
     has_hash = any(not checksum.startswith("bytes:") for checksum in checksums)
     if has_hash and part.exists() and matches(part, checksums):
         return
@@ -111,7 +111,7 @@ def _fetch(url, part, checksums):
 
 
 def _validator(response):
-    """Return the ETag, or the time of the last change, of the file served; None if there is none to rely on."""
+    """Return the ETag, or the time of the last change, of the file served; None if the server sends no reliable one."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
@@ -158,7 +158,7 @@ def _receive(response, part, start, total):
 
 
 def _check_content(part, checksums, resumed):
-    """Refuse, and remove, a file that is not the one wanted; if it was resumed, another attempt may help."""
+    """Remove and refuse a file that is not the expected one; if it was resumed, another attempt may help."""
     if not part.stat().st_size:
         reason = "the file is empty"
     elif is_html(part):

@@ -1,4 +1,4 @@
-"""The manifest of prepared data: how it was made, what it holds, and how to read its text."""
+"""Read and write the manifest of prepared data: how it was made, its counts, and how to read its text."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Lengths(Record):
 
 
 class Leakage(Record):
-    """How many sentences and pairs of a split are in train too."""
+    """How many sentences and pairs of a split are also in train."""
 
     sources_in_train: Count
     targets_in_train: Count
@@ -161,7 +161,7 @@ class PreparedData(Record):
 
 
 def _drop_addresses(corpus: Any) -> Any:
-    """Return one of a recipe's `data` without what no longer counts as an option of the preparation."""
+    """Return one of a recipe's `data` without the keys that are no longer options of the preparation."""
     is_corpus = isinstance(corpus, dict)
     return {k: v for k, v in corpus.items() if k not in ("urls", "checksums")} if is_corpus else corpus
 

@@ -1,7 +1,7 @@
 """Prepare data for fairseq: tokenize, clean, learn subwords on train, encode, binarize, and write a manifest.
 
-Text streams through in chunks and is kept on disk between the steps: memory does not grow with the corpus, except for
-32 bytes of hashes and lengths per pair and what learning the subword model takes.
+Text is processed in chunks and kept on disk between the steps: memory does not grow with the corpus, except for
+32 bytes of hashes and lengths per pair and for learning the subword model.
 """
 
 import errno
@@ -79,7 +79,7 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
         partial.rename(final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{work_dir}: no space left on the disk; make room and run it again") from None
+            raise UserError(f"{work_dir}: no space left on the disk; free some and run it again") from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +119,7 @@ class _Preparation:
         self.hashes: dict[str, list[np.ndarray]] = {}
 
     def run(self, log: Path) -> PreparedData:
-        """Make everything in the folder, and return its manifest after writing it."""
+        """Make everything in the folder, write its manifest and return it."""
         self._write_texts()
         for split in self.splits:
             if not self.counts[split]["with_text"]:
@@ -239,7 +239,7 @@ class _Preparation:
         return learned["learned_on_lines"]
 
     def _encode(self, split):
-        """Write pieces/SPLIT.LANG, cleaned if that goes by pieces; return the counts of pieces if they are needed."""
+        """Write pieces/SPLIT.LANG, cleaned if the limits are in pieces; return the counts of pieces if needed."""
         recipe, counts = self.recipe, self.counts[split]
         languages = (recipe.source, recipe.target)
         clean = None

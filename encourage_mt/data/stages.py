@@ -1,4 +1,4 @@
-"""Tokenize, clean and encode pairs, in chunks that several processes work on; the order is kept."""
+"""Tokenize, clean and encode chunks of pairs in several processes, keeping their order."""
 
 import gc
 import multiprocessing

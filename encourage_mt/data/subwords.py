@@ -1,4 +1,4 @@
-"""Subword models: SentencePiece, or subword-nmt where the merges of a published pipeline must match."""
+"""Learn and apply subword models: SentencePiece, or subword-nmt for published pipelines whose merges must match."""
 
 import functools
 import io
@@ -80,7 +80,7 @@ def encoder(options: dict, prefix: Path) -> Callable[[str], str]:
 
 
 def pieces(prefix: Path) -> Iterator[str]:
-    """Yield the pieces of a SentencePiece model into which text can be encoded; <unk> and control pieces are not."""
+    """Yield the pieces of a SentencePiece model that encoded text can contain: all except <unk> and control pieces."""
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     for index in range(model.get_piece_size()):
         if not (model.is_unknown(index) or model.is_control(index)):

@@ -11,7 +11,7 @@ FIRST, LAST = 1, 2  # flags of a word's position: some rules look at the ends of
 
 
 class _WithinWords(MosesTokenizer):
-    """The rules of sacremoses that only look at a word and the spaces around it."""
+    """Applies the rules of sacremoses that look only at a word and the spaces around it."""
 
     def handles_nonbreaking_prefixes(self, text):
         return text

@@ -13,7 +13,7 @@ from ..plugin.checkpoints import load_checkpoint
 
 
 def average(paths: list[Path], output: Path) -> str:
-    """Write the mean of the models in `paths` to `output`, complete or not at all; return a sha256 of its parameters.
+    """Write the mean of the models in `paths` to `output`, completely or not at all; return a sha256 of its parameters.
 
     Sums in float32 (float64 stays) and keeps only the sum and one checkpoint in memory. Values that are not floating
     point, the options and the training state come from the last of `paths`; the optimizer's state is left out because

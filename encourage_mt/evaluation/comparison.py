@@ -80,7 +80,7 @@ class Comparison(Record):
 
 
 def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool = False) -> Comparison:
-    """Compare two groups of evaluated runs, each the seeds of one arm, on their test sets.
+    """Compare two groups of evaluated runs on their test sets; each group has the seeds of one arm.
 
     Raises UserError if a run is not evaluated, a seed appears twice on a side, a translation is not the one that was
     scored, or (unless `allow_differences`) the runs differ in more than criterion and seed or two seeds are one model.
@@ -97,7 +97,7 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
         unequal += same_models(results)
     if unequal and not allow_differences:
         raise UserError(
-            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them all the same)"
+            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
         )
     data = PreparedData.open(baseline[0].data)
     tests = {split: _compare_scores(sides, split) for split in data.tests}
@@ -112,7 +112,7 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
 
 
 def _by_seed(runs, side):
-    """{seed: (run, its result)} of one side."""
+    """Return {seed: (run, its result)} of one side."""
     found = {}
     for run in runs:
         result = Result.read(run.folder)
@@ -123,7 +123,7 @@ def _by_seed(runs, side):
 
 
 def _names(baseline, candidate):
-    """What to call two sides: arms or, if these are the same, the names or folders of their first runs."""
+    """Return the names of both sides: their arms or, if they are equal, the names or folders of their first runs."""
     for name in (lambda run, result: result.arm, lambda run, result: run.name, lambda run, result: str(run.folder)):
         names = [name(*side) for side in (baseline, candidate)]
         if names[0] != names[1]:
@@ -132,7 +132,7 @@ def _names(baseline, candidate):
 
 
 def _compare_scores(sides, split):
-    """{metric: MetricComparison} of the metrics that all runs have of a test set."""
+    """Return {metric: MetricComparison} of the metrics that all runs have for a test set."""
     scores = [{seed: result.scores.get(split, {}) for seed, (_, result) in side.items()} for side in sides]
     metrics = [set(of_run) for side in scores for of_run in side.values()]
     if not all(HEADLINE in names for names in metrics):
@@ -147,7 +147,7 @@ def _compare_scores(sides, split):
 
 
 def _compare_sentences(pair, split, data):
-    """{metric: {"bs": p, "ar": p}} of two runs of one seed, whose translations must be those that were scored."""
+    """Return {metric: {"bs": p, "ar": p}} of two runs of one seed, if their translations are those that were scored."""
     references = data.read_text(split, data.target)
     systems = [read_translation(run, split, data, references) for run, _ in pair]
     found = {}

@@ -1,12 +1,12 @@
-"""Measure a trained model, teacher-forced on held-out text: probabilities, margins, energies, gradients.
+"""Measure a trained model on held-out text, given the true prefix: probabilities, margins, energies, gradients.
 
 Definitions per target token, with logits z, p = softmax(z) and target y:
 - margin: z_y - max_{k != y} z_k, in nats; negative if another type is preferred (Zhao et al. 2022, section 4.3);
 - energy of a type: -z_k (LeCun et al. 2006; Zhao et al. 2022, section 4.2). A constant added to all logits does not
   change softmax, so only the gap, mean_{k != y}(-z_k) - (-z_y), can be compared between models;
 - gradient: norm of the derivative of the run's own training loss with respect to the decoder's output, the
-  representation that the projection turns into logits. A token is well classified if p_y > 0.5. It is left out for a
-  bonus from outside that the user does not trust;
+  representation that the projection turns into logits. A token is well classified if p_y > 0.5. It is not measured for
+  a bonus of a module that the user does not trust;
 - nll: -log p_y, in nats (fairseq logs bits);
 - expected calibration error: Guo et al. 2017, equation 3, with 15 bins of equal width;
 - accuracy and F1 by frequency of the type in train: as word accuracy of compare-mt (Neubig et al. 2019), on subwords.
@@ -83,7 +83,7 @@ class Calibration(Record):
 
 
 class FrequencyRange(Record):
-    """Target types that train has `start` to `below` times: target tokens, share predicted correctly, F1."""
+    """Target types that occur `start` to `below` - 1 times in train: their tokens, share predicted correctly, F1."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -140,7 +140,7 @@ class Analysis(Record):
 
 
 def analyse(run: Run) -> Analysis:
-    """Return the measurements of the averaged checkpoint of `run` on valid, kept in its analysis.json.
+    """Return the measurements of the averaged checkpoint of `run` on valid; they are kept in its analysis.json.
 
     Raises UserError if the run is not evaluated, its checkpoint is missing or its analysis.json is damaged.
     """
@@ -178,7 +178,7 @@ def load(checkpoint: Path, data: Path):
 
 
 def loss_options(criterion: dict[str, Any]) -> LossOptions | None:
-    """Return the loss of a criterion's settings as scores.json has them; fairseq's cross entropies have no bonus.
+    """Return the loss options of a criterion's settings in scores.json; fairseq's cross entropies have no bonus.
 
     Returns None for a bonus from outside that the user does not trust: a run must not choose which module is imported.
     """
@@ -211,7 +211,7 @@ def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def frequencies(task) -> np.ndarray:
-    """Return how often train has each type of the target dictionary, [V]."""
+    """Return how often each type of the target dictionary occurs in train, [V]."""
     target, size = task.dataset("train").tgt, len(task.target_dictionary)
     counts = np.zeros(size, dtype=np.int64)
     for index in range(len(target)):
@@ -222,7 +222,7 @@ def frequencies(task) -> np.ndarray:
 def measure(
     batches: Iterable[tuple[Tensor, Tensor]], counts: np.ndarray, options: LossOptions | None, weight: Tensor
 ) -> dict[str, Any]:
-    """Return the fields of Analysis but its source, as numpy values.
+    """Return the fields of Analysis except its source, as numpy values.
 
     batches: (logits [tokens, V], target [tokens]); counts: occurrences of each type in train [V]; options: the loss the
     model was trained with, None to leave the gradient out; weight: output projection [V, D].

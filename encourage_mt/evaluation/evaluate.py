@@ -1,4 +1,4 @@
-"""Score a trained run: average its checkpoints, translate with beam search, detokenize, score, keep scores.json."""
+"""Score a trained run: average its checkpoints, translate with beam search, detokenize, score, write scores.json."""
 
 import json
 import os

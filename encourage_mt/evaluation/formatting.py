@@ -8,14 +8,14 @@ from tabulate import tabulate
 
 
 def format_mean(scores: Iterable[float], digits: int = 2) -> str:
-    """Return mean ± standard deviation; one score has no deviation."""
+    """Return mean ± standard deviation, or the score itself if there is only one."""
     scores = list(scores)
     spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.{digits}f}{spread}"
 
 
 def format_p(p: float | None) -> str:
-    """Return a p-value with three digits. A p of 0 is never shown: no test of a sample can prove it."""
+    """Return a p-value with three digits. A p of 0 is never shown, because no test of a sample can prove it."""
     if p is None:
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -25,7 +25,7 @@ MARKUP = re.compile(r"[\\`*~|]|<(?=[A-Za-z/!?])|\](?=\()|&(?=[A-Za-z#])")
 
 
 def escape(text: str) -> str:
-    """Return `text` as Markdown that shows it as it is, on one line and within one cell of a table."""
+    """Return Markdown that shows `text` literally, on one line and within one cell of a table."""
     return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""Read and write scores.json: the scores of a run, with everything that made them."""
+"""Read and write scores.json: the scores of a run, and the options, data and versions that led to them."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -24,7 +24,7 @@ class Score(Record):
 
 
 class Evaluation(Record):
-    """What was scored, and how: the averaged checkpoints ({file name: sha256}), the data, search, the COMET model."""
+    """How a run was scored: the averaged checkpoints ({file name: sha256}), the data, search, the COMET model."""
 
     average: Positive
     beam: Positive
@@ -91,7 +91,7 @@ class Result(Record):
         return read_record(path, cls)
 
     def write(self, path: Path) -> None:
-        """Write the scores, without fields that are not known, to a file or as scores.json into a folder."""
+        """Write the scores, without unknown fields, to a file or as scores.json into a folder."""
         write_record(path / "scores.json" if path.is_dir() else path, self)
 
     @classmethod
@@ -109,7 +109,7 @@ class Result(Record):
 
     @property
     def signatures(self) -> dict[str, str]:
-        """{metric: signature} over all sets."""
+        """The signatures of all sets: {metric: signature}."""
         return {metric: score.signature for scores in self.scores.values() for metric, score in scores.items()}
 
 

@@ -49,7 +49,7 @@ def score(hypotheses: list[str], references: list[str], language: str, lowercase
 
 
 def tokenized_bleu(hypotheses: list[str], references: list[str]) -> Score:
-    """Return BLEU of tokenized text, as fairseq-generate and the paper's table give it.
+    """Return BLEU of tokenized text, as in fairseq-generate and the paper's table.
 
     It depends on the tokenizer and cannot be compared with sacreBLEU of detokenized text. Same value as
     `sacrebleu --tokenize none --force`. Raises UserError as `score` does.
@@ -72,7 +72,7 @@ def comet(model: Path, sources: list[str], hypotheses: list[str], references: li
 
 
 def comet_signature(model: Path) -> str:
-    """Return version of the package, name and digest of the model. Raises UserError if either is missing."""
+    """Return the package's version, the model's name and digest. Raises UserError if package or model is missing."""
     try:
         package = version("unbabel-comet")
     except PackageNotFoundError:
@@ -85,14 +85,14 @@ def comet_signature(model: Path) -> str:
 def check(hypotheses: list[str], references: list[str]) -> None:
     """Raise UserError if the hypotheses cannot be scored against the references."""
     if len(hypotheses) != len(references):
-        raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references: they must pair line by line")
+        raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references: each line needs one")
     if not any(line.strip() for line in hypotheses):
         raise UserError("the hypotheses are empty")
     for number, line in enumerate(references, 1):
         if "<<unk>>" in line:
             raise UserError(
-                f"reference line {number} holds <<unk>>: it comes from fairseq-generate's T- lines; score against the "
-                "text that was binarized"
+                f"reference line {number} contains <<unk>>: it comes from fairseq-generate's T- lines; score against "
+                "the text that was binarized"
             )
 
 

@@ -64,7 +64,7 @@ class MetricComparison:
 
     @property
     def sign(self) -> int:
-        """-1 if a lower score is better."""
+        """-1 if a lower score is better, otherwise 1."""
         return -1 if self.metric == "TER" else 1
 
     def improvement(self, seed: int) -> float:
@@ -99,7 +99,7 @@ class MetricComparison:
         return f"{self.gain:+.2f}" + (f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else "")
 
     def verdict(self, baseline: str, candidate: str) -> str:
-        """Return one line: better, worse, or not enough evidence and how many seeds it would take."""
+        """Return one line: better, worse, or not enough evidence and how many seeds would be enough."""
         amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
         if self.p is None or self.interval is None:
             return (
@@ -118,7 +118,7 @@ class MetricComparison:
 
 
 def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
-    """Return the seeds a side for 80% power of a two-sided t-test at 5% (noncentral t, Cohen 1988); None above 1,000.
+    """Return the seeds per side for 80% power of a two-sided t-test at 5% (noncentral t, Cohen 1988); None above 1,000.
 
     spread: for groups=1 (paired) the standard deviation of the gain over seeds, for groups=2 the square root of the
     sum of both sides' variances.

@@ -1,4 +1,4 @@
-"""The encouraging loss for the Trainer of Hugging Face Transformers.
+"""Use the encouraging loss in the Trainer of Hugging Face Transformers.
 
     from encourage_mt.integrations.transformers import EncouragingLossForTrainer
 

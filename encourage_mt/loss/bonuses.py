@@ -1,4 +1,4 @@
-"""The bonuses b(p): a registry, the four that come with the package, and how to add one.
+"""Register bonuses b(p): the package's own (none, log, power, cosine) and those of users.
 
 A bonus is one elementwise function b(p, one_minus_p, options) with b(0) = 0, registered by name. `one_minus_p` is 1 - p
 with all its digits, also where p is so close to 1 that 1 - p as a difference has none: use it. In a file of your own,
@@ -121,7 +121,7 @@ def scaled_slope(p: Tensor, one_minus_p: Tensor, options: LossOptions) -> Tensor
 
 
 def linear_coefficient(options: LossOptions) -> float | None:
-    """Return c of b(p) = -c p + O(p^2) near p = 0, or None if b has no such form or it is not known."""
+    """Return c of b(p) = -c p + O(p^2) near p = 0, or None if b does not have this form or c is not known."""
     if options.bonus_start:  # b is 0 below it
         return 0.0
     linear = find_bonus(options.bonus).linear
@@ -142,7 +142,7 @@ def _slope_by_autograd(value: BonusFunction) -> BonusFunction:
 
 
 def check_bonus(options: LossOptions) -> None:
-    """Raise ValueError unless the bonus of `options` is what `register_bonus` asks for; made in float64, in 1 ms."""
+    """Raise ValueError unless the bonus of `options` is as `register_bonus` requires; checks in float64, takes 1 ms."""
     bonus = find_bonus(options.bonus)
     p = torch.cat([torch.zeros(1), torch.logspace(-7, -2, 11), torch.linspace(0.02, 1.0, 50)]).double()
     rest = 1.0 - p
@@ -161,7 +161,7 @@ def check_bonus(options: LossOptions) -> None:
         linear = bonus.linear(options) if callable(bonus.linear) else bonus.linear
         small = p < 0.01
         if linear is not None and ((value + linear * p).abs() > 10 * p**2 + 1e-15)[small].any():
-            raise ValueError(f"bonus {bonus.name}: near p = 0 it is not -{linear} p + O(p^2), as its linear form says")
+            raise ValueError(f"bonus {bonus.name}: near p = 0 it is not -{linear} p + O(p^2), as `linear` says")
 
 
 # The bonuses of the package. Paper: the "normal" bonus is log with log_end 1, the "conservative" one log_end < 1.
@@ -207,5 +207,5 @@ def power_bonus(p: Tensor, one_minus_p: Tensor, options: LossOptions) -> Tensor:
 
 @register_bonus("cosine", linear=0.0, scaled_slope=lambda p, one_minus_p, options: math.pi * p * (math.pi * p).sin())
 def cosine_bonus(p: Tensor, one_minus_p: Tensor, options: LossOptions) -> Tensor:
-    """Return cos(pi p) - 1, written without its cancellation near p = 0."""
+    """Return cos(pi p) - 1, computed without cancellation near p = 0."""
     return -2.0 * torch.sin(0.5 * math.pi * p) ** 2

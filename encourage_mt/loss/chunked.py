@@ -1,4 +1,4 @@
-"""Compute the loss in blocks of rows that fit the cache, and its closed gradient in the same forward pass.
+"""Compute the loss in blocks of rows that fit into the cache, and its gradient in the same forward pass.
 
 Derivation. With q_k = s + h [k = target] (h, s = LossOptions.smoothing_masses) and a(p) = 1 - w p b'(p), w the bonus
 weight,
@@ -39,7 +39,7 @@ def supports(options: LossOptions) -> bool:
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
-    """Do what `reference.loss_terms` does; only the loss term has a gradient."""
+    """Return what `reference.loss_terms` returns; only the loss term has a gradient."""
     return LossTerms(*_Chunked.apply(logits, target, options, ignored, reduce))  # type: ignore[no-untyped-call]
 
 
@@ -123,7 +123,7 @@ def _in_blocks(
 
 
 def _threshold(dtype: torch.dtype, options: LossOptions, smoothing_mass: float) -> float:
-    """Return the p up to which the linear form of b serves.
+    """Return the p up to which the linear form of b is exact enough.
 
     There smoothing_mass * p / 2, which the linear form leaves out of the loss, is half a rounding step of 1. With a
     bonus start, b is 0 up to it only.
@@ -234,7 +234,7 @@ class _Exact:
             self.p[(group == vocabulary // GROUP).nonzero().squeeze(1), tail:] = 0.0
 
     def beyond(self, linear: float, options: LossOptions) -> tuple[Tensor, Tensor]:
-        """Return b(p) and -p b'(p) less their linear forms, of each gathered type [groups chosen, GROUP]."""
+        """Return b(p) and -p b'(p) minus their linear forms, for each gathered type [groups chosen, GROUP]."""
         one_minus_p, line = 1.0 - self.p, linear * self.p
         return bonus_of(self.p, one_minus_p, options) + line, scaled_slope(self.p, one_minus_p, options) - line
 

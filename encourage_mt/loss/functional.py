@@ -1,4 +1,4 @@
-"""The encouraging loss as a function and as a module with the shapes of torch's cross entropy.
+"""Provide the encouraging loss as a function and as a module with the shapes of torch's cross entropy.
 
 reference.py defines the loss; every backend agrees with it. Nothing in this package depends on fairseq.
 """
@@ -57,7 +57,7 @@ def loss_terms(
 
 
 def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
-    """Return the module that computes the loss: `backend`, or the reference for a bonus that it does not know.
+    """Return the module that computes the loss: `backend`, or the reference for a bonus that it does not support.
 
     The first use of each combination logs the backend and why it is not a faster one.
     Raises ValueError if the backend is unknown or cannot run on this device.
@@ -169,7 +169,7 @@ class EncouragingLoss(nn.Module):
 
     @property
     def bonus_weight(self) -> float:
-        """The factor of the bonus, for example as a `BonusSchedule` gives it for the present update."""
+        """The factor of the bonus; set it, for example, to the factor of a `BonusSchedule` for the present update."""
         return self.options.bonus_weight
 
     @bonus_weight.setter

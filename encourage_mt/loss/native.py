@@ -59,7 +59,7 @@ def _fake_terms_and_gradient(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def supports(options: LossOptions) -> bool:
-    """Return whether the kernel has the bonus of `options`."""
+    """Return whether the kernel supports the bonus of `options`."""
     return options.bonus in BONUSES
 
 

@@ -43,7 +43,7 @@ class LossOptions(_Checked):
     )
     log_end: float = option(
         0.5,
-        "probability above which the log bonus continues linearly, along its tangent; with 1 it never does",
+        "probability above which the log bonus continues linearly, along its tangent; 1 means no tangent",
         between=(0, 1),
     )
     bonus_exponent: float = option(2.0, "exponent of the power bonus", between=(1, 10))
@@ -54,7 +54,8 @@ class LossOptions(_Checked):
     label_smoothing: float = option(0.0, "share of the target's mass that goes to all types", between=(0, 1))
     smoothing_convention: str = option(
         "paper",
-        "smoothing gives each type eps/V (paper, as torch does) or each type but the target eps/(V-1) (fairseq)",
+        "how smoothing is divided: eps/V to each type (paper; so does torch) or eps/(V-1) to each except the target "
+        "(fairseq)",
         choices=("fairseq", "paper"),
     )
 
@@ -82,7 +83,7 @@ class BonusSchedule(_Checked):
     The paper's code counts epochs; this counts updates.
     """
 
-    bonus_defer_updates: int = option(0, "number of updates before the bonus sets in", between=(0, math.inf))
+    bonus_defer_updates: int = option(0, "number of updates before the bonus starts", between=(0, math.inf))
     bonus_schedule: str = option(
         "constant",
         "how the weight of the bonus grows with x, the progress from 0 to 1 over --bonus-schedule-updates: constant "
@@ -121,7 +122,7 @@ class BonusSchedule(_Checked):
 
 @dataclass(frozen=True)
 class CriterionOptions(_Checked):
-    """The options that the fairseq criterion has beside those of the loss. Raises ValueError as `LossOptions` does."""
+    """The options of the fairseq criterion that the loss does not have. Raises ValueError as `LossOptions` does."""
 
     loss_backend: str = option("auto", "code that computes the loss; all give the same values", choices=BACKENDS)
     fuse_projection: bool = option(
@@ -131,8 +132,8 @@ class CriterionOptions(_Checked):
     )
     rdrop_alpha: float = option(
         0.0,
-        "R-Drop: train on each sentence twice in the batch, with this factor of the divergence between both "
-        "predictions; 0: off",
+        "R-Drop: train on each sentence twice in the batch, and add this factor times the divergence between both "
+        "predictions; 0 is off",
         between=(0, 100),
     )
 
@@ -151,7 +152,7 @@ OPTION_NAMES = frozenset(name.replace("_", "-") for name in (*OPTIONS, "report_a
 
 
 def check_option(name: str, value: Any) -> None:
-    """Raise ValueError, with the option, the allowed values and the given one, if `value` is not allowed for `name`."""
+    """Raise ValueError, which names the option and the allowed values, if `value` is not allowed for `name`."""
     between, choices = OPTIONS[name].metadata["between"], OPTIONS[name].metadata["choices"]
     if between:
         low, high = between

@@ -1,4 +1,4 @@
-"""R-Drop: two passes of the same tokens with different dropout, kept close by their KL divergence (arXiv 2106.14448).
+"""Compute R-Drop: the loss of two passes with different dropout plus their KL divergence (arXiv 2106.14448).
 
 With p1 and p2 the predictions of the two passes and L1, L2 their losses, the loss of one token is
 

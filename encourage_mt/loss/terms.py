@@ -1,4 +1,4 @@
-"""The terms that a backend returns, and what all custom backward passes share."""
+"""Define the terms that every backend returns, and the helpers that all custom backward passes share."""
 
 from typing import NamedTuple
 

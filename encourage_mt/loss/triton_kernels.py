@@ -11,7 +11,7 @@ spill. Loads and stores are 16 bytes wide if every row starts at a multiple of 1
 V % 8 == 0 in half types, V % 4 == 0 in float32. Otherwise they are as wide as the start of a row allows: V % 4 gives
 8 bytes and V % 2 gives 4 bytes in half types, V % 2 gives 8 bytes in float32, and an odd V gives one value at a time.
 
-Tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1) and compile them for GPUs that are not there
+Tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1) and compile them for GPUs without having one
 (benchmarks/gpu_bounds.py).
 """
 
@@ -121,7 +121,7 @@ def write_gradient(
     bonus: str,
     scalars: list[float],
 ) -> None:
-    """Write the gradient for `upstream` [tokens] to `out` [tokens, V]; without `logits`, `out` holds them."""
+    """Write the gradient for `upstream` [tokens] to `out` [tokens, V]; without `logits`, `out` contains them."""
     tokens, vocabulary = out.shape
     blocks = backward_blocks(vocabulary)
     if tokens:
@@ -133,7 +133,7 @@ def write_gradient(
 
 
 def forward_blocks(vocabulary: int, constants: dict[str, Any]) -> dict[str, Any]:
-    """Return how the forward kernel divides a row: `BLOCKS` blocks at a time, of 8 types a thread."""
+    """Return how the forward kernel divides a row: `BLOCKS` blocks at a time, with 8 types per thread."""
     crowded = constants["STARTED"] or constants["TANGENT"]  # these need more registers
     whole = vocabulary <= (WHOLE_ROW // 2 if crowded else WHOLE_ROW)
     block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, WHOLE_ROW // BLOCK))))
@@ -142,7 +142,7 @@ def forward_blocks(vocabulary: int, constants: dict[str, Any]) -> dict[str, Any]
 
 
 def backward_blocks(vocabulary: int) -> dict[str, Any]:
-    """Return how the backward kernel divides a row: a program a block, 16 types a thread."""
+    """Return how the backward kernel divides a row: one program per block, with 16 types per thread."""
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
@@ -176,7 +176,7 @@ def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[
 
 @triton.jit
 def _sine(x):
-    """sin(x) for 0 <= x <= pi / 2, to one rounding step of float32; tl.sin would spill registers."""
+    """Return sin(x) for 0 <= x <= pi / 2, to one rounding step of float32; tl.sin would spill registers."""
     square = x * x
     tail = square * (2.7557319e-6 - square * (2.5052108e-8 - square * 1.6059044e-10))
     return x * (1.0 - square * (1.0 / 6 - square * (1.0 / 120 - square * (1.0 / 5040 - tail))))
@@ -187,7 +187,7 @@ def _bonus(
     p, c, log_p, start, at_start, least, exponent,
     KIND: tl.constexpr, FLOORED: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
-    """(b(p), -p b'(p)) for p, its exact complement c, and log p."""
+    """Return (b(p), -p b'(p)) for p, its exact complement c, and log p."""
     if KIND == LOG:
         held = tl.maximum(c, least)
         bonus = tl.log(held)
@@ -215,7 +215,7 @@ def _bonus(
 
 @triton.jit
 def _load(logits, types, vocabulary):
-    """(logits in float32, whether the types exist); -inf where they do not."""
+    """Return (logits in float32, whether the types exist); logits are -inf where they do not."""
     exists = types < vocabulary
     return tl.load(logits + types, mask=exists, other=float("-inf")).to(tl.float32), exists
 

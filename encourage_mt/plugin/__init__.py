@@ -1,4 +1,4 @@
-"""Everything that runs inside fairseq: the criterion, safe checkpoints, fault tolerance."""
+"""Extend fairseq, inside its processes: the criterion, safe checkpoints, fault tolerance."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Load checkpoints without running code they carry, and refuse those whose bytes changed.
+"""Load checkpoints without running code in them, and refuse those whose bytes changed.
 
-torch 2.6 and later load weights only and refuse every type that is not allow-listed; fairseq checkpoints hold a few.
-Importing the plugin lists exactly those. On an older torch fairseq loads with full pickle, which can run anything:
-the plugin cannot change that, so the first load warns. torch does not look at the checksums in its files, so a flipped
-bit would pass as a parameter: every load compares them first.
+torch 2.6 and later load weights only and refuse every type that is not allow-listed. fairseq's checkpoints contain a
+few such types, and importing the plugin lists exactly those. On an older torch, fairseq loads with full pickle, which
+can run any code: the plugin cannot change that, so the first load warns. torch does not check the checksums in its
+files, so a flipped bit would become a wrong parameter: every load compares them first.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def types_in_files() -> list:
-    """Return the types, or (type, name it is pickled under), that a checkpoint file of fairseq-train needs.
+    """Return the types, or (type, its name in the pickle), that a checkpoint file of fairseq-train needs.
 
     argparse.Namespace holds the options; --eval-bleu adds its counts as numpy arrays, int64 or, where several processes
     summed theirs, float64, pickled under the module name of numpy 1 or 2.
@@ -94,7 +94,7 @@ def check_before(load_to_cpu):
 
 
 def check(path) -> None:
-    """Raise UserError if a checkpoint file is damaged; warn, once, where torch would run the code it carries.
+    """Raise UserError if a checkpoint file is damaged; warn, once, if this torch would run code in it.
 
     Files of torch before 1.6 are no archives and have no checksums; neither has what is not on this disk.
     """
@@ -102,7 +102,7 @@ def check(path) -> None:
     if path.is_file() and read_start(path) == b"PK":
         reason = find_corruption(path)
         if reason:
-            raise UserError(f"{path}: damaged checkpoint ({reason}); train on to replace it, or use another")
+            raise UserError(f"{path}: damaged checkpoint ({reason}); resume the training to replace it, or use another")
     if torch_version() < (2, 6):
         warn_unsafe()
 
@@ -118,7 +118,7 @@ def warn_unsafe() -> None:
 
 
 def find_corruption(path: Path) -> str | None:
-    """Return the problem of a checkpoint file, None if it is whole: torch writes zip archives with checksums."""
+    """Return the problem of a checkpoint file, None if it is intact: torch writes zip archives with checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -155,7 +155,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: not a checkpoint that can be loaded safely ({first_line(error)})") from None
     if not sane:
-        raise UserError(f"{path}: its model holds values other than tensors; was it saved by fairseq-train?")
+        raise UserError(f"{path}: its model contains values that are not tensors; was it saved by fairseq-train?")
     return state
 
 

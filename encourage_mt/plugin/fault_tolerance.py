@@ -1,8 +1,8 @@
-"""Make fairseq-train save whole checkpoints, resume from whole ones, and stop on SIGTERM.
+"""Make fairseq-train save complete checkpoints, resume from intact ones, and stop on SIGTERM.
 
-fairseq writes a checkpoint aside and renames it, but without fsync, and copies it over checkpoint_last.pt and
-checkpoint_best.pt, so that a kill or a full disk leaves half of one. With these hooks, a training that is killed or
-stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU.
+fairseq writes a checkpoint to a temporary file and renames it, but without fsync, and copies it over checkpoint_last.pt
+and checkpoint_best.pt, so that a kill or a full disk can leave half of one. With these hooks, a training that is killed
+or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU.
 """
 
 import errno
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def save_whole(obj, filename: str, async_write: bool = False) -> None:
-    """Replace checkpoint_utils.torch_persistent_save: the file is on disk, whole, or the training ends."""
+    """Replace checkpoint_utils.torch_persistent_save: the complete file is on disk, or the training ends."""
     with exit_if_not_saved(filename), atomic_write(Path(filename), "wb") as out:
         torch.save(obj, out)
 
@@ -105,7 +105,7 @@ def resume_from_whole(load_checkpoint):
 
 
 def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
-    """Validate and save as due at the end of the last epoch, if the training was stopped before that was done.
+    """Validate and save as at the end of the last epoch, if the training was stopped before it did so.
 
     A checkpoint saved then is at the start of the next epoch and has no validation loss.
     """
@@ -123,7 +123,7 @@ def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
 
 
 def exit_if_trained(trainer) -> None:
-    """Exit if the training has all its updates: fairseq would add one before it looks."""
+    """Exit if the training has made all its updates: fairseq would make one more before it checks."""
     updates = trainer.get_num_updates()
     if 0 < trainer.cfg.optimization.max_update <= updates:
         logger.info("trained already: %d updates", updates)
@@ -131,7 +131,7 @@ def exit_if_trained(trainer) -> None:
 
 
 def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
-    """Replace a checkpoint_last.pt that is damaged or missing by the newest whole checkpoint of `folder`.
+    """Replace a checkpoint_last.pt that is damaged or missing by the newest intact checkpoint of `folder`.
 
     The damaged one is kept as checkpoint_last.pt.damaged. Ends the process with exit code 2 if none is whole.
     """
@@ -148,7 +148,7 @@ def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
             if last.exists():
                 last.rename(f"{last}.damaged")
             copy_whole(str(path), str(last))
-            logger.warning("resuming from %s, the newest whole checkpoint", path)
+            logger.warning("resuming from %s, the newest intact checkpoint", path)
             return
         logger.error("%s is damaged (%s)", path, reason)
     if last.exists() or others:
@@ -173,7 +173,7 @@ _stop_requested = False
 
 
 class StopTraining(BaseException):
-    """Leave a validation that is under way."""
+    """Leave a validation before its end."""
 
 
 def request_stop(signum, frame) -> None:
@@ -217,7 +217,7 @@ def stop_when_requested(validate_and_save):
 
 
 def is_stop_requested(trainer) -> bool:
-    """Return whether any rank was sent SIGTERM: all stop at the same step, or one would wait for the others forever."""
+    """Return whether any rank received SIGTERM: all must stop at the same step, or one would wait forever."""
     if trainer.data_parallel_world_size == 1:
         return _stop_requested
     requested = torch.tensor(float(_stop_requested), device=trainer.device)

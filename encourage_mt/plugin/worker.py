@@ -5,7 +5,7 @@
 torchrun's environment only where each node has several GPUs, and never on a CPU; otherwise every process would train
 alone and overwrite the others' checkpoints. So the rank is passed as options.
 
-Always run by path, not as a module: fairseq refuses a --user-dir whose package was imported before.
+Run it by path, never as a module: fairseq refuses a --user-dir whose package was imported before.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ SAVED = "saved: run the same command again to continue"  # what it logs then
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends. Does nothing outside Linux.
+    """Have the kernel kill this process when its parent ends for any reason. Does nothing outside Linux.
 
     `parent` is the pid the parent had: if it has ended already, this process ends at once.
     """
@@ -46,7 +46,7 @@ def placement(environment: Mapping[str, str], gpu: bool) -> dict:
 
 
 def rank_options(program: str) -> list[str]:
-    """Return the command-line words that make fairseq's `program` the rank torchrun started it as."""
+    """Return the command-line words that make fairseq's `program` run as the rank that torchrun assigned."""
     import torch
 
     gpu = torch.cuda.is_available()

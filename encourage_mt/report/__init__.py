@@ -1,1 +1,1 @@
-"""Tables, charts and the HTML report."""
+"""Make tables, charts and the HTML report."""

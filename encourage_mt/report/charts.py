@@ -1,4 +1,4 @@
-"""Draw the charts of the report: one axes each, two colours that colour-blind readers can tell apart, units on axes."""
+"""Draw the charts of the report, in two colours that colour-blind readers can distinguish, with units on all axes."""
 
 import io
 import statistics

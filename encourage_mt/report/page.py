@@ -1,4 +1,4 @@
-"""Write the report: one HTML page that loads nothing else, charts as PNG and SVG, tables as Markdown and JSON."""
+"""Write the report: one HTML page that needs no other files, charts as PNG and SVG, tables as Markdown and JSON."""
 
 import difflib
 import os
@@ -96,7 +96,7 @@ def check_output(output: Path) -> None:
         if not path.is_dir() and path.relative_to(output).as_posix() not in ours:
             name = path.relative_to(output)
             raise UserError(
-                f"{output}: holds {name}, which is not part of a report of this version; remove it or choose another "
+                f"{output}: contains {name}, which is not part of a report of this version; remove it or use another "
                 "--output"
             )
 
@@ -162,7 +162,7 @@ def disagree(sources: list[str], references: list[str], outputs: dict[str, list[
 
 
 def mark_words(line: str, reference: str) -> list[tuple[str, bool]]:
-    """Return the words of `line`, each with whether it is outside the words that both share in the same order."""
+    """Return the words of `line`, each with whether it is missing from the words that both share in the same order."""
     words = line.split()
     shared: set[int] = set()
     for block in difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_matching_blocks():

@@ -1,4 +1,4 @@
-"""Write tables in Markdown: each run, each arm over its seeds, diagnostics, learning curves, published figures."""
+"""Write tables in Markdown: runs, arms over their seeds, diagnostics, learning curves, published figures."""
 
 import statistics
 from operator import attrgetter
@@ -101,7 +101,7 @@ def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> st
 
 
 def describe_setting(results: list[Result]) -> list[str]:
-    """Return what the runs share and what they were trained on; if they differ, each value."""
+    """Return the settings of the runs and the machines they were trained on; if they differ, each value."""
 
     def each(settings, name):
         values = [getattr(result, settings).get(name, "?") for result in results]

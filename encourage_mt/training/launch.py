@@ -1,4 +1,4 @@
-"""Say how a training is started on one GPU, many, or many machines, with the same tokens per update on each."""
+"""Make the command that starts a training on GPUs and machines, with the same tokens per update on any number."""
 
 import os
 from dataclasses import dataclass
@@ -56,11 +56,11 @@ class Cluster:
         return self.gpus * self.nodes
 
     def hydra_file(self, folder: Path) -> Path:
-        """Return the YAML file of fairseq-hydra-train in a run's folder; machines that share it have one each."""
+        """Return the path of fairseq-hydra-train's YAML in a run's folder; each machine that shares it has its own."""
         return folder / f"train{self.node or ''}.yaml"
 
     def launcher(self) -> list[str]:
-        """Return the words before those of fairseq-train: none for one process, otherwise torchrun."""
+        """Return the words that precede fairseq-train's: none for one process, otherwise torchrun."""
         if self.processes == 1:
             return []
         words = ["torchrun", "--nproc-per-node", str(self.gpus)]
@@ -74,7 +74,7 @@ class Cluster:
 
 
 def update_freq(options: dict[str, Scalar], processes: int) -> int:
-    """Return the batches each process accumulates, so that all together see the tokens per update of the options.
+    """Return how many batches each process accumulates, so that together they see the options' tokens per update.
 
     Raises UserError if `processes` does not divide the update-freq of the options.
     """
@@ -89,7 +89,7 @@ def update_freq(options: dict[str, Scalar], processes: int) -> int:
 
 
 def tokens_per_update(options: dict[str, Scalar]) -> int:
-    """Return the effective batch, at most: max-tokens x update-freq of one process."""
+    """Return the largest effective batch: max-tokens x update-freq of one process."""
     return int(options["max-tokens"]) * int(options.get("update-freq", 1))
 
 

@@ -1,4 +1,4 @@
-"""Read and write the folder of one training: how it was trained, how to score it, what its log says."""
+"""Read and write the folder of one training: its options, how to score it, and its log."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 
 @with_config(STRICT)
 class Start(TypedDict):
-    """One start of a training: the command as it ran, when, and on what."""
+    """One start of a training: the command as it ran, when, and on which machine."""
 
     command: str
     time: str
@@ -94,7 +94,7 @@ class Run(Record):
         return (int(updates), "update") if updates else (int(self.options["max-epoch"]), "epoch")
 
     def prepared(self) -> PreparedData:
-        """Return the data it was trained on. Raises UserError if that is gone."""
+        """Return the data it was trained on. Raises UserError if it is missing."""
         return PreparedData.open(self.data)
 
     def command_line(self, **changes: Scalar) -> list[str]:
@@ -111,7 +111,7 @@ class Run(Record):
         return [str(self.data / "data-bin"), f"--save-dir={self.folder / 'checkpoints'}", *render_options(options)]
 
     def earlier_starts(self) -> list[Start]:
-        """Return the starts that run.json holds, none if there is no such file.
+        """Return the starts in run.json; empty if there is no such file.
 
         Raises UserError if it is of a training with other options, precision or data.
         """
@@ -147,7 +147,7 @@ def render_options(options: dict[str, Scalar]) -> list[str]:
 
 
 def parse_options(command: str) -> dict[str, Scalar]:
-    """Return the options in a command line of version 0.1, less the paths. Raises UserError if it is not one."""
+    """Return the options in a command line of version 0.1, without the paths. Raises UserError if it is not one."""
     options: dict[str, Scalar] = {}
     try:
         words = shlex.split(command)[2:]

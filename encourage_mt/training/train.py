@@ -107,7 +107,7 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
 
 
 class Trainings:
-    """The trainings of `train`: those that wait, those that run, and a progress bar over all of them."""
+    """The trainings of `train`, waiting and running, with a progress bar over all of them."""
 
     def __init__(self, runs: list[Run], cluster: Cluster, parallel: int):
         self.waiting, self.cluster, self.parallel = list(runs), cluster, parallel
@@ -120,7 +120,7 @@ class Trainings:
         self.bar = progress_bar("all trainings", len(runs), "training", 0)
 
     def step(self) -> None:
-        """Start trainings where there is room, wait a second, and handle those that ended."""
+        """Start trainings up to the number allowed at a time, wait a second, and handle those that ended."""
         while self.waiting and len(self.active) < self.parallel:
             slot = min(set(range(1, self.parallel + 1)) - {training.slot for training in self.active})
             self.active.append(Training(self.waiting.pop(0), self.cluster, self.environment, slot))
@@ -140,7 +140,7 @@ class Trainings:
             self.bar.refresh()
 
     def end(self, training: "Training", code: int) -> None:
-        """Note how a training ended. Exits with STOPPED if somebody sent it SIGTERM."""
+        """Record how a training ended. Exits with STOPPED if somebody sent it SIGTERM."""
         if code == STOPPED:
             sys.exit(STOPPED)
         training.close()
@@ -152,7 +152,7 @@ class Trainings:
             (training.run.folder / "train.done").touch()
 
     def stop(self) -> list[str]:
-        """Stop what still runs and return the names of the trainings that saved a checkpoint before they ended."""
+        """Stop all trainings and return the names of the ones that saved a checkpoint before they ended."""
         for training in self.active:
             training.process.terminate()
         saved = []
@@ -199,7 +199,7 @@ class Training:
         return self.bar.n / self.bar.total
 
     def read(self) -> None:
-        """Bring the bar, without drawing it, up to the end of the log."""
+        """Update the bar, without drawing it, to the end of the log."""
         *lines, self.rest = (self.rest + self.lines.read()).split("\n")
         for record in filter(None, map(record_of, lines)):
             self.bleu = record.get("valid_bleu", self.bleu)

@@ -3,8 +3,8 @@
 
 python finetune.py --model Helsinki-NLP/opus-mt-de-en --train train.de train.en --test test.de test.en --output out
 
-Line n of the second file is the translation of line n of the first. --model is the name of a model or the folder of
-one. Give --bonus none for the baseline: label-smoothed cross entropy with everything else equal.
+Line n of the second file is the translation of line n of the first. --model is the name or the folder of a model.
+For the baseline, give --bonus none: label-smoothed cross entropy with all other options the same.
 """
 
 import argparse

@@ -72,7 +72,7 @@ print("\\n".join("HYP " + line for line in model.translate({source.split(chr(10)
     assert [line[4:] for line in output.splitlines() if line.startswith("HYP ")] == [generated[i] for i in range(5)]
 
 
-def test_validate_gives_the_figures_of_training(el_run, tiny, tmp_path):
+def test_validate_reports_the_same_values_as_training(el_run, tiny, tmp_path):
     _, data = tiny
     argv = ["fairseq-validate", data / "data-bin", "--task", "translation", "--path", el_run / "checkpoint_last.pt"]
     argv += ["--user-dir", USER_DIR, "--cpu", "--max-tokens", "1000", "--log-format", "json"]
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
 
 
 @pytest.mark.skipif(checkpoints.torch_version() < (2, 6), reason="torch before 2.6 has no allow-list")
-def test_the_allow_list_is_what_a_checkpoint_with_eval_bleu_needs(el_run):
+def test_the_allow_list_has_exactly_the_types_of_a_checkpoint_with_eval_bleu(el_run):
     path = el_run / "checkpoint_last.pt"
     listed = checkpoints.types_in_files()
 
@@ -142,7 +142,7 @@ def test_fine_tuning_across_criteria(first, second, train, tmp_path):
     assert (tmp_path / "second" / "checkpoint1.pt").exists()
 
 
-def test_a_changed_criterion_is_refused_without_a_word_on_the_state(el_run, train, tmp_path):
+def test_resuming_with_another_criterion_is_refused(el_run, train, tmp_path):
     (tmp_path / "checkpoint_last.pt").write_bytes((el_run / "checkpoint_last.pt").read_bytes())
     assert "Criterion does not match" in train(tmp_path, *CE, "--max-epoch", "3", code=1).output
 

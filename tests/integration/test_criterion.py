@@ -142,7 +142,7 @@ def test_reduce_false_gives_one_value_per_position(task, model):
     assert per_position.sum().item() == pytest.approx(criterion(model, sample)[0].item(), rel=1e-6)
 
 
-def test_a_model_that_normalizes_itself_is_asked_for_log_probabilities(task):
+def test_a_model_with_its_own_normalization_is_asked_for_log_probabilities(task):
     """An adaptive softmax: its net_output holds features, not logits."""
     model = build_model(task, adaptive_softmax_cutoff="10,20", criterion="adaptive_loss").eval()
     criterion = make_criterion(task, label_smoothing=0.0)
@@ -238,7 +238,7 @@ def test_the_schedule_follows_the_updates(task, model):
     assert "bonus_weight" not in make_criterion(task)(model, sample)[2]
 
 
-def test_rdrop_is_a_few_lines_of_plain_pytorch(task):
+def test_rdrop_equals_plain_pytorch(task):
     """One training step of a model with dropout: each sentence twice in one batch, with the same random numbers."""
     model = build_model(task, dropout=0.3).train()
     sample = make_sample([7, 5, 9])

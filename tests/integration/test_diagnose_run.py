@@ -57,7 +57,7 @@ def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
     assert {dictionary[i]: n for i, n in enumerate(counts) if n and i != dictionary.eos()} == expected
 
 
-def test_an_analysis_is_kept_until_the_checkpoint_is_another(evaluated, monkeypatch):
+def test_an_analysis_is_reused_until_the_checkpoint_changes(evaluated, monkeypatch):
     path = evaluated.folder / "analysis.json"
     first = analyse(evaluated)
     content = read_json(path)

@@ -70,7 +70,7 @@ def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path, 
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
-def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
+def test_prepared_data_is_complete_and_made_once(tmp_path, capsys):
     pairs = grammar.generate(5, {"train": 200})["train"]
     train = [("", pairs[5][1]), *pairs, *pairs[:3]]
     test = [pairs[0], pairs[0], (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new €")]
@@ -110,7 +110,7 @@ def test_prepared_data_is_whole_and_made_once(tmp_path, capsys):
         prepare(recipe, tmp_path / "work", tmp_path)
 
 
-def test_odd_characters_and_long_lines_shift_and_lose_nothing(tmp_path):
+def test_odd_characters_and_long_lines_neither_shift_nor_lose_lines(tmp_path):
     de, en = ([pair[side] for pair in grammar.generate(5, {"train": 200})["train"]] for side in (0, 1))
     odd = "".join(map(chr, [*range(32), *range(127, 160), 0x2028, 0x2029, 0xFEFF])).replace("\n", "")
     for side in (de, en):
@@ -129,7 +129,7 @@ def test_odd_characters_and_long_lines_shift_and_lose_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def open_on_full_disk(path, mode="r"):
         return open("/dev/full" if mode == "w" else path, mode, encoding="utf-8")
 

@@ -29,7 +29,7 @@ def test_arms_of_a_run_differ_by_criterion_alone(work):
     ],
     ids=["other data", "other training"],
 )
-def test_a_work_directory_of_other_options_is_refused_and_stays(changes, expected, work, tmp_path, capsys):
+def test_a_work_directory_of_other_options_is_refused_and_unchanged(changes, expected, work, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.*")}
     assert expected in refused(capsys, "run", write_recipe(tmp_path, **changes), "--work-dir", work.folder)
     assert {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.*")} == before

@@ -79,7 +79,7 @@ def test_the_run_ends_with_a_report_of_everything(work):
     assert work.done.stdout.count("### test") == 1 and f"Report: {folder / 'report.html'}" in work.done.stdout
 
 
-def test_the_page_loads_nothing_from_anywhere(reported):
+def test_the_page_needs_no_network_and_no_other_file(reported):
     page = (reported / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<iframe" not in page and "<img" not in page and "@import" not in page
     assert re.findall(r"<link[^>]*>", page) == ['<link rel="icon" href="data:,">']
@@ -105,13 +105,13 @@ def test_the_scores_on_the_page_are_those_of_the_runs(reported):
     assert "paired t-test over 2 seeds" in page and "paired t-test over 2 seeds" in markdown
 
 
-def test_links_of_the_markdown_lead_somewhere(reported):
+def test_links_of_the_markdown_exist(reported):
     links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (reported / "report.md").read_text(encoding="utf-8"))
     assert {Path(link).stem for link in links} == CHARTS and len(links) == len(CHARTS)
     assert all((reported / link).is_file() for link in links)
 
 
-def test_text_of_the_corpus_is_shown_and_not_run(reported):
+def test_markup_in_the_corpus_is_shown_and_not_run(reported):
     page = (reported / "report.html").read_text(encoding="utf-8")
     assert "<script>" not in page and "<b>&" not in page
     escaped = "&lt;script&gt;document.title = &#34;gone&#34;&lt;/script&gt; &amp; &lt;b&gt;"
@@ -140,7 +140,7 @@ def test_ten_disagreements_of_each_kind_are_shown_and_equal_outputs_are_left_out
     assert mark_words("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
 
 
-def test_a_second_report_replaces_the_first_and_files_of_others_are_left_alone(reported, tmp_path, capsys):
+def test_a_second_report_replaces_the_first_and_keeps_files_of_others(reported, tmp_path, capsys):
     sides = ["--baseline", reported.parent / "ce.seed1", "--candidate", reported.parent / "el.seed1"]
     output = tmp_path / "report"
     shutil.copytree(reported, output)
@@ -151,13 +151,13 @@ def test_a_second_report_replaces_the_first_and_files_of_others_are_left_alone(r
 
     (output / "figures" / "mine.svg").write_text("mine")
     error = refused(capsys, "report", *sides, "--output", output)
-    assert f"{output}: holds figures/mine.svg" in error and "--output" in error
+    assert f"{output}: contains figures/mine.svg" in error and "--output" in error
     assert (output / "figures" / "mine.svg").exists() and (output / "report.html").exists()
     for name in ("report.md", "figures/one.svg"):  # names of ours, but not from a report
         other = tmp_path / name.replace("/", "-")
         (other / name).parent.mkdir(parents=True)
         (other / name).write_text("mine")
-        assert f"holds {name}" in refused(capsys, "report", *sides, "--output", other)
+        assert f"contains {name}" in refused(capsys, "report", *sides, "--output", other)
         assert (other / name).read_text() == "mine"
     (tmp_path / "file").touch()
     assert "file" in refused(capsys, "report", *sides, "--output", tmp_path / "file")
@@ -173,7 +173,7 @@ def test_a_run_in_use_by_another_process_is_refused(reported, tmp_path, capsys, 
     assert f"{runs[1]}: in use" in error and not list(tmp_path.iterdir())
 
 
-def test_curves_are_named_apart_and_runs_without_a_log_are_left_out(reported, tmp_path):
+def test_curves_have_different_names_and_runs_without_a_log_are_left_out(reported, tmp_path):
     runs = [open_run(reported.parent / name) for name in ("ce.seed1", "ce.seed2", "el.seed1")]
     charts = learning_curves({"ce": runs[:2], "el": runs[2:]})
     assert [chart.name for chart in charts] == ["valid_bleu", "valid_nll"]

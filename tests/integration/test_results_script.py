@@ -42,7 +42,7 @@ def project(tmp_path, monkeypatch, capsys):
     return script
 
 
-def test_the_pages_show_the_figures_of_the_runs(project):
+def test_tables_of_the_pages_agree_with_the_runs(project):
     assert project.run() == ""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_runs_of_a_page_differ_by_criterion_and_seed_alone():
         assert len(shared) == 1
 
 
-def test_an_edited_figure_is_put_right(project):
+def test_an_edited_number_is_corrected(project):
     path = project.folder / "docs" / "results.md"
     page = path.read_text(encoding="utf-8")
     figure = next(row for row in rows_of(page) if row[:2] == ["ce", "test_2016_flickr"])[3]

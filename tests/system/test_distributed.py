@@ -83,7 +83,7 @@ def test_the_log_of_two_processes_has_the_figures_of_the_whole_batch(one, two):
                 assert float(together[key]) == pytest.approx(float(alone[key]), abs=2e-3), key
 
 
-def test_a_process_without_a_batch_waits_for_nobody(data, tmp_path):
+def test_a_process_without_a_batch_does_not_block_the_others(data, tmp_path):
     """An epoch is one batch here: the second process has an empty one in each update."""
     log = read_log(train_on(2, tmp_path, data, **{"max-tokens": 100_000, "update-freq": 2}) / "train.log")
     epochs = [record for record in log if "train_loss" in record]

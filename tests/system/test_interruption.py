@@ -90,7 +90,7 @@ def test_sigterm_while_training_and_while_validating_changes_nothing(undisturbed
     os.truncate(last, last.stat().st_size // 2)
     process = start(argv, log)
     assert process.wait(500) == 0, log.read_text()[-3000:]
-    assert "checkpoint_last.pt is damaged" in log.read_text() and "checkpoint2.pt, the newest whole" in log.read_text()
+    assert "checkpoint_last.pt is damaged" in log.read_text() and "checkpoint2.pt, the newest intact" in log.read_text()
     validated = [int(record["epoch"]) for record in read_log(log) if "valid_loss" in record]
     assert validated == [2, 4], "the validation that was left is made up for"
     assert_identical(model(undisturbed), model(tmp_path))
@@ -133,7 +133,7 @@ def small_disk(request, tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(small_disk, tiny):
+def test_a_full_disk_ends_training_with_the_last_checkpoint_intact(small_disk, tiny):
     argv = command(tiny[1], small_disk, "--save-interval-updates", "2", "--validate-after-updates", "1000000")
     done = subprocess.run([*argv, "--save-interval", "1"], capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -220,7 +220,7 @@ def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help
     assert process.wait(120) == 143
 
 
-def test_kills_of_a_whole_run_change_no_score(tmp_path):
+def test_kills_of_a_whole_run_do_not_change_scores(tmp_path):
     """SIGKILL at random moments of preparing, training, translating and reporting."""
     recipe, dice = write_recipe(tmp_path), random.Random(2)
     run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "whole")

@@ -100,7 +100,7 @@ def test_oversized_header_of_a_tar_is_not_read(tmp_path):
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_file_that_is_not_an_archive_is_refused(kind, content, tmp_path):
     (tmp_path / kind).write_bytes(content)
-    with pytest.raises(UserError, match=f"{kind}: not a whole archive"):
+    with pytest.raises(UserError, match=f"{kind}: damaged archive"):
         extract(tmp_path / kind, ["x/a.en"], tmp_path / "out")
 
 
@@ -109,7 +109,7 @@ def test_half_an_archive_is_refused(kind, tmp_path):
     text = "".join(map(str, random.Random(1).choices(range(10**9), k=9999)))
     path = archive(tmp_path / kind, ("x/a.en", text))
     path.write_bytes(path.read_bytes()[:30_000])
-    with pytest.raises(UserError, match=f"{kind}: not a whole archive"):
+    with pytest.raises(UserError, match=f"{kind}: damaged archive"):
         extract(path, ["x/a.en"], tmp_path / "out")
 
 

@@ -340,7 +340,7 @@ def test_two_losses_of_the_same_logits(backend):
 
 @pytest.mark.parametrize("reduce", [True, False])
 @each_backend
-def test_the_loss_may_be_written_to(backend, reduce):
+def test_the_loss_may_be_changed_in_place(backend, reduce):
     """fairseq multiplies the loss of an empty batch by 0 in place; the gradient is 0 then."""
     logits, target = random_batch(6, 90)
     leaf = logits.clone().requires_grad_()

@@ -80,7 +80,7 @@ def test_contract(bonus):
 
 
 @each_bonus_and_fallback
-def test_slope_is_that_of_autograd(bonus):
+def test_slope_equals_that_of_autograd(bonus):
     """-p b'(p), the bonus start included; in float64, a few rounding steps apart."""
     p = torch.cat([torch.logspace(-12, -1, 12, dtype=torch.float64), torch.linspace(0.2, 0.9, 36, dtype=torch.float64)])
     p = torch.cat([p, 1 - torch.tensor([1e-3, 1e-4, 2e-5], dtype=torch.float64)]).requires_grad_()
@@ -91,7 +91,7 @@ def test_slope_is_that_of_autograd(bonus):
     torch.testing.assert_close(scaled_slope(p, 1 - p, options), -p * slope, atol=1e-15, rtol=1e-12)
 
 
-def test_slope_on_the_floor():
+def test_slope_at_the_floor_of_the_log_bonus():
     one_minus_p = torch.tensor([0.0, 1e-9, 0.9e-5, 1.1e-5], dtype=torch.float64)
     slope = scaled_slope(1 - one_minus_p, one_minus_p, LossOptions(log_end=1.0))
     assert slope.tolist() == pytest.approx([0.0, 0.0, 0.0, 1 / 1.1e-5], rel=1e-4)
@@ -122,7 +122,7 @@ def test_names_are_unique():
 
 
 @pytest.mark.parametrize("name", ["my_bonus:square", "my_bonus:squared", "my_bonus:plain"])
-def test_a_bonus_in_a_file_of_the_users(name, user_file, caplog):
+def test_a_bonus_in_a_file_of_the_user(name, user_file, caplog):
     """It gives what power 2 gives, its slope made by autograd, from every backend; without a linear form slowly."""
     logits, target = random_batch(5, 70)
     options = LossOptions(bonus=name, label_smoothing=0.1)

@@ -217,7 +217,7 @@ SPOILED = {
     "short": (lambda run: (run.folder / "test.en").write_text("a\n"), ["test.en: 1 hypotheses for 20 references"]),
     "empty": (lambda run: (run.folder / "test.en").write_text(""), ["test.en: empty"]),
     "gone": (lambda run: (run.folder / "test.en").unlink(), ["test.en"]),
-    "unk": (spoil_reference, ["reference line 1 holds <<unk>>"]),
+    "unk": (spoil_reference, ["reference line 1 contains <<unk>>"]),
 }
 
 

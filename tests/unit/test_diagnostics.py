@@ -24,7 +24,7 @@ def values_of(name, options=CE, weight=IDENTITY, logits=LOGITS):
     return per_token(logits, TARGET, options, weight)[name].tolist()
 
 
-def test_probabilities_and_margins_are_those_put_in():
+def test_probabilities_and_margins_are_those_of_the_logits():
     assert values_of("p") == pytest.approx([0.7, 0.1, 0.4], abs=1e-14)
     assert values_of("nll") == pytest.approx([-math.log(0.7), -math.log(0.1), -math.log(0.4)], abs=1e-13)
     assert values_of("confidence") == pytest.approx([0.7, 0.7, 0.4], abs=1e-14)
@@ -32,7 +32,7 @@ def test_probabilities_and_margins_are_those_put_in():
     assert values_of("margin") == pytest.approx([math.log(7), -math.log(7), math.log(4 / 3)], abs=1e-13)
 
 
-def test_energies_are_negative_logits_and_their_gap_does_not_see_a_shift():
+def test_energies_are_negative_logits_and_their_gap_ignores_a_shift():
     ln = math.log
     energy, others = values_of("energy"), values_of("others")
     assert energy == pytest.approx([-ln(0.7) - 3, -ln(0.1) + 5, -ln(0.4) - 40], abs=1e-12)
@@ -92,7 +92,7 @@ def test_half_precision_logits_are_measured_in_float64():
     assert values["gradient"].dtype == torch.float64
 
 
-def test_batches_are_put_together_and_histograms_are_shares():
+def test_batches_are_joined_and_histograms_are_shares():
     batches = [(LOGITS[:1], TARGET[:1]), (LOGITS[1:], TARGET[1:])]
     found = measure(batches, np.ones(4), CE, IDENTITY)
     whole = measure([(LOGITS, TARGET)], np.ones(4), CE, IDENTITY)

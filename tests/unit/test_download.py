@@ -203,7 +203,7 @@ def test_checksum_makes_up_for_a_missing_length(server, tmp_path):
     download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [CHECKSUM])
 
 
-def test_bytes_are_stored_as_they_come(server, tmp_path):
+def test_bytes_are_stored_unchanged(server, tmp_path):
     server.files["/a.tgz"] = packed = gzip.compress(CONTENT)
     server.faults["/a.tgz"] = [{"Content-Encoding": "x-gzip"}]  # as some servers label a .tgz
     download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", [])
@@ -271,7 +271,7 @@ def sources_of(tmp_path, raw_dir=None, **data):
     return Sources(recipe, raw_dir, tmp_path / "downloads")
 
 
-def test_local_files_are_found_in_the_folder_or_that_of_the_corpus(tmp_path):
+def test_local_files_are_found_in_the_folder_or_its_subfolder_of_the_corpus(tmp_path):
     (tmp_path / "tiny" / "x").mkdir(parents=True)
     archive(tmp_path / "tiny" / "a.tgz", ("x/t.de", "eins\n"), ("x/t.en", "one\n"))
     (tmp_path / "v.de").write_text("zwei\n")
@@ -315,7 +315,7 @@ def test_downloads_are_reused_by_both_directions(server, tmp_path, capsys):
     assert "v.de: reused" in capsys.readouterr().out
 
 
-def test_files_of_a_recipe_lie_beside_it_not_in_the_current_folder(tmp_path, monkeypatch):
+def test_files_of_a_recipe_are_beside_it_not_in_the_current_folder(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "test.tsv").write_text("eins\tone\n")

@@ -37,7 +37,7 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("harm", [truncate, fill_with_garbage, flip_a_byte, Path.unlink])
-def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one(harm, tmp_path, caplog):
+def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_intact_one(harm, tmp_path, caplog):
     for epoch in range(1, 5):
         save(tmp_path / f"checkpoint{epoch}.pt", float(epoch))
     last = save(tmp_path / "checkpoint_last.pt", 1.0)
@@ -45,13 +45,13 @@ def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_whole_one
     truncate(tmp_path / "checkpoint4.pt")
     restore_last_checkpoint(tmp_path)
     assert last.read_bytes() == (tmp_path / "checkpoint3.pt").read_bytes()
-    assert "checkpoint4.pt is damaged" in caplog.text and "checkpoint3.pt, the newest whole" in caplog.text
+    assert "checkpoint4.pt is damaged" in caplog.text and "checkpoint3.pt, the newest intact" in caplog.text
     kept = harm is not Path.unlink
     assert ("checkpoint_last.pt is damaged" in caplog.text) == kept
     assert (tmp_path / "checkpoint_last.pt.damaged").exists() == kept
 
 
-def test_without_a_whole_checkpoint_training_does_not_start_over_silently(tmp_path, caplog):
+def test_without_an_intact_checkpoint_training_does_not_start_over_silently(tmp_path, caplog):
     for name in ("checkpoint1.pt", "checkpoint_last.pt"):
         truncate(save(tmp_path / name))
     with pytest.raises(SystemExit) as stop:

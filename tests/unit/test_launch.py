@@ -50,7 +50,7 @@ def test_a_command_has_one_word_an_option_the_criterion_last_and_our_plugin_at_t
     ],
     ids=["one", "four GPUs", "four machines"],
 )
-def test_the_tokens_per_update_are_shared_by_the_processes(run, machines, frequency, launcher):
+def test_the_processes_share_the_tokens_per_update(run, machines, frequency, launcher):
     words = launch_command(run, Cluster("fp16", **machines))
     place = len(launcher)
     assert words[:place] == launcher and words[place] == "fairseq-train"

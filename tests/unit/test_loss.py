@@ -255,7 +255,7 @@ def test_unknown_backend():
 # Confident predictions
 
 
-def test_confident_batch_is_confident():
+def test_the_confident_batch_has_probabilities_near_one():
     logits, target = confident_batch(12, 50, torch.float64)
     p = logits.softmax(dim=1)
     assert (1 - p[::2].gather(1, target[::2, None])).flatten().tolist() == pytest.approx(RESTS, rel=1e-6)
@@ -312,7 +312,7 @@ def test_complement(rest):
         ({"log_end": 1.0}, 0.99999),
     ],
 )
-def test_where_the_smoothed_loss_is_least(options, best):
+def test_the_minimum_of_the_smoothed_loss(options, best):
     """The p of the target at which it is, with the 5,904 types of Multi30k; at log_end 1 only the floor stops it."""
     rest = torch.logspace(-7, -0.5, 400, dtype=torch.float64)
     logits = (rest / 5903).log()[:, None].repeat(1, 5904)

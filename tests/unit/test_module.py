@@ -84,7 +84,7 @@ def test_module_shows_its_options():
         assert part in text
 
 
-def test_the_weight_may_be_set_during_the_training():
+def test_the_bonus_weight_can_be_set_during_the_training():
     logits, target = random_batch(6, 9)
     loss = EncouragingLoss(bonus_start=0.2)
     loss.bonus_weight = 0.25
@@ -221,7 +221,7 @@ def test_schedules(schedule, expected):
         assert all(options.factor(t) == 0 for t in range(defer))
 
 
-def test_deferral_alone():
+def test_deferral_without_a_schedule():
     options = BonusSchedule(bonus_defer_updates=3)
     assert [options.factor(updates) for updates in range(5)] == [0, 0, 0, 1, 1]
     assert options.varies and not BonusSchedule().varies

@@ -34,7 +34,7 @@ def plainly(logits, target, options):
 @each_backend
 @pytest.mark.parametrize("options", [LossOptions(bonus="none"), LossOptions(label_smoothing=0.1)], ids=["ce", "el"])
 @pytest.mark.parametrize("rows", [1000, 4], ids=["one block", "blocks"])
-def test_rdrop_is_what_plain_pytorch_gives(rows, options, backend, monkeypatch):
+def test_rdrop_equals_plain_pytorch(rows, options, backend, monkeypatch):
     monkeypatch.setattr(rdrop, "BLOCK_ELEMENTS", rows * 70)
     logits, target = make()
     expected, expected_divergence = plainly(logits, target, options)

@@ -121,7 +121,7 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from([*Run.model_fields, "command"]), value=JSON)
-def test_any_value_anywhere_is_taken_or_refused_in_one_line(key, value, run):
+def test_any_value_in_any_field_is_accepted_or_refused_in_one_line(key, value, run):
     run.folder.joinpath("run.json").unlink()
     run.save()
     change(run, **{key: value})

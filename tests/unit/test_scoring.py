@@ -55,7 +55,7 @@ LOWER = {"sacreBLEU": ["-lc"], "chrF++": ["--chrf-lowercase"], "TER": []}  # the
 
 
 @pytest.mark.parametrize("lowercase", [False, True], ids=["cased", "lowercased"])
-def test_scores_are_those_of_the_sacrebleu_command_to_the_digit(lowercase, sacrebleu_command):
+def test_scores_equal_those_of_the_sacrebleu_command(lowercase, sacrebleu_command):
     ours = scoring.score(HYPOTHESES, REFERENCES, "en", lowercase)
     assert set(ours) == set(COMMANDS)
     for name, options in COMMANDS.items():
@@ -65,13 +65,13 @@ def test_scores_are_those_of_the_sacrebleu_command_to_the_digit(lowercase, sacre
     assert 0 < ours["sacreBLEU"].score < 100
 
 
-def test_the_length_ratio_is_that_of_the_hypotheses_to_the_references_in_tokens():
+def test_the_length_ratio_is_hypothesis_tokens_over_reference_tokens():
     references, hypotheses = ["one two three four five six seven eight"], ["one two three four five six"]
     assert scoring.score(hypotheses, references, "en")["sacreBLEU"].length_ratio == 6 / 8
     assert scoring.tokenized_bleu(hypotheses, references).length_ratio == 6 / 8
 
 
-def test_chinese_scores_are_those_of_the_command_with_its_options(sacrebleu_command):
+def test_chinese_scores_equal_those_of_the_command_with_its_options(sacrebleu_command):
     ours = scoring.score(*CHINESE, "zh_CN")
     assert ours["sacreBLEU"].score > 10
     same(ours["sacreBLEU"], sacrebleu_command(*CHINESE, "-m", "bleu", "-l", "en-zh"))
@@ -117,7 +117,7 @@ def test_japanese_and_korean_are_scored_by_mecab_or_not_at_all(language, code):
         (["a"], ["a", "b"], "1 hypotheses for 2 references"),
         (["", "  "], ["a", "b"], "the hypotheses are empty"),
         ([], [], "the hypotheses are empty"),
-        (["a", "b"], ["a", "the <<unk>> b"], "reference line 2 holds <<unk>>"),
+        (["a", "b"], ["a", "the <<unk>> b"], "reference line 2 contains <<unk>>"),
     ],
 )
 @pytest.mark.parametrize("function", [lambda h, r: scoring.score(h, r, "en"), scoring.tokenized_bleu])

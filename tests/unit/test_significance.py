@@ -68,13 +68,13 @@ def test_seeds_needed_are_those_of_the_tables_of_power(effect, paired, independe
     assert seeds_needed(effect, math.sqrt(2), groups=2) == independent
 
 
-def test_seeds_needed_at_the_ends():
+def test_seeds_needed_for_extreme_gains():
     assert seeds_needed(0.0, 1.0) is None and seeds_needed(0.01, 1.0) is None
     assert seeds_needed(1.0, 0.0) == 2 and seeds_needed(0.0, 0.0) is None
     assert seeds_needed(1000.0, 1.0) == seeds_needed(1e6, 1.0, groups=2) == 2
 
 
-def test_so_many_seeds_do_find_it_four_times_in_five(monkeypatch):
+def test_the_seeds_needed_give_80_percent_power(monkeypatch):
     count = seeds_needed(1.2, 1.0)
     monkeypatch.setattr(significance, "seeds_needed", lambda *arguments, **options: None)
     rng = np.random.default_rng(1)
@@ -100,7 +100,7 @@ def test_two_halves_of_one_system_differ_at_the_nominal_rate(sizes, first, monke
     assert held == 1000 - alarms and 0.2 * alarms < better < 0.8 * alarms
 
 
-def test_a_gain_larger_than_the_spread_is_found_and_named():
+def test_a_gain_larger_than_the_spread_is_significant_and_named():
     result = compared([30.0, 30.2, 29.9, 30.1, 30.0], [31.0, 31.1, 31.0, 31.0, 31.2])
     line = result.verdict("ce", "el")
     assert line.startswith("el is better than ce: +1.02 sacreBLEU (95% interval +") and "\n" not in line

@@ -65,7 +65,7 @@ def test_the_effective_batch_is_tokens_times_updates_times_processes():
         ({"common__log_interval": 100}, []),
     ],
 )
-def test_settings_of_a_training_are_all_but_criterion_seed_and_logging(changes, expected):
+def test_settings_of_a_training_are_all_except_criterion_seed_and_logging(changes, expected):
     assert differing(**changes) == expected
 
 
