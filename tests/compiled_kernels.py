@@ -1,4 +1,4 @@
-"""Checks of the GPU kernels that benchmarks/gpu_bounds.py compiles."""
+"""Check the GPU kernels that benchmarks/gpu_bounds.py compiles."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ SCALARS = {"forward": 3, "backward": 8}  # loads of one value: ignored, target a
 
 
 def check_compiled(which):
-    """Assert for all kernels of benchmarks/gpu_bounds.py --check `which`; return them."""
+    """Check all kernels of benchmarks/gpu_bounds.py --check `which`, and return them."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     for tool in ("cuobjdump", "nvdisasm", "ptxas"):

@@ -1,4 +1,4 @@
-"""A corpus of a few hundred pairs, prepared once, and one tiny model trained on it by the real command line."""
+"""Provide a corpus of a few hundred pairs, prepared once, and one tiny model trained on it by the real command line."""
 
 import os
 import signal
@@ -122,7 +122,7 @@ def el_run(train, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """What `encourage-mt run` leaves of two criteria and two seeds, the first training interrupted once by Ctrl-C.
+    """The work directory of `encourage-mt run` with two criteria and two seeds; Ctrl-C interrupted the first one once.
 
     folder: the work directory; recipe: its file; interrupted: the process that was; done: the one that finished.
     """
@@ -153,7 +153,7 @@ def interrupt(argv, log):
 
 
 def refused(capsys, *argv):
-    """The one line in which a command, run in this process, tells of bad input and ends with exit code 2."""
+    """Run a command in this process; return its one line of error after checking that the exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in argv])

@@ -1,4 +1,4 @@
-"""What the tests of the loss share: batches, bonuses, and the comparison of a backend with float64."""
+"""Provide what the tests of the loss share: batches, bonuses, and the comparison of a backend with float64."""
 
 import math
 
@@ -68,7 +68,7 @@ def terms_and_gradient(logits, target, options, backend, ignore_index=-100, redu
 
 
 def in_float64(logits, target, options, ignore_index=-100, reduce=True):
-    """The definition in float64, for the very values that `logits` holds in its own type."""
+    """The definition in float64, for the values of `logits` as rounded to its own type."""
     return terms_and_gradient(logits.double(), target, options, "reference", ignore_index, reduce)
 
 

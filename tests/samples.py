@@ -1,4 +1,4 @@
-"""Results that were never trained, and random references and translations with a given rate of errors."""
+"""Provide made-up results without trainings, and random references and translations with a given rate of errors."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def sample_result(arm="ce", seed=1, **fields):
 
 
 def sample_data(folder, texts, **fields):
-    """Prepared data with one test set and nothing but the raw `texts` {language: lines} of it."""
+    """Return prepared data that consists only of the raw `texts` {language: lines} of one test set."""
     (folder / "text").mkdir(parents=True)
     for language, lines in texts.items():
         write_lines(folder / "text" / f"test.{language}", lines)
@@ -58,6 +58,6 @@ def draw_references(rng, count):
 
 
 def corrupt(rng, references, rate):
-    """A system that gets each word wrong with probability `rate`."""
+    """Return translations of a system that gets each word wrong with probability `rate`."""
     lines = [np.array(line.split()) for line in references]
     return [" ".join(np.where(rng.random(len(w)) < rate, rng.choice(WORDS, len(w)), w)) for w in lines]

@@ -1,4 +1,4 @@
-"""fairseq's own command lines with the plugin: train, resume, fine-tune, generate, validate, interact, average."""
+"""Test fairseq's own commands with the plugin: train, resume, fine-tune, generate, validate, interact, average."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_validate_reports_the_same_values_as_training(el_run, tiny, tmp_path):
 
 
 class RunsCode:
-    """What a hostile checkpoint may hold: unpickling it would make a file."""
+    """An object in a hostile checkpoint: unpickling it would make a file."""
 
     def __init__(self, path):
         self.path = path
@@ -157,7 +157,7 @@ MY_BONUS = "def square(p, one_minus_p, options):\n    return -(p**2)\n"
 
 
 def test_a_users_bonus_with_schedule_and_rdrop_continues_after_a_resume(train, tmp_path, monkeypatch):
-    """The second process takes up the schedule where the first one stopped."""
+    """The second process continues the schedule where the first one stopped."""
     (tmp_path / "my_bonus.py").write_text(MY_BONUS)
     monkeypatch.chdir(tmp_path)
     options = (*EL, "--bonus", "my_bonus:square", "--rdrop-alpha", "1", "--log-interval", "1")

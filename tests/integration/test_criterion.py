@@ -1,4 +1,4 @@
-"""The criterion as fairseq calls it: what it logs, how logs add up, what it inherits."""
+"""Test the criterion as fairseq calls it: its log, sums of logs, and inherited options."""
 
 import argparse
 import math
@@ -80,7 +80,7 @@ def logged(criterion, logging_outputs):
 
 @pytest.mark.parametrize("sentence_avg", [False, True])
 def test_logs_of_parts_add_up_to_the_log_of_the_whole(sentence_avg, task, model):
-    """As over workers or accumulated batches; the parts are of different size, and one has more padding."""
+    """fairseq sums logs over workers and accumulated batches; here the parts differ in size and padding."""
     criterion = make_criterion(task, sentence_avg=sentence_avg, label_smoothing=0.1, report_accuracy=True)
     sample = make_sample([9, 7, 2, 8, 3])
     loss, sample_size, whole = criterion(model, sample)
@@ -143,7 +143,7 @@ def test_reduce_false_gives_one_value_per_position(task, model):
 
 
 def test_a_model_with_its_own_normalization_is_asked_for_log_probabilities(task):
-    """An adaptive softmax: its net_output holds features, not logits."""
+    """An adaptive softmax: its net_output contains features, not logits."""
     model = build_model(task, adaptive_softmax_cutoff="10,20", criterion="adaptive_loss").eval()
     criterion = make_criterion(task, label_smoothing=0.0)
     sample = make_sample([5, 3])

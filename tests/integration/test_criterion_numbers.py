@@ -1,4 +1,4 @@
-"""Without bonus the loss is fairseq's own label-smoothed cross entropy, figure by figure."""
+"""Check that without a bonus the loss equals fairseq's own label-smoothed cross entropy."""
 
 import pytest
 import torch

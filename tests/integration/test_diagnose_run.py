@@ -1,4 +1,4 @@
-"""The measurements of a trained model: as fairseq logged them, kept in analysis.json."""
+"""Compare the measurements of a trained model with fairseq's log; they are kept in analysis.json."""
 
 import math
 import shutil

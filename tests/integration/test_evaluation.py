@@ -1,4 +1,4 @@
-"""`encourage-mt run` and `evaluate`: seeds, interruptions, runs of plain fairseq-train, and bad input."""
+"""Test `encourage-mt run` and `evaluate`: seeds, interruptions, runs of plain fairseq-train, and bad input."""
 
 import json
 import math
@@ -132,7 +132,7 @@ def copy(work, tmp_path):
 
 
 def content(folder):
-    """All files but the lock, which names its holder, and the logs, which describe failures."""
+    """All files except the lock, which names its holder, and the logs, which describe failures."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log" and path.name != ".lock"]
     return {path: path.read_bytes() for path in paths}
 
@@ -162,7 +162,7 @@ def flipped_bit(folder):
 
 
 def another_dictionary(folder):
-    """Of data without a recorded checksum, as if fairseq-train was run by hand."""
+    """For data without a recorded checksum, as if fairseq-train was run by hand."""
     record = read_json(folder / "run.json")
     write_json(folder / "run.json", {**record, "provenance": {}})
     with open(folder.parent / "data" / "data-bin" / "dict.en.txt", "a") as dictionary:

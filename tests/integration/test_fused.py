@@ -1,4 +1,4 @@
-"""--fuse-projection of the criterion, against the criterion without it."""
+"""Compare the criterion with --fuse-projection and without it."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from encourage_mt.loss import fused_projection
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """A handful of tokens then spans several blocks, the last one short."""
+    """Make blocks so small that a few tokens need several, the last one short."""
     monkeypatch.setattr(fused_projection, "ROWS", 8)
 
 
@@ -38,7 +38,7 @@ def test_the_criterion_fused_trains_as_unfused(share, task):  # noqa: F811
 
 
 def test_logits_of_the_whole_batch_are_never_in_memory(task, monkeypatch):  # noqa: F811
-    """In training the model is asked for features only; in validation for logits, as ever."""
+    """In training the model is asked for features only; in validation for logits, as usual."""
     model = build_model(task)
     asked = []
     forward = type(model).forward

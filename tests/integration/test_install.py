@@ -16,7 +16,7 @@ EXTRAS = (
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Environment variables for a process that finds the installed wheel, in a folder with a space, first."""
+    """Environment variables for a process that imports the installed wheel, from a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("wheel")
     target = folder / "site packages"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")

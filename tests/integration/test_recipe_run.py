@@ -1,4 +1,4 @@
-"""`encourage-mt run` and the scripts around it, as a user drives them."""
+"""Test `encourage-mt run` and the scripts around it, as a user runs them."""
 
 import json
 import os

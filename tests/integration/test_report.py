@@ -1,4 +1,4 @@
-"""The report of two criteria and two seeds: complete, self-contained, escaped, readable in a browser."""
+"""Check the report of two criteria and two seeds: complete, self-contained, escaped, readable in a browser."""
 
 import html
 import re
@@ -28,7 +28,7 @@ NASTY = '<script>document.title = "gone"</script> & <b>"bold"</b> ' + "long" * 1
 
 @pytest.fixture(scope="session")
 def reported(work, tmp_path_factory):
-    """The folder of a report by the command line, of runs in whose texts markup and a very long word were planted.
+    """The folder of a report made by the command line; markup and a very long word were put into the texts of its runs.
 
     Line 3 of the candidate is garbage, line 5 of the baseline.
     """

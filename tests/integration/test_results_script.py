@@ -1,4 +1,4 @@
-"""scripts/results.py: the tables of README and docs are those of the runs in results/, and how results get there."""
+"""Test scripts/results.py: tables of README and docs agree with the runs in results/; new runs are added there."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""scripts/train.sbatch with stand-ins for SLURM's commands."""
+"""Test scripts/train.sbatch with replacements for SLURM's commands."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The GPU kernels compiled for three architectures, three types, every bonus and every alignment of rows."""
+"""Compile the GPU kernels for three architectures, three types, every bonus and every alignment of rows."""
 
 from compiled_kernels import check_compiled
 

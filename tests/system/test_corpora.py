@@ -1,4 +1,4 @@
-"""The recipes of examples/ on archives with the inner layout of the real ones; outputs checked by hand."""
+"""Run the recipes of examples/ on archives with the layout of the real ones; outputs were checked by hand."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""One training on several processes: the tokens per update stay, and so do figures and parameters."""
+"""Train on several processes: tokens per update, values and parameters are those of one process."""
 
 import socket
 import subprocess
@@ -103,7 +103,7 @@ def free_port():
 
 
 def test_hydra_trains_the_same_from_a_yaml_of_the_recipe(two, tmp_path):
-    """Two machines of one process each, started as on two nodes; in fp32, though the YAML is the one for bf16."""
+    """Two machines of one process each, started as on two nodes; in fp32, although the YAML was written for bf16."""
     run = open_run(two).model_copy(update={"folder": tmp_path})
     for name in ("train.yaml", "train1.yaml"):
         (tmp_path / name).write_text(hydra_config(run).replace("bf16: true", "bf16: false"))

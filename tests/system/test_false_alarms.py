@@ -1,4 +1,4 @@
-"""How often sacreBLEU's paired tests find a difference between systems that do not differ."""
+"""Count how often sacreBLEU's paired tests report a difference between systems that do not differ."""
 
 import functools
 

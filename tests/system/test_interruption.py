@@ -1,4 +1,4 @@
-"""Trainings and commands that are stopped, killed, or run out of disk.
+"""Stop trainings and commands, kill them, and let them run out of disk.
 
 KILLS=20 in the environment sets how often the tests at random moments kill (default: 2).
 """

@@ -1,4 +1,4 @@
-"""The command line: quick help, mistakes in one line."""
+"""Test the command line: quick help, mistakes in one line."""
 
 import subprocess
 import sys

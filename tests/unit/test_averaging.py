@@ -1,4 +1,4 @@
-"""Averaging checkpoints, on hand-made ones."""
+"""Average checkpoints that were made by hand."""
 
 import argparse
 import runpy
@@ -62,7 +62,7 @@ def test_the_last_are_chosen_by_number_not_by_name(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypatch):
-    """Beside the sum, only the checkpoint just read is alive."""
+    """Only the sum and the checkpoint that was read last are in memory."""
     paths = [checkpoint(tmp_path / f"{i}.pt", 1.0) for i in range(6)]
     read, alive = [], []
     load = averaging.load_checkpoint

@@ -1,4 +1,4 @@
-"""Every backend of the loss with sizes, extreme logits, number types, reductions and memory that go wrong easily."""
+"""Test every backend of the loss with difficult sizes, logits, number types, reductions and memory."""
 
 import math
 import os
@@ -33,7 +33,7 @@ from encourage_mt.loss.options import LossOptions
 @each_backend
 @pytest.mark.parametrize("vocabulary", [2, 3, 5, 63, 64, 65, 128, 200, 1000])
 def test_vocabulary(vocabulary, backend):
-    """Whole and broken groups of 64 types."""
+    """Groups of 64 types, complete and incomplete."""
     logits, target = random_batch(20, vocabulary)
     for bonus in BONUSES:
         assert_right(logits, target, options_of(bonus, bonus_weight=1.3), backend)
@@ -42,7 +42,7 @@ def test_vocabulary(vocabulary, backend):
 @each_backend
 @pytest.mark.parametrize("bonus", [{"bonus": "log"}, {"bonus": "cosine"}], ids=name_of)
 def test_many_rows(bonus, backend):
-    """More than a block of them, and a block that is not full; with and without gradient the same values."""
+    """Several blocks, the last one not full; the values are the same with and without gradient."""
     logits, target = random_batch(1200, 1000)
     assert chunked.BLOCK_ELEMENTS // 1000 < 1200
     outcome = assert_right(logits, target, options_of(bonus), backend)
@@ -54,7 +54,7 @@ def test_many_rows(bonus, backend):
 @each_backend
 @each_bonus
 def test_large_vocabulary(bonus, backend):
-    """From all types alike to a few that share all mass: few, some and many p above what chunked takes for small."""
+    """From equal logits to a few types with all the mass: few, some and many p exceed the threshold of chunked."""
     for spread in (0.0, 1.0, 2.0, 4.0):
         logits, target = random_batch(3, 9001, spread=spread)
         logits[1, 9000] = logits[1].max()  # a tie of the top, its second type in the broken last group
@@ -84,7 +84,7 @@ def test_large_logits(bonus, smoothing, backend):
 @each_backend
 @each_smoothing
 def test_ties(smoothing, backend):
-    """Types that share the top logit get the same gradient, whichever is taken for the top."""
+    """Types that share the highest logit get the same gradient."""
     logits = torch.zeros(3, 70)
     logits[1:, [3, 68]] = 9.0  # in different groups
     _, gradient = assert_right(logits, torch.tensor([0, 3, 5]), options_of({"bonus": "log"}, smoothing), backend)
@@ -95,7 +95,7 @@ def test_ties(smoothing, backend):
 @each_backend
 @each_smoothing
 def test_few_rows(smoothing, backend):
-    """One row, none, and pads only."""
+    """One row, no row, and only padding."""
     options = LossOptions(label_smoothing=smoothing)
     assert_right(*random_batch(1, 33), options, backend)
     for logits, target in (
@@ -127,7 +127,7 @@ def test_a_broken_row_is_nan_throughout(bad, smoothing, backend):
 @each_backend
 @each_bonus
 def test_masked_types(bonus, backend):
-    """Types at -inf, a model's way to forbid them, are as good as absent; only smoothing asks for their p."""
+    """Types at -inf, which a model uses to forbid them, do not count; only smoothing needs their p."""
     logits, target = random_batch(4, 200)
     allowed = torch.arange(200) % 3 != 1
     allowed[64:128] = False  # a whole group
@@ -291,7 +291,7 @@ def test_backward_again(reduce, scale, backend):
 
 @each_backend
 def test_double_backward_is_right_or_refused(backend):
-    """A gradient penalty is never dropped without a word."""
+    """A gradient penalty is never ignored silently."""
     logits, target = random_batch(6, 9, dtype=torch.float64)
     logits.requires_grad_()
 
@@ -354,7 +354,7 @@ def test_the_loss_may_be_changed_in_place(backend, reduce):
 
 
 def test_memory_kept_for_the_gradient_is_never_shared():
-    """Gradients that are alive at once lie apart, whatever is freed in between; only then is a buffer taken again."""
+    """Gradients in use at the same time never share memory; a buffer is reused only after its gradient is freed."""
     chunked.release_memory()
     logits, target = random_batch(40, 300)
 

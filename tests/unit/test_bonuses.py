@@ -1,4 +1,4 @@
-"""The registry of bonuses: a contract that each one keeps, and bonuses from a user's own file."""
+"""Test the registry of bonuses: the contract of every bonus, and bonuses from a user's own file."""
 
 import logging
 import sys
@@ -123,7 +123,7 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("name", ["my_bonus:square", "my_bonus:squared", "my_bonus:plain"])
 def test_a_bonus_in_a_file_of_the_user(name, user_file, caplog):
-    """It gives what power 2 gives, its slope made by autograd, from every backend; without a linear form slowly."""
+    """All backends give the values of power 2 and its slope by autograd; without `linear`, the reference is used."""
     logits, target = random_batch(5, 70)
     options = LossOptions(bonus=name, label_smoothing=0.1)
     expected = EncouragingLoss(bonus="power", label_smoothing=0.1, backend="reference")(logits, target)

@@ -1,4 +1,4 @@
-"""Comparing runs: differences that were planted, refusals, and what is kept in comparison.json."""
+"""Compare runs: differences made on purpose, refusals, and the content of comparison.json."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def bench(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """sacreBLEU's tests with 199 samples, not 1,000 and 10,000."""
+    """Run sacreBLEU's tests with 199 samples instead of 1,000 and 10,000."""
     monkeypatch.setattr(significance, "PairedTest", functools.partial(PairedTest, n_samples=199))
 
 

@@ -1,4 +1,4 @@
-"""The measurements of a model made by hand, against closed forms."""
+"""Compare the measurements of a hand-made model with closed forms."""
 
 import math
 

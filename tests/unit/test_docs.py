@@ -39,7 +39,7 @@ def test_relative_links_exist(page):
 
 
 def commands(page: Path):
-    """Yield the words after `encourage-mt` of each command of a page; scripts/run.sh and its like are spelled out."""
+    """Yield the words after `encourage-mt` of each command of a page; replace scripts/run.sh etc. by their command."""
     text = "\n".join(blocks(page.read_text(encoding="utf-8"), "bash")).replace("\\\n", " ")
     for line in text.splitlines():
         words = shlex.split(line, comments=True)

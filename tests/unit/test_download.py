@@ -1,4 +1,4 @@
-"""Downloads from a server that truncates, redirects, fails and lies; files that are found locally."""
+"""Download from a server that truncates, redirects, fails and lies; find files locally."""
 
 import gzip
 import hashlib

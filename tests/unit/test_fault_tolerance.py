@@ -1,4 +1,4 @@
-"""Whole checkpoints, corrupted ones, and the stop on SIGTERM, without a training."""
+"""Test saving, restoring and checking of checkpoints, and the stop on SIGTERM, without a training."""
 
 import errno
 import os

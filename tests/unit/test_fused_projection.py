@@ -1,4 +1,4 @@
-"""The output projection fused with the loss, against projection and loss apart."""
+"""Compare the fused output projection and loss with the two computed separately."""
 
 import pytest
 import torch

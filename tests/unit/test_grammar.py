@@ -1,4 +1,4 @@
-"""The generator of the toy corpus in examples/bundled_de_en."""
+"""Test the generator of the toy corpus in examples/bundled_de_en."""
 
 import hashlib
 import re

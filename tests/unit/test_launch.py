@@ -1,4 +1,4 @@
-"""The commands that train a run on one GPU, several, and several machines."""
+"""Test the commands that train a run on one GPU, several GPUs, and several machines."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The loss against the paper's values, a double loop in pure Python, finite differences and float64."""
+"""Compare the loss with the paper's values, a double loop in pure Python, finite differences and float64."""
 
 import json
 import logging

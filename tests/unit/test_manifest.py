@@ -1,4 +1,4 @@
-"""manifest.json: both formats are read, and whatever else it holds is refused in one line."""
+"""Test manifest.json: both formats are read; any other content is refused in one line."""
 
 import copy
 import json

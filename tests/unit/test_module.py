@@ -1,4 +1,4 @@
-"""`EncouragingLoss` and `encouraging_loss` in the place of torch's cross entropy, and their options."""
+"""Test `EncouragingLoss` and `encouraging_loss` as replacements for torch's cross entropy, and their options."""
 
 import dataclasses
 import inspect
@@ -144,7 +144,7 @@ def test_unsupported_arguments_are_refused_by_name():
     ],
 )
 def test_every_option_changes_loss_and_gradient(base, option, value, backend):
-    """By far more than rounding, in float64: an option that is not passed on would change nothing."""
+    """The change is far larger than rounding in float64: an option that is not passed on would change nothing."""
     logits, target = random_batch(6, 9, dtype=torch.float64)
     before, gradient_before = terms_and_gradient(logits, target, LossOptions(**base), backend)
     after, gradient_after = terms_and_gradient(logits, target, LossOptions(**{**base, option: value}), backend)

@@ -1,4 +1,4 @@
-"""Children that end with their parent, locks, and the environment of jobs."""
+"""Test children that end with their parent, locks, and the environment of jobs."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""R-Drop against a few lines of plain PyTorch."""
+"""Compare R-Drop with a few lines of plain PyTorch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recipes: a mistake is refused in one line that names file and key, and the other forms of a recipe."""
+"""Test recipes: mistakes are refused in one line that names file and key; reversed and modern forms."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""scores.json, comparison.json and analysis.json: read as written, or refused in one line that names file and key."""
+"""Test scores.json, comparison.json, analysis.json: read as written, or refused in one line with file and key."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""run.json: written, read, upgraded from version 0.1, and refused in one line where it is damaged."""
+"""Test run.json: written, read, upgraded from version 0.1, and refused in one line where it is damaged."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ COMMAND = (
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run that was saved, whose data is taken for prepared."""
+    """A saved run whose data counts as prepared."""
     monkeypatch.setattr(PreparedData, "open", lambda folder: None)
     folder = tmp_path / "el.seed1"
     fields = {"recipe": "r", "arm": "el", "seed": 1, "average": 2, "beam": 5, "lenpen": 1.0, "precision": "fp32"}

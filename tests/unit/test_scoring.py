@@ -1,4 +1,4 @@
-"""Scores against the sacrebleu command line, tokenizers by language, COMET by a stand-in for its package."""
+"""Compare scores with the sacrebleu command; test tokenizers by language, and COMET with a fake package."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A stand-in for unbabel-comet 9.9: the score is what its model file says; it notes what it was asked."""
+    """A fake unbabel-comet 9.9: it returns the score in its model file and records its arguments."""
     packages = tmp_path / "packages"
     (packages / "unbabel_comet-9.9.dist-info").mkdir(parents=True)
     (packages / "unbabel_comet-9.9.dist-info" / "METADATA").write_text("Name: unbabel-comet\nVersion: 9.9\n")

@@ -1,4 +1,4 @@
-"""Significance: t-tests against closed forms and tables, false alarms over many draws, sacreBLEU's paired tests."""
+"""Compare t-tests with closed forms and tables; count false alarms; test sacreBLEU's paired tests."""
 
 import functools
 import math
@@ -86,7 +86,7 @@ def test_the_seeds_needed_give_80_percent_power(monkeypatch):
 
 @pytest.mark.parametrize("sizes, first", [((5, 5), 1), ((4, 6), 11)], ids=["paired", "Welch"])
 def test_two_halves_of_one_system_differ_at_the_nominal_rate(sizes, first, monkeypatch):
-    """1,000 draws of one system's seeds, dealt to two sides: 5% false alarms, 95% of the intervals hold 0."""
+    """1,000 draws of one system's seeds, divided between two sides: 5% false alarms, 95% of the intervals contain 0."""
     monkeypatch.setattr(significance, "seeds_needed", lambda *arguments, **options: None)
     rng = np.random.default_rng(sum(sizes) + first)
     alarms, held, better = 0, 0, 0
@@ -159,7 +159,7 @@ def test_a_p_value_is_never_printed_as_zero():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """sacreBLEU's tests with 199 samples, not 1,000 and 10,000."""
+    """Run sacreBLEU's tests with 199 samples instead of 1,000 and 10,000."""
     monkeypatch.setattr(significance, "PairedTest", functools.partial(PairedTest, n_samples=199))
 
 

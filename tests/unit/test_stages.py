@@ -1,4 +1,4 @@
-"""The process pool that prepares text: order, memory, workers that die, and a parent that dies."""
+"""Test the process pool that prepares text: order, memory, workers that die, and a parent that dies."""
 
 import multiprocessing
 import os

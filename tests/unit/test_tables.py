@@ -1,4 +1,4 @@
-"""The tables of runs, arms, diagnostics, epochs and published figures."""
+"""Test the tables of runs, arms, diagnostics, epochs and published figures."""
 
 import pytest
 from conftest import write_recipe

@@ -1,4 +1,4 @@
-"""Tokens and pieces equal those of sacremoses and subword-nmt."""
+"""Check that tokens and pieces equal those of sacremoses and subword-nmt."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The settings of a training as its checkpoint records them."""
+"""Test the settings of a training that are read from its checkpoint."""
 
 from argparse import Namespace
 
@@ -28,7 +28,7 @@ def checkpoint_state(**changes):
 
 
 def differing(**changes):
-    """Settings of a training that `changes` to its options change."""
+    """Return the settings of a training that differ after `changes` to its options."""
     before, after = (training_settings(state) for state in (checkpoint_state(), checkpoint_state(**changes)))
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 

@@ -1,4 +1,4 @@
-"""From the lines of fairseq-generate, written here by hand, to a translation and its scores."""
+"""Make a translation and its scores from hand-written lines of fairseq-generate."""
 
 import io
 

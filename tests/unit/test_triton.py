@@ -1,4 +1,4 @@
-"""The GPU kernels: on a GPU if there is one, otherwise their logic in Triton's interpreter."""
+"""Test the GPU kernels: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The GPU kernels compiled for GPUs that are not there: no spills, and accesses as wide as rows are aligned."""
+"""Check GPU kernels compiled without a GPU: no spills, and memory accesses as wide as the alignment allows."""
 
 from compiled_kernels import check_compiled
 
