@@ -11,8 +11,7 @@ spill. Loads and stores are 16 bytes wide if every row starts at a multiple of 1
 V % 8 == 0 in half types, V % 4 == 0 in float32. Otherwise they are as wide as the start of a row allows: V % 4 gives
 8 bytes and V % 2 gives 4 bytes in half types, V % 2 gives 8 bytes in float32, and an odd V gives one value at a time.
 
-Tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1) and compile them for GPUs without having one
-(benchmarks/gpu_bounds.py).
+Tests run the kernels in Triton's interpreter, and compile them without a GPU (benchmarks/gpu_bounds.py).
 """
 
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
