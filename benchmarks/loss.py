@@ -1,20 +1,28 @@
 #!/usr/bin/env python3
-"""Measure time and memory of the loss and its gradient, compared with fairseq's label-smoothed cross entropy.
+"""Time and memory of the loss and its gradient, against fairseq's label-smoothed cross entropy (LSCE).
 
-All implementations run interleaved in one process. Times are medians over repeats after a warm-up; memory is the peak
-beyond what was in use before. The machine may be noisy: compare only ratios within one table.
+All rows of a table run in turn in one process; times are medians. On a CPU each table is made twice, because it decides
+most of the baseline's time: with freed memory kept by the process, as trainings here and programs under jemalloc run,
+and with glibc's defaults, which give large blocks back to the kernel and get them zeroed page by page. Memory is the
+peak beyond what was held before, taken with glibc's defaults. Compare ratios within one table only.
 """
 
 import argparse
+import functools
 import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from fairseq_models import MODELS, build
 
 from encourage_mt.environment import describe_hardware
 from encourage_mt.loss import chunked
@@ -24,8 +32,15 @@ from encourage_mt.loss.options import LossOptions
 
 EL = LossOptions(label_smoothing=0.1, smoothing_convention="fairseq")
 CE = LossOptions(bonus="none", label_smoothing=0.1, smoothing_convention="fairseq")
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1152921504606846976"}
+BASELINE = "fairseq LSCE"
+ROOFLINE = "roofline: copy the logits once"
+TOKENS = 2048
+VOCABULARIES = (6000, 10000, 32000)
+SPREADS = (0, 1, 2, 3, 4)
 PAD = 1
 FEATURES = 512
+SECONDS = 1  # for each row; no row runs more often than --repeats
 
 
 def fairseq_lsce(logits, target):
@@ -41,93 +56,94 @@ def ours(options, backend):
 
 
 def from_logits(device):
-    """Return {row: (logits, target) -> loss}; the others are compared with the first."""
-    rows = {
-        "fairseq LSCE": fairseq_lsce,
-        "EL reference": ours(EL, "reference"),
-        "EL reference, torch.compile": torch.compile(ours(EL, "reference")),
-        "EL chunked": ours(EL, "chunked"),
-        "CE chunked": ours(CE, "chunked"),
-    }
+    """Return {row: (logits, target) -> loss}; the first row is the baseline."""
+    fast = "triton" if device == "cuda" else "native"
+    rows = {BASELINE: fairseq_lsce, f"EL {fast}": ours(EL, fast), f"CE {fast}": ours(CE, fast)}
+    rows |= {"EL chunked": ours(EL, "chunked"), "EL reference": ours(EL, "reference")}
     if device == "cuda":
-        rows |= {"EL triton": ours(EL, "triton"), "CE triton": ours(CE, "triton")}
         try:
             from liger_kernel.transformers.functional import liger_cross_entropy
         except ImportError:
             return rows
         rows["Liger cross entropy"] = lambda logits, target: liger_cross_entropy(
             logits.clone(), target, ignore_index=PAD, reduction="sum", label_smoothing=0.1
-        )  # it writes its gradient over the logits, which here are kept
+        )  # the clone is there because it overwrites the logits
     return rows
 
 
-def from_features(device):
-    """Return {row: (features, weight, target) -> loss}, with the output projection included."""
+def from_features():
+    """Return {row: (features, weight, target) -> loss}, with the output projection; the first row is the baseline."""
     rows = {
-        "projection, fairseq LSCE": lambda x, w, y: fairseq_lsce(x @ w.T, y),
-        "projection, EL chunked": lambda x, w, y: ours(EL, "chunked")(x @ w.T, y),
-        "EL fused projection": lambda x, w, y: projected_loss_terms(x, w, y, EL, PAD)[0].loss,
-        "CE fused projection": lambda x, w, y: projected_loss_terms(x, w, y, CE, PAD)[0].loss,
+        f"projection, {BASELINE}": lambda x, w, y: fairseq_lsce(x @ w.T, y),
+        "projection, EL": lambda x, w, y: ours(EL, "auto")(x @ w.T, y),
+        "EL, fused projection": lambda x, w, y: projected_loss_terms(x, w, y, EL, PAD)[0].loss,
     }
     if hasattr(F, "linear_cross_entropy"):
-        rows["torch linear_cross_entropy"] = lambda x, w, y: F.linear_cross_entropy(
-            x, w, y, reduction="sum", ignore_index=PAD, label_smoothing=0.1
-        )
-    if device == "cuda":
-        try:
-            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        except ImportError:
-            return rows
-        rows["Liger fused linear cross entropy"] = lambda x, w, y: liger_fused_linear_cross_entropy(
-            x, w, y, ignore_index=PAD, reduction="sum", label_smoothing=0.1
+        of_torch = functools.partial(F.linear_cross_entropy, reduction="sum", ignore_index=PAD)
+        options = torch.nn.LinearCrossEntropyOptions()  # its chunks; it has them without label smoothing only
+        rows["torch linear_cross_entropy, not chunked"] = functools.partial(of_torch, label_smoothing=0.1)
+        rows["torch linear_cross_entropy, chunked (options=...), no smoothing"] = functools.partial(
+            of_torch, options=options
         )
     return rows
 
 
-def make_input(tokens, vocabulary, dtype, device):
-    """Return (logits, features, weight, target) like a half-trained model's: targets have p from near 0 to near 1.
-
-    logits [tokens, vocabulary] are noise of deviation 2 with the target up to 20 above; a tenth of the targets is
-    padding. features [tokens, FEATURES] and weight [vocabulary, FEATURES] stand for the same with the projection.
-    """
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(tokens, vocabulary, generator=generator)
-    target = torch.randint(2, vocabulary, (tokens,), generator=generator)
-    logits[torch.arange(tokens), target] += 20 * torch.rand(tokens, generator=generator)
-    weight = torch.randn(vocabulary, FEATURES, generator=generator) / FEATURES**0.5
-    features = torch.randn(tokens, FEATURES, generator=generator) + 20 * torch.rand(tokens, 1) * weight[target]
+def make_target(vocabulary, device):
+    target = torch.randint(2, vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0))
     target[::10] = PAD
-    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (logits, features, weight)]
-    return *leaves, target.to(device)
+    return target.to(device)
 
 
-class PeakMemory:
-    """Measures the peak bytes beyond those at the start of the block: of the process, or of CUDA's allocator."""
-
-    def __init__(self, device):
-        self.cuda = device == "cuda"
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-            self.before = self._status("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        self.bytes = (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
-
-    @staticmethod
-    def _status(field):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
+def make_logits(vocabulary, spread, target):
+    """Return logits [TOKENS, vocabulary]: noise of deviation `spread`, the target up to 20 above it if spread is 2."""
+    generator = torch.Generator().manual_seed(1)
+    logits = spread * torch.randn(TOKENS, vocabulary, generator=generator)
+    if spread == 2:
+        logits[torch.arange(TOKENS), target.cpu()] += 20 * torch.rand(TOKENS, generator=generator)
+    return logits.to(target.device)
 
 
-def timed(action, device):
-    """Return the seconds that `action()` takes."""
+def train_logits(vocabulary):
+    """Return logits [TOKENS, vocabulary] and targets of a small model, trained here on a made-up language.
+
+    The next word is a function of the present one, or, one time in four, drawn from Zipf's distribution.
+    """
+    torch.manual_seed(0)
+    zipf = 1 / torch.arange(1, vocabulary - 1).float()
+    model = torch.nn.Sequential(torch.nn.Embedding(vocabulary, 128), torch.nn.Linear(128, vocabulary))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    successors = torch.randperm(vocabulary - 2) + 2
+    for _ in range(60):
+        words = torch.multinomial(zipf, TOKENS, replacement=True)
+        drawn = torch.multinomial(zipf, TOKENS, replacement=True) + 2
+        target = torch.where(torch.rand(TOKENS) < 0.25, drawn, successors[words])
+        optimizer.zero_grad()
+        logits = model(words)
+        F.cross_entropy(logits, target, label_smoothing=0.1).backward()
+        optimizer.step()
+    return logits.detach(), target
+
+
+def peak_bytes(action, device):
+    """Return the peak bytes during action() beyond those held before: of the allocator (CUDA) or the process (CPU)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak back to the present size
+    before = _status("VmRSS")
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def seconds_of(action, device):
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -137,161 +153,163 @@ def timed(action, device):
     return time.perf_counter() - started
 
 
-def interleaved(actions, device, repeats, prepare=lambda: None):
-    """Return {name: (median seconds, peak extra bytes)} of {name: action}, each run `repeats` times in turn."""
+def interleave(actions, device, repeats, reset=lambda: None):
+    """Return {name: (median seconds, peak bytes)} of {name: action}; the actions run in turn."""
     seconds = {name: [] for name in actions}
     peaks = {}
-    for repeat in tqdm(range(repeats + 1), unit="round", leave=False):
+    for name, action in actions.items():  # warm up
+        reset()
+        action()
+        reset()
+        chunked.release_memory()
+        peaks[name] = peak_bytes(action, device)
+    for _ in range(repeats):
         for name, action in actions.items():
-            prepare()
-            if repeat == 0:  # warm-up: compiles, allocates
-                action()
-                prepare()
-                chunked.release_memory()
-                with PeakMemory(device) as peak:
-                    action()
-                peaks[name] = peak.bytes
-            else:
-                seconds[name].append(timed(action, device))
+            if sum(seconds[name]) < SECONDS:
+                reset()
+                seconds[name].append(seconds_of(action, device))
     return {name: (statistics.median(values), peaks[name]) for name, values in seconds.items()}
 
 
-def bench_loss(tokens, vocabulary, dtype, device, repeats):
-    """Return the rows for loss and gradient at one size."""
-    *leaves, target = make_input(tokens, vocabulary, dtype, device)
-    logits, features, weight = leaves
+def measure(functions, inputs, target, device, repeats, others=None):
+    """Return {row: (seconds, peak bytes)}: loss and gradient of each function of (*inputs, target), and `others`."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
 
-    def forget():
+    def reset():
         for leaf in leaves:
             leaf.grad = None
 
+    actions = {name: (lambda f=f: f(*leaves, target).backward()) for name, f in functions.items()}
+    return interleave(actions | (others or {}), device, repeats, reset)
+
+
+def bench_sizes(dtypes, device, memory, repeats, quick):
+    """Return rows of all implementations for each size."""
     rows = []
-    for group, inputs in ((from_logits(device), (logits,)), (from_features(device), (features, weight))):
-        actions = {name: (lambda f=f, i=inputs: f(*i, target).backward()) for name, f in group.items()}
-        results = interleaved(actions, device, repeats, forget)
-        forget()
-        baseline_seconds, baseline_bytes = results[next(iter(group))]
-        for name, (seconds, peak) in results.items():
-            rows.append(
-                {
-                    "implementation": name,
-                    "tokens": tokens,
-                    "vocabulary": vocabulary,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "milliseconds": round(1e3 * seconds, 2),
-                    "time ratio": round(seconds / baseline_seconds, 3),
-                    "extra MiB": round(peak / 2**20, 1),
-                    "memory ratio": round(peak / baseline_bytes, 3),
-                }
-            )
-    room = torch.empty_like(logits, requires_grad=False)
-    copied = statistics.median(timed(lambda: room.copy_(logits.detach()), device) for _ in range(2 * repeats))
-    rows.append(
-        {
-            "implementation": "roofline: read logits, write gradient",
-            "tokens": tokens,
-            "vocabulary": vocabulary,
-            "dtype": str(dtype).removeprefix("torch."),
-            "milliseconds": round(1e3 * copied, 2),
-            "time ratio": round(copied / (rows[0]["milliseconds"] / 1e3), 3),
-        }
-    )
+    for vocabulary in VOCABULARIES[:1] if quick else VOCABULARIES:
+        for dtype in dtypes:
+            target = make_target(vocabulary, device)
+            logits = make_logits(vocabulary, 2, target).to(dtype)
+            size = {"vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch.")}
+            buffer = torch.empty_like(logits)
+            copy = {ROOFLINE: functools.partial(buffer.copy_, logits)}
+            name, function = list(from_logits(device).items())[1]
+            validation = {f"{name}, no gradient": functools.partial(function, logits, target)}
+            results = measure(from_logits(device), [logits], target, device, repeats, validation | copy)
+            rows += as_rows(results, size, 2 * logits.numel() * logits.itemsize, memory, results[ROOFLINE][0])
+            del logits, buffer, copy, validation
+            torch.manual_seed(2)
+            weight = (torch.randn(vocabulary, FEATURES) / FEATURES**0.5).to(device, dtype)
+            features = torch.randn(TOKENS, FEATURES).to(device, dtype)
+            results = measure(from_features(), [features, weight], target, device, repeats)
+            rows += as_rows(results, size, None, memory)
     return rows
 
 
-MODELS = {
-    "transformer_iwslt_de_en": ("transformer_iwslt_de_en", 10000, {}),
-    "4+4 layers, 128 wide": (
-        "transformer",
-        32000,
+def as_rows(results, size, bytes_moved, memory, copied=None):
+    baseline = next(iter(results.values()))
+    return [
         {
-            "encoder_layers": 4,
-            "decoder_layers": 4,
-            "encoder_embed_dim": 128,
-            "decoder_embed_dim": 128,
-            "encoder_ffn_embed_dim": 256,
-            "decoder_ffn_embed_dim": 256,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-        },
-    ),
-}
+            "implementation": name,
+            **size,
+            "ms": round(1e3 * seconds, 2),
+            "time / LSCE": round(seconds / baseline[0], 2),
+            "time / copy": round(seconds / copied, 2) if copied else None,
+            "GB/s": round(bytes_moved / seconds / 1e9, 1) if bytes_moved else None,
+            "extra MiB": round(peak / 2**20) if memory == "default" and name != ROOFLINE else None,
+        }
+        for name, (seconds, peak) in results.items()
+    ]
 
 
-def build(architecture, vocabulary, options):
-    """Return (model, sample, {criterion name: criterion}) for whole training steps on random text, made by fairseq."""
-    import fairseq.criterions
-    from fairseq.data import Dictionary
-    from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+def bench_spreads(repeats, quick):
+    """Return rows of one size for logits of several spreads and of a trained model."""
+    vocabulary = VOCABULARIES[0]
+    target = make_target(vocabulary, "cpu")
+    cases = {f"noise of deviation {spread}": (make_logits(vocabulary, spread, target), target) for spread in SPREADS}
+    if not quick:
+        cases["a trained model"] = train_logits(vocabulary)
+    functions = {BASELINE: fairseq_lsce, "EL native": ours(EL, "native"), "EL chunked": ours(EL, "chunked")}
+    actions, leaves = {}, []
+    for case, (logits, labels) in cases.items():
+        leaf = logits.requires_grad_()
+        leaves.append(leaf)
+        for name, function in functions.items():
+            actions[case, name] = lambda f=function, x=leaf, y=labels: f(x, y).backward()
 
-    from encourage_mt.plugin import criterion
+    def reset():
+        for leaf in leaves:
+            leaf.grad = None
 
-    dictionary = Dictionary()
-    for index in range(vocabulary - len(dictionary)):
-        dictionary.add_symbol(f"w{index}")
-    task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    arguments = argparse.Namespace(
-        **options, share_all_embeddings=True, max_source_positions=256, max_target_positions=256
-    )
-    ARCH_CONFIG_REGISTRY[architecture](arguments)
-    torch.manual_seed(0)
-    model = ARCH_MODEL_REGISTRY[architecture].build_model(arguments, task).train()
-    sentences, length = 80, 25
-    source, target = (torch.randint(4, vocabulary, (sentences, length)) for _ in range(2))
-    sample = {
-        "net_input": {
-            "src_tokens": source,
-            "src_lengths": torch.full((sentences,), length),
-            "prev_output_tokens": target.roll(1, dims=1),
-        },
-        "target": target,
-        "ntokens": target.numel(),
-    }
-    lsce = fairseq.criterions.label_smoothed_cross_entropy.LabelSmoothedCrossEntropyCriterion(task, False, 0.1)
-    el = criterion.LabelSmoothedEncouragingLossCriterion
-    criteria = {
-        "fairseq LSCE": lsce,
-        "EL": el(task, False, 0.1),
-        "EL reference": el(task, False, 0.1, loss_backend="reference"),
-        "CE (bonus none)": el(task, False, 0.1, bonus="none"),
-        "EL, fused projection": el(task, False, 0.1, fuse_projection=True),
-    }
-    return model, sample, criteria
+    results = interleave(actions, "cpu", 2 * repeats, reset)
+    return [
+        {
+            "logits": case,
+            **{f"{name}, ms": round(1e3 * results[case, name][0], 2) for name in functions},
+            "native / LSCE": round(results[case, "EL native"][0] / results[case, BASELINE][0], 2),
+        }
+        for case in cases
+    ]
 
 
-def bench_steps(repeats):
-    """Return the rows for whole training steps on CPU (forward, loss, backward, Adam), all with the same model."""
+@contextmanager
+def busy_cores(processes=2):
+    """Keep `processes` other processes computing during the block."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def bench_busy(repeats, quick):
+    """Return rows for each size while two other processes keep the cores busy."""
     rows = []
-    for name, (architecture, vocabulary, options) in MODELS.items():
+    functions = {BASELINE: fairseq_lsce, "EL native": ours(EL, "native"), "EL chunked": ours(EL, "chunked")}
+    for vocabulary in VOCABULARIES[:1] if quick else VOCABULARIES:
+        target = make_target(vocabulary, "cpu")
+        logits = make_logits(vocabulary, 2, target)
+        with busy_cores():
+            results = measure(functions, [logits], target, "cpu", 2 * repeats)
+        rows += [
+            {
+                "implementation": name,
+                "vocabulary": vocabulary,
+                "ms": round(1e3 * seconds, 1),
+                "time / LSCE": round(seconds / results[BASELINE][0], 2),
+            }
+            for name, (seconds, _) in results.items()
+        ]
+    return rows
+
+
+def bench_steps(repeats, quick):
+    """Return rows of training steps on a CPU: forward, loss, backward, Adam."""
+    rows = []
+    for name, (architecture, vocabulary, options) in list(MODELS.items())[: 1 if quick else None]:
         model, sample, criteria = build(architecture, vocabulary, options)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
 
         def step(criterion, model=model, sample=sample, optimizer=optimizer):
             optimizer.zero_grad()
-            loss, sample_size, _ = criterion(model, sample)
-            loss.backward()
+            criterion(model, sample)[0].backward()
             optimizer.step()
 
-        results = interleaved({row: (lambda c=c: step(c)) for row, c in criteria.items()}, "cpu", repeats)
+        results = interleave({row: (lambda c=c: step(c)) for row, c in criteria.items()}, "cpu", repeats)
         with torch.no_grad():
             logits = model(**sample["net_input"])[0].flatten(0, 1)
-        leaf, target = logits.requires_grad_(), sample["target"].flatten()
-
-        def loss_alone(function, leaf=leaf, target=target):
-            leaf.grad = None
-            function(leaf, target).backward()
-
-        functions = {"fairseq LSCE": fairseq_lsce, "EL": ours(EL, "auto")}
-        alone = interleaved({row: (lambda f=f: loss_alone(f)) for row, f in functions.items()}, "cpu", repeats)
+        functions = {BASELINE: fairseq_lsce, "EL": ours(EL, "auto"), "EL chunked": ours(EL, "chunked")}
+        alone = measure(functions, [logits], sample["target"].flatten(), "cpu", repeats)
         for row, (seconds, _) in results.items():
             rows.append(
                 {
                     "implementation": row,
                     "model": name,
                     "vocabulary": vocabulary,
-                    "target tokens": sample["ntokens"],
-                    "milliseconds": round(1e3 * seconds, 1),
-                    "tokens/s ratio": round(results["fairseq LSCE"][0] / seconds, 3),
+                    "ms": round(1e3 * seconds, 1),
+                    "tokens/s, of LSCE's": round(results[BASELINE][0] / seconds, 3),
                     "loss's share of the step": round(alone[row][0] / seconds, 3) if row in alone else None,
                 }
             )
@@ -299,47 +317,74 @@ def bench_steps(repeats):
 
 
 def as_table(rows):
-    """Return the rows as a Markdown table."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    """Return rows as a Markdown table, without columns that are empty."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(r.get(name) for r in rows)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join('' if row.get(c) is None else str(row[c]) for c in columns)} |" for row in rows]
     return "\n".join(lines)
+
+
+TABLES = ("sizes", "spreads", "busy", "steps")
+
+
+def rows_of(table, args, memory):
+    if table == "sizes":
+        dtypes = [torch.bfloat16, torch.float16] if args.device == "cuda" else [torch.float32]
+        return bench_sizes(dtypes, args.device, memory, args.repeats, args.quick)
+    return {"spreads": bench_spreads, "busy": bench_busy, "steps": bench_steps}[table](args.repeats, args.quick)
+
+
+def in_new_process(args, table, memory):
+    """Return the rows of a table made by this script in a process with the settings of `memory`."""
+    environment = {name: value for name, value in os.environ.items() if name not in KEPT}
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
+        argv = [sys.executable, __file__, "--tables", table, "--memory", memory, "--device", args.device]
+        argv += ["--repeats", str(args.repeats), "--output", output.name, *(["--quick"] if args.quick else [])]
+        environment |= KEPT if memory == "kept" else {}
+        subprocess.run(argv, env=environment, check=True, stdout=subprocess.DEVNULL)
+        return json.load(output)["tables"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where to run")
-    parser.add_argument("--quick", action="store_true", help="2,048 tokens, 10,000 types, few repeats")
     parser.add_argument(
-        "--steps", action="store_true", help="time whole training steps (on CPU) instead of the loss alone"
-    )
+        "--tables", nargs="+", choices=TABLES, default=["sizes"],
+        help="sizes: all implementations; spreads: logits of several kinds; busy: two other processes keep the cores "
+        "busy; steps: training steps; all but sizes run on a CPU",
+    )  # fmt: skip
+    parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help="settings of glibc (CPU)")
+    parser.add_argument("--repeats", type=int, default=15, help="most runs of a row")
+    parser.add_argument("--quick", action="store_true", help="the smallest size only")
     parser.add_argument("--output", type=Path, default=Path("bench_loss.json"), help="JSON file to write")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch finds no GPU")
-    if args.device == "cuda" and args.steps:
-        parser.error("--steps times the CPU; add --device cpu")
+        parser.error("--device cuda: torch finds no GPU on this machine")
+    if args.device == "cuda" and args.tables != ["sizes"]:
+        parser.error("--tables: only sizes runs on a GPU; add --device cpu for the others")
     logging.disable(logging.INFO)
-    repeats = 3 if args.quick else 7
-    if args.steps:
-        rows = bench_steps(repeats)
-    else:
-        sizes = [(2048, 10000)] if args.quick else [(2048, 10000), (2048, 32000), (8192, 10000)]
-        dtypes = [torch.float32]
-        if args.device == "cuda":
-            sizes += [] if args.quick else [(8192, 32000), (8192, 128000)]
-            dtypes = [torch.bfloat16, torch.float16]
-        rows = [row for size in sizes for dtype in dtypes for row in bench_loss(*size, dtype, args.device, repeats)]
+    tables = {}
+    for table in args.tables:
+        for memory in ("kept", "default") if args.memory == "both" and args.device == "cpu" else (args.memory,):
+            wanted = [value if memory == "kept" else None for value in KEPT.values()]
+            if args.device == "cuda" or [os.environ.get(name) for name in KEPT] == wanted:
+                made = {f"{table}, {memory} memory": rows_of(table, args, memory)}
+            else:
+                made = in_new_process(args, table, memory)
+            tables |= made
+            for name, rows in made.items():
+                print(f"\n{name}\n\n{as_table(rows)}", flush=True)
     result = {
         "machine": describe_hardware(args.device),
         "threads": torch.get_num_threads(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "rows": rows,
+        "tokens": TOKENS,
+        "tables": tables,
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{result['machine']}, {result['threads']} threads, torch {result['torch']}\n\n{as_table(rows)}\n")
-    print(f"Wrote {args.output}")
+    print(f"\n{result['machine']}, {result['threads']} threads, torch {result['torch']}; wrote {args.output}")
 
 
 if __name__ == "__main__":

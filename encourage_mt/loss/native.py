@@ -65,7 +65,10 @@ def supports(options: LossOptions) -> bool:
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return the terms, like `reference.loss_terms`; only loss has a gradient."""
-    return LossTerms(*_Native.apply(logits, target, ignored, reduce, *_arguments(options, logits.size(1))))  # type: ignore[no-untyped-call]
+    arguments = _arguments(options, logits.size(1))
+    if logits.requires_grad and torch.is_grad_enabled():
+        return LossTerms(*_Native.apply(logits, target, ignored, reduce, *arguments))  # type: ignore[no-untyped-call]
+    return LossTerms(*clone_terms(torch.ops.encourage_mt.terms(logits, target, ignored, *arguments), reduce))
 
 
 def terms_and_gradient_(
@@ -96,12 +99,12 @@ class _Native(torch.autograd.Function):
         ctx.arguments = bonus, options
         ctx.recompute = logits.dtype in (torch.float16, torch.bfloat16)
         operators = torch.ops.encourage_mt
-        if ctx.needs_input_grad[0] and not ctx.recompute:
-            terms, gradient = operators.terms_and_gradient(logits, target, ignored, None, bonus, options)
-            ctx.save_for_backward(gradient)
-        else:
+        if ctx.recompute:
             terms = operators.terms(logits, target, ignored, bonus, options)
             ctx.save_for_backward(logits, target, ignored)
+        else:
+            terms, gradient = operators.terms_and_gradient(logits, target, ignored, None, bonus, options)
+            ctx.save_for_backward(gradient)
         loss, nll_loss, bonus_term = clone_terms(terms, reduce)
         ctx.mark_non_differentiable(nll_loss, bonus_term)
         return loss, nll_loss, bonus_term
