@@ -141,6 +141,20 @@ def test_upstream_per_token_and_again():
         loss.backward()
 
 
+def test_torch_compile_keeps_the_graph_whole():
+    logits, target = make(4, 16)
+    options = LossOptions(label_smoothing=0.1)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(logits):
+        return loss_terms(logits * 2, target, options, PAD, backend="triton").loss
+
+    first, second = (logits.clone().requires_grad_() for _ in range(2))
+    compiled(first).backward()
+    loss_terms(second * 2, target, options, PAD, backend="triton").loss.backward()
+    torch.testing.assert_close(first.grad, second.grad)
+
+
 def test_auto_takes_the_kernels_on_a_gpu_only(monkeypatch):
     options = LossOptions(bonus_exponent=3.001)  # not used elsewhere, because the choice is cached
     assert find_backend("auto", options, "cuda", torch.float16) is triton_kernels
