@@ -53,8 +53,8 @@ def describe_hardware(device: str = "") -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    found = {package.metadata["Name"]: package.version for package in distributions()}
-    return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
+    installed = {package.metadata["Name"]: package.version for package in distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}
 
 
 def git_revision() -> str | None:

@@ -34,7 +34,7 @@ def matching(pattern: str, meaning: str) -> BeforeValidator:
 
 
 def within(low: float, high: float) -> Any:
-    """Return a check that a number lies between `low` and `high`, both included."""
+    """Return a check that a number is between `low` and `high`, both included."""
     return Field(ge=low, le=high)
 
 
@@ -70,7 +70,7 @@ def _check_path(value: Any) -> Any:
 
 
 def _check_files(value: Any, info: ValidationInfo) -> Any:
-    own = info.context or []  # files named on the command line may lie anywhere
+    own = info.context or []  # files named on the command line may be anywhere
     for files in file_lists(value) if isinstance(value, list) and value else [value]:
         if not isinstance(files, list) or len(files) not in (1, 2):
             raise ValueError(f"must be [source file, target file] or [tab-separated file], got {short_repr(files)}")

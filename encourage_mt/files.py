@@ -17,7 +17,7 @@ from .errors import UserError
 class Record(BaseModel):
     """Base of the records kept in files. Types are strict; unknown keys and numbers that are not finite are refused.
 
-    A record with a field `format` is refused if the file holds another number, or none.
+    A record with a field `format` is refused if the file has another number, or none.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)

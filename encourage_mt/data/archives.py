@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files import is_safe_relative_path
 
 MAX_MEMBERS = 100_000  # of an archive
-MAX_HEADER = 1 << 20  # bytes of an extended header, which holds a long name or the like
+MAX_HEADER = 1 << 20  # bytes of an extended header, which contains, for example, a long name
 MAX_RATIO, MIN_LIMIT = 100, 1 << 30  # text compresses by 3 to 10, a decompression bomb by 1,000 and more
 BLOCK = 1 << 20
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, lzma.LZMAError, zlib.error, struct.error)

@@ -26,7 +26,7 @@ class Binarized(NamedTuple):
 def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: int, log: Path) -> Binarized:
     """Make `folder`/data-bin from `folder`/pieces; the test sets become test, test1, ... in the order of the recipe.
 
-    With `piece_counts`, the dictionary holds every piece of the subword model, so every byte, even if train lacks it.
+    With `piece_counts`, the dictionary has every piece of the subword model, so every byte, even if train lacks it.
     Raises UserError, naming `log`, if fairseq-preprocess fails.
     """
     text, data_bin = folder / "pieces", folder / "data-bin"

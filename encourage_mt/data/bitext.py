@@ -113,7 +113,7 @@ def iterate_columns(path: Path, columns: list[int]) -> Iterator[tuple[str, str]]
 def iterate_pairs(files: list[Path], columns: list[int], dropped_tags: list[str]) -> Iterator[tuple[str, str]]:
     """Yield pairs of lines of a source and a target file, or of one tab-separated file.
 
-    The name decides how a file is read: .xml and .sgm hold segments, train.tags.* hold talks, others plain lines.
+    The name decides how a file is read: .xml and .sgm contain segments, train.tags.* talks, and others plain lines.
     Raises UserError if the sides differ in length, or as the readers above do.
     """
     if len(files) == 1:

@@ -48,7 +48,7 @@ def prepare(
     renamed, so it is complete or absent. Files come from `raw_dir`, or are downloaded into `download_dir`. `workers`
     processes (default: one per core) share the work; the result is the same for any number.
 
-    Raises UserError for bad input, and if the folder holds other data, unless `overwrite` is set.
+    Raises UserError for bad input, and if the folder contains other data, unless `overwrite` is set.
     """
     final = work_dir / "data"
     program_path("fairseq-preprocess")  # raises an error now rather than after the work
@@ -99,7 +99,7 @@ def _check_same(data: PreparedData, recipe: Recipe, sources: Sources) -> None:
 
 
 def _check_ours(final: Path) -> None:
-    """Refuse to overwrite a folder that holds anything except prepared data."""
+    """Refuse to overwrite a folder that contains anything except prepared data."""
     if final.exists():
         foreign = sorted({path.name for path in final.iterdir()} - CONTENT)
         if foreign or not (final / "manifest.json").exists():

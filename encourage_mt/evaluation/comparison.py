@@ -39,7 +39,7 @@ class Comparison(Record):
     explanation: ClassVar[str] = (
         "p (bootstrap) and p (randomization) come from sacreBLEU's paired tests over the sentences of one seed's test "
         "set. They say nothing about other seeds. The bootstrap is in effect one-sided: if there is no difference, it "
-        "falls below 0.05 about twice as often as the randomization. Gains of TER are reductions. Means are given with "
+        "falls below 0.05 about twice as often as the randomization. Gains of TER are reductions. Means have "
         "the standard deviation over seeds, gains with their 95% confidence interval."
     )
 
@@ -113,13 +113,13 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
 
 def _by_seed(runs, side):
     """Return {seed: (run, its result)} of one side."""
-    found = {}
+    by_seed = {}
     for run in runs:
         result = Result.read(run.folder)
-        if result.seed in found:
+        if result.seed in by_seed:
             raise UserError(f"{run.folder}: seed {result.seed} appears twice among the {side} runs")
-        found[result.seed] = (run, result)
-    return found
+        by_seed[result.seed] = (run, result)
+    return by_seed
 
 
 def _names(baseline, candidate):
@@ -150,7 +150,7 @@ def _compare_sentences(pair, split, data):
     """Return {metric: {"bs": p, "ar": p}} of two runs of one seed, if their translations are those that were scored."""
     references = data.read_text(split, data.target)
     systems = [read_translation(run, split, data, references) for run, _ in pair]
-    found = {}
+    p_values = {}
     for metric, (*scores, p) in paired_tests(*systems, references, data.target, data.lowercase).items():
         for (run, result), score in zip(pair, scores, strict=True):
             recorded = result.scores[split].get(metric)
@@ -159,8 +159,8 @@ def _compare_sentences(pair, split, data):
                     f"{run.folder}: the translation of {split} is not the one that was scored; "
                     f"run `encourage-mt evaluate {run.folder}`"
                 )
-        found[metric] = p
-    return found
+        p_values[metric] = p
+    return p_values
 
 
 def read_translation(run: Run, split: str, data: PreparedData, references: list[str]) -> list[str]:
@@ -176,7 +176,7 @@ def read_translation(run: Run, split: str, data: PreparedData, references: list[
 
 def differences(results: list[Result], parts=("evaluation", "training", "signatures")) -> list[str]:
     """Return the settings in which results differ, as "name: value or value", each value once, in order."""
-    found = []
+    differing = []
     for part in parts:
         settings = [_settings(result, part) for result in results]
         for name in dict.fromkeys(name for side in settings for name in side if name not in NOT_COMPARED):
@@ -185,8 +185,8 @@ def differences(results: list[Result], parts=("evaluation", "training", "signatu
                 if side.get(name) not in values:
                     values.append(side.get(name))
             if len(values) > 1:
-                found.append(f"{name}: {' or '.join(str(value)[:80] for value in values)}")
-    return found
+                differing.append(f"{name}: {' or '.join(str(value)[:80] for value in values)}")
+    return differing
 
 
 def _settings(result: Result, part: str) -> dict[str, Any]:
@@ -198,9 +198,9 @@ def _settings(result: Result, part: str) -> dict[str, Any]:
 def same_models(results: list[Result]) -> list[str]:
     """Return a line for each two results, of different seeds, whose averaged parameters are the same."""
     first: dict[str | None, Result] = {}
-    found = []
+    repeated = []
     for result in results:
         before = first.setdefault(result.weights_sha256, result)
         if result.weights_sha256 and before is not result:
-            found.append(f"seed: {before.name} and {result.name} are the same model")
-    return found
+            repeated.append(f"seed: {before.name} and {result.name} are the same model")
+    return repeated

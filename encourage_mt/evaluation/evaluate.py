@@ -25,7 +25,7 @@ from . import scoring
 from .averaging import average
 from .results import Evaluation, Result, Score
 
-UNFINISHED = ".evaluate"  # a folder in the run's; what it holds replaces earlier translations when all is scored
+UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier translations when all are scored
 
 
 def evaluate(run: Run, comet: Path | None = None) -> Result:

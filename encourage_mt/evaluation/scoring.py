@@ -40,7 +40,7 @@ def metrics(language: str, lowercase: bool = False) -> dict[str, Metric]:
 def score(hypotheses: list[str], references: list[str], language: str, lowercase: bool = False) -> dict[str, Score]:
     """Return {metric: Score} of detokenized text.
 
-    Raises UserError if the sides differ in length, all hypotheses are empty, or a reference holds <<unk>>.
+    Raises UserError if the sides differ in length, all hypotheses are empty, or a reference contains <<unk>>.
     """
     check(hypotheses, references)
     return {

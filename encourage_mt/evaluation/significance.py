@@ -26,8 +26,8 @@ class MetricComparison:
 
     sentence_p is {seed: {"bs" or "ar": p}} of `paired_tests`. The rest is computed from the scores: gain is the mean
     improvement (for TER the mean reduction), interval its 95% confidence interval and p the two-sided p-value of
-    `test`, both None if a side has only one seed. seeds_needed is the number of seeds a side that would show a gain of
-    this size with 80% power, None if it is above 1,000 or the spread is unknown.
+    `test`, both None if a side has only one seed. seeds_needed is the number of seeds per side that would show a gain
+    of this size with 80% power, None if it is above 1,000 or the spread is unknown.
     """
 
     metric: str
@@ -104,7 +104,7 @@ class MetricComparison:
         if self.p is None or self.interval is None:
             return (
                 f"Not enough evidence: {amount}, but one seed does not show how much seeds vary. Train at least 2 "
-                "seeds a side, better 5."
+                "seeds per side, or better 5."
             )
         p = f"p {'' if self.p < 0.001 else '= '}{format_p(self.p)}"
         evidence = f"95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}, {p}, {self.test}"
@@ -113,7 +113,7 @@ class MetricComparison:
         needed = f"about {self.seeds_needed:,}" if self.seeds_needed else f"more than {MAX_SEEDS:,}"
         return (
             f"Not enough evidence that {candidate} and {baseline} differ: {amount} ({evidence}). With this spread, "
-            f"{needed} seeds a side would show a gain of this size 4 times in 5."
+            f"{needed} seeds per side would show a gain of this size 4 times in 5."
         )
 
 
@@ -147,11 +147,11 @@ def paired_tests(
     metrics = scoring.metrics(language, lowercase)
     systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("candidate", candidate)]
     least = 0.5 ** (sum(a != b for a, b in zip(baseline, candidate, strict=True)) - 1)
-    found: dict[str, tuple[float, float, dict[str, float]]] = {}
+    tested: dict[str, tuple[float, float, dict[str, float]]] = {}
     for test in ("bs", "ar"):
         table: dict[str, Any] = PairedTest(systems, metrics, [references], test_type=test)()[1]
         columns = [column for name, column in table.items() if name != "System"]
         for metric, (first, second) in zip(metrics, columns, strict=True):
             p = 1.0 if np.isclose(first.score, second.score, atol=1e-6) else max(float(second.p_value), least)
-            found.setdefault(metric, (first.score, second.score, {}))[2][test] = p
-    return found
+            tested.setdefault(metric, (first.score, second.score, {}))[2][test] = p
+    return tested

@@ -161,7 +161,7 @@ def check_bonus(options: LossOptions) -> None:
         linear = bonus.linear(options) if callable(bonus.linear) else bonus.linear
         small = p < 0.01
         if linear is not None and ((value + linear * p).abs() > 10 * p**2 + 1e-15)[small].any():
-            raise ValueError(f"bonus {bonus.name}: near p = 0 it is not -{linear} p + O(p^2), as `linear` says")
+            raise ValueError(f"bonus {bonus.name}: its linear form is wrong: near p = 0 it is not -{linear} p + O(p^2)")
 
 
 # The bonuses of the package. Paper: the "normal" bonus is log with log_end 1, the "conservative" one log_end < 1.

@@ -216,7 +216,7 @@ def _columns(group: Tensor, vocabulary: int) -> Tensor:
 
 
 def _top(logits: Tensor, top_group: Tensor) -> Tensor:
-    """Return the type of the highest logit of each row [rows, 1], found in its group [rows, 1]."""
+    """Return the type of the highest logit of each row [rows, 1], given its group [rows, 1]."""
     columns = _columns(top_group.squeeze(1), logits.size(1))
     return columns.gather(1, logits.gather(1, columns).argmax(dim=1, keepdim=True))
 

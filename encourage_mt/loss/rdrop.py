@@ -60,7 +60,7 @@ class _WithDivergence(torch.autograd.Function):
     """Pass `logits` [2 * tokens, V] through and return half the sum of both divergences [tokens] with them.
 
     Because the logits pass through, the backward pass receives the gradient of the loss and adds its own to it in
-    place, so that there is only one gradient of the size of the logits. Nobody else holds that gradient.
+    place, so that there is only one gradient of the size of the logits. No other code uses that gradient.
     """
 
     @staticmethod

@@ -143,7 +143,7 @@ def load(path) -> dict:
 def load_checkpoint(path: Path) -> dict:
     """Return the state in a checkpoint file.
 
-    Raises UserError if it is missing or damaged, cannot be loaded safely, or holds no model.
+    Raises UserError if it is missing or damaged, cannot be loaded safely, or has no model.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")

@@ -63,7 +63,7 @@ def exit_if_not_saved(path: str):
     except (OSError, RuntimeError) as error:  # torch.save reports a failing write as RuntimeError
         reason = "no space left" if getattr(error, "errno", None) == errno.ENOSPC else first_line(error)
         logger.error(
-            "cannot save %s: %s. The checkpoints saved before are whole: free some space, then run the same command",
+            "cannot save %s: %s. The checkpoints saved before are intact: free some space, then run the same command",
             path,
             reason,
         )
@@ -133,7 +133,7 @@ def exit_if_trained(trainer) -> None:
 def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
     """Replace a checkpoint_last.pt that is damaged or missing by the newest intact checkpoint of `folder`.
 
-    The damaged one is kept as checkpoint_last.pt.damaged. Ends the process with exit code 2 if none is whole.
+    The damaged one is kept as checkpoint_last.pt.damaged. Ends the process with exit code 2 if none is intact.
     """
     last = folder / f"checkpoint_last{suffix}.pt"
     if last.exists():
@@ -158,13 +158,13 @@ def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
 
 def saved_checkpoints(folder: Path, suffix: str) -> list[Path]:
     """Return epoch and update checkpoints, newest first, then checkpoint_best.pt."""
-    found: dict[Path, tuple[float, float]] = {}
+    order: dict[Path, tuple[float, float]] = {}
     for path in folder.glob("checkpoint*.pt"):
         match = re.fullmatch(rf"checkpoint(?:_?(\d+)(?:_(\d+))?|_best){re.escape(suffix)}\.pt", path.name)
         if match:
             epoch, updates = match.groups()
-            found[path] = (int(epoch or -1), int(updates) if updates else float("inf"))
-    return sorted(found, key=found.__getitem__, reverse=True)
+            order[path] = (int(epoch or -1), int(updates) if updates else float("inf"))
+    return sorted(order, key=order.__getitem__, reverse=True)
 
 
 # --- stopping

@@ -122,7 +122,7 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
         middle = statistics.mean(ax.get_ylim())
         reach = max(1, *(abs(limit - middle) for limit in ax.get_ylim()))  # so that a small gain does not look large
         ax.set_ylim(middle - reach, middle + reach)
-        caption = "Each dot is a seed, a line joins the same seed, the bar is the mean."
+        caption = "Each dot is a seed, lines join dots of the same seed, and bars show the mean."
         charts.append(Chart(f"seeds_{split}", f"sacreBLEU on {split}", caption, figure))
     return charts
 
@@ -229,7 +229,7 @@ def by_frequency(sides: list[Side], field: str, ylabel: str) -> Chart:
     }
     rows = [sides[0].analyses[0].frequency[index] for index in kept]
     draw_bars(ax, values, [f"{name_range(row)}\n({row.tokens:,})" for row in rows])
-    caption = "Subwords, teacher-forced, by how often train has the type; number of target tokens in brackets."
+    caption = "Predictions of subwords, by how often the type occurs in train; number of target tokens in brackets."
     title = f"{'F1' if field == 'f1' else 'Accuracy'} of frequent and rare types"
     return Chart(f"frequency_{field}", title, caption, figure)
 

@@ -24,16 +24,16 @@ from .charts import Chart, bleu_by_length, diagnostic_charts, learning_curves, s
 DISAGREEMENTS = 10
 FILE_LIST = ".encourage-mt-report"  # in a report's folder: the files it consists of, one a line
 DIAGNOSTICS_NOTE = (
-    "Teacher-forced on valid: the model is given the true beginning of each sentence. The paper makes three claims: "
+    "Measured on valid, where the model gets the true beginning of each sentence. The paper makes three claims: "
     "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
-    "against that of other types, and the margin grows."
+    "relative to that of other types, and the margin grows."
 )
 
 
 def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Run], output: Path) -> None:
     """Write report.html, report.md, comparison.json and figures/ into the folder `output`, complete or not at all.
 
-    An earlier report there is replaced. Raises UserError if `output` holds anything else.
+    It replaces an earlier report there. Raises UserError if `output` contains anything else.
     """
     output = output.resolve()
     check_output(output)

@@ -132,8 +132,8 @@ def diagnostics_table(results: list[Result]) -> str:
     """Return a row for each arm: mean ± standard deviation of each of DIAGNOSTICS over the results that have them."""
     rows = []
     for arm, group in by_arm([result for result in results if result.diagnostics]).items():
-        found = [result.diagnostics or {} for result in group]
-        values = [[of_run[name] for of_run in found if name in of_run] for name in DIAGNOSTICS]
+        analyses = [result.diagnostics or {} for result in group]
+        values = [[of_run[name] for of_run in analyses if name in of_run] for name in DIAGNOSTICS]
         rows.append([arm, str(len(group)), *(format_mean(side, 3) if side else "" for side in values)])
     return markdown_table(["arm", "seeds", *DIAGNOSTICS], rows)
 

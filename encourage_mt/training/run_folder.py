@@ -41,7 +41,7 @@ class Provenance(TypedDict):
 
 
 class Run(Record):
-    """One training and how to score it. Its folder holds run.json (this), train.log, checkpoints/ and their scores.
+    """One training and how to score it. Its folder contains run.json (this), train.log, checkpoints/ and their scores.
 
     options are those of fairseq-train on one process, without dashes and in order; criterion and its own come last.
     Data, plugin and checkpoint folder are not among them, so a work directory may be moved.
@@ -64,7 +64,7 @@ class Run(Record):
 
     @classmethod
     def upgrade(cls, content: dict) -> dict:
-        """Return a run.json of version 0.1, which holds a command line, as format 2 has it."""
+        """Return a run.json of version 0.1, which contains a command line, as format 2."""
         if "format" not in content and isinstance(content.get("command"), str):
             content = {"format": 2, **content}
             content["options"] = parse_options(content.pop("command"))

@@ -113,7 +113,7 @@ def test_a_gain_within_the_spread_is_not_evidence_and_the_verdict_says_how_many_
     assert result.seeds_needed == seeds_needed(0.5, math.sqrt(0.75)) == 26
     line = result.verdict("ce", "el")
     assert line.startswith("Not enough evidence that el and ce differ: +0.50 sacreBLEU") and "\n" not in line
-    assert "about 26 seeds a side would show a gain of this size 4 times in 5" in line
+    assert "about 26 seeds per side would show a gain of this size 4 times in 5" in line
     assert "more than 1,000 seeds" in compared([30.0, 31.0], [31.0, 30.0]).verdict("ce", "el")
 
 
