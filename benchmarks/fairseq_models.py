@@ -1,4 +1,4 @@
-"""fairseq models, criteria and a batch of random text for benchmarks of training steps."""
+"""Make fairseq models, criteria and a batch of random text for benchmarks of training steps."""
 
 import argparse
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compile the GPU kernels without a GPU, and print bounds of their time from their instructions.
 
-Without options: a lower bound of the time per row, from the instruction counts and the published rates of two GPUs.
-It is a bound, not a measurement; benchmarks/loss.py --device cuda measures on a GPU. With --check CASES: registers,
-spills, and widths of loads and stores of the compiled kernels as JSON, for the tests.
+Without options, print a lower bound of the time per row, from the instruction counts and the published rates of two
+GPUs. It is a bound, not a measurement; benchmarks/loss.py --device cuda measures on a GPU. With --check CASES, print
+registers, spills, and widths of loads and stores of the compiled kernels as JSON, for the tests.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time and memory of the loss and its gradient, against fairseq's label-smoothed cross entropy (LSCE).
+"""Measure time and memory of the loss and its gradient, compared with fairseq's label-smoothed cross entropy (LSCE).
 
-All rows of a table run in turn in one process; times are medians. On a CPU each table is made twice, because it decides
-most of the baseline's time: with freed memory kept by the process, as trainings here and programs under jemalloc run,
-and with glibc's defaults, which give large blocks back to the kernel and get them zeroed page by page. Memory is the
-peak beyond what was held before, taken with glibc's defaults. Compare ratios within one table only.
+All rows of a table run in turn in one process; times are medians. On a CPU each table is made twice, because memory
+management decides most of the baseline's time: once with freed memory kept by the process, as in our trainings and
+under jemalloc, and once with glibc's defaults, which give large blocks back to the kernel and get them zeroed page by
+page. Memory is the peak beyond what was in use before, with glibc's defaults. Compare ratios only within one table.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def train_logits(vocabulary):
 
 
 def peak_bytes(action, device):
-    """Return the peak bytes during action() beyond those held before: of the allocator (CUDA) or the process (CPU)."""
+    """Return the peak bytes during action() beyond those before it: of the allocator (CUDA) or the process (CPU)."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

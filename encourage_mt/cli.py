@@ -1,4 +1,4 @@
-"""The command `encourage-mt`: from raw text to scores, comparisons and a report."""
+"""Run the command `encourage-mt`: from raw text to scores, comparisons and a report."""
 
 # Modules that do the work are imported when it begins, so that --help answers at once.
 

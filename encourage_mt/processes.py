@@ -75,8 +75,8 @@ def job_environment(jobs: int) -> dict[str, str]:
 def locked(folder: Path, node: int = 0):
     """Keep other processes out of `folder`, which is made if it is missing; yield the descriptor of the lock.
 
-    Machines that share the folder have a lock each, by their number `node`. A child that inherits the descriptor holds
-    the lock too, until it ends. Raises UserError, naming the holder, if another process holds it.
+    Each machine that shares the folder has its own lock, by its number `node`. A child that inherits the descriptor
+    keeps the lock too, until it ends. Raises UserError, which names the other process, if another one has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".lock{node or ''}"

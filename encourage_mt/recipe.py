@@ -173,8 +173,8 @@ class Published(Record):
 class Recipe(Record):
     """The content of a recipe.yaml.
 
-    data holds alternatives (in the file, a single one needs no list): the first whose files are all found locally is
-    used, otherwise the first one.
+    data is a list of alternatives (in the file, a single one needs no list). The first one whose files are all
+    available locally is used, otherwise the first one.
     """
 
     name: Name

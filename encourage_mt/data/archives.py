@@ -23,7 +23,7 @@ UNSUPPORTED = (NotImplementedError, RuntimeError)  # how zipfile refuses unknown
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A member whose extended header is not read if it is oversized: tarfile reads it into memory as a whole."""
+    """Refuses a member with an oversized extended header, because tarfile reads the whole header into memory."""
 
     def _proc_member(self, archive):  # the method that tarfile offers for overriding
         if not self.isreg() and self.size > MAX_HEADER:

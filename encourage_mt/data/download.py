@@ -38,7 +38,7 @@ def download(urls: list[str], path: Path, checksums: list[str]) -> str:
 
     A checksum is "sha256:...", "md5:..." or, weaker, "bytes:N". Without any, a file is accepted if the server says how
     long it is and it is not a web page. An unfinished download stays beside `path` as *.part; a later run resumes it if
-    there is a hash that will tell whether the result is right. Raises UserError with the reason for each address if all
+    there is a hash to check the result with. Raises UserError with the reason for each address if all
     fail, or if another process downloads into the same folder.
     """
     with locked(path.parent):
@@ -119,7 +119,7 @@ def _validator(response):
 def _check_response(response, held, validator, has_checksum):
     """Return (first byte, length of the whole file or None) of a response that can be used.
 
-    held, validator: the number of bytes we have, and which version they are of.
+    held, validator: the number of bytes we have, and the version of the file they belong to.
     """
     status, headers = response.status_code, response.headers
     hops = [hop.url for hop in (*response.history, response)]

@@ -43,7 +43,7 @@ def prepare(
 ) -> Path:
     """Return the folder `work_dir`/data with the prepared data of `recipe`, after making it if it does not exist.
 
-    It holds text/SPLIT.LANG (valid and tests as published, the references of all scores), tokenized/SPLIT.LANG (the
+    It contains text/SPLIT.LANG (valid and tests as published, the references of all scores), tokenized/SPLIT.LANG (the
     same as tokens, if the recipe tokenizes), subword.*, data-bin and manifest.json. It is written elsewhere and
     renamed, so it is complete or absent. Files come from `raw_dir`, or are downloaded into `download_dir`. `workers`
     processes (default: one per core) share the work; the result is the same for any number.

@@ -100,7 +100,7 @@ class TextStage:
     """Turns [(source, target)] into [(drop reason, source, target)]: normalized, tokenized, lowercased.
 
     The drop reason is "" unless the recipe cleans by tokens. is_train: the text is train, or held out of it; otherwise
-    it is a valid or test set with files of its own.
+    it is a valid or test set with its own files.
     """
 
     recipe: Recipe

@@ -31,7 +31,7 @@ UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier tra
 def evaluate(run: Run, comet: Path | None = None) -> Result:
     """Score `run` on valid and the test sets and return its scores.json; nothing is done if that is up to date.
 
-    Leaves average.pt and one detokenized translation a set (SPLIT.LANG) in the run's folder. Earlier scores and
+    Writes average.pt and one detokenized translation per set (SPLIT.LANG) into the run's folder. Earlier scores and
     translations stay as they are until new ones are complete. Raises UserError if checkpoints are missing or damaged,
     or the data is not what the model was trained on.
     """

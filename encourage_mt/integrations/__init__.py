@@ -1,1 +1,1 @@
-"""Adapters to other training frameworks."""
+"""Connect the loss to other training frameworks."""

@@ -20,7 +20,7 @@ class EncouragingLossForTrainer:
 
     The loss is a sum over tokens divided by `num_items_in_batch`, the number of targets that Trainer counts over all
     accumulated batches and all processes; without it (in evaluation) it is the mean over the targets of the batch.
-    Targets of -100 count nothing. `loss` is the `EncouragingLoss` inside, whose `bonus_weight` may be set during the
+    Targets of -100 are ignored. `loss` is the `EncouragingLoss` inside, whose `bonus_weight` may be set during the
     training.
 
     shift_labels: whether the logits at a position predict the label of the next one. Default: yes for outputs of

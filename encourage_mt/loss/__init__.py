@@ -1,4 +1,4 @@
-"""The encouraging loss for any PyTorch program; needs torch only, and imports it on first use."""
+"""Provide the encouraging loss for any PyTorch program; needs torch only, and imports it on first use."""
 
 from typing import TYPE_CHECKING, Any
 

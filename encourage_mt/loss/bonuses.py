@@ -1,8 +1,8 @@
 """Register bonuses b(p): the package's own (none, log, power, cosine) and those of users.
 
 A bonus is one elementwise function b(p, one_minus_p, options) with b(0) = 0, registered by name. `one_minus_p` is 1 - p
-with all its digits, also where p is so close to 1 that 1 - p as a difference has none: use it. In a file of your own,
-my_bonus.py:
+with full precision, even if p is so close to 1 that computing 1 - p would lose all digits: use it. Write, in a file of
+your own, my_bonus.py:
 
     from encourage_mt.loss import register_bonus
 

@@ -72,7 +72,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
     """Allocate the gradient.
 
     On CPU the buffer is reused, because page-faulting fresh memory takes a third of the run time. A tensor on a mapping
-    holds a reference to it, so a buffer that is still in use anywhere is never used again.
+    keeps a reference to it, so a buffer is never reused while any tensor still needs it.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     size = logits.numel() * dtype.itemsize

@@ -40,7 +40,7 @@ def loss_terms(
     """Return loss, likelihood and bonus of `logits` [tokens, V] for `target` [tokens].
 
     Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are computed in
-    float32; float64 stays. Tokens whose target is `ignore_index` count nothing and get no gradient. Backend
+    float32; float64 stays. Tokens whose target is `ignore_index` do not count and get no gradient. Backend
     "reference" is the plain expression; the others are fast, and only their loss term has a gradient; "auto" takes the
     fastest that can run here. Raises ValueError if shapes do not fit, V < 2, or the backend is unknown or cannot run.
     """

@@ -28,7 +28,7 @@ from .terms import LossTerms
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return the terms for `logits` [tokens, V] and `target` [tokens]: sums or, without `reduce`, values per token.
 
-    `ignored` [tokens] marks the tokens that count nothing; their target may be any type from 0 to V - 1.
+    `ignored` [tokens] marks the tokens that do not count; their target may be any type from 0 to V - 1.
     """
     target = target.unsqueeze(1)
     log_probs = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))

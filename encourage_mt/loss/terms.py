@@ -30,7 +30,7 @@ def clone_terms(terms: Tensor, reduce: bool) -> tuple[Tensor, Tensor, Tensor]:
 def refuse_double_backward() -> None:
     """Raise RuntimeError in a backward pass that is itself recorded (create_graph=True).
 
-    The closed gradient has no graph, so a gradient penalty on it would be dropped without a word.
+    The gradient is computed without a graph, so a gradient penalty on it would be silently ignored.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(

@@ -45,8 +45,8 @@ def torch_version() -> tuple[int, int]:
 def types_in_files() -> list:
     """Return the types, or (type, its name in the pickle), that a checkpoint file of fairseq-train needs.
 
-    argparse.Namespace holds the options; --eval-bleu adds its counts as numpy arrays, int64 or, where several processes
-    summed theirs, float64, pickled under the module name of numpy 1 or 2.
+    argparse.Namespace contains the options; --eval-bleu adds its counts as numpy arrays, int64 or, where several
+    processes summed theirs, float64, pickled under the module name of numpy 1 or 2.
     """
     reconstruct = numpy.array(0).__reduce__()[0]
     return [
@@ -96,7 +96,7 @@ def check_before(load_to_cpu):
 def check(path) -> None:
     """Raise UserError if a checkpoint file is damaged; warn, once, if this torch would run code in it.
 
-    Files of torch before 1.6 are no archives and have no checksums; neither has what is not on this disk.
+    Files of torch before 1.6 are not archives and have no checksums. Files that are not on this disk are not checked.
     """
     path = Path(path)
     if path.is_file() and read_start(path) == b"PK":

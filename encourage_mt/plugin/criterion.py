@@ -1,4 +1,4 @@
-"""`--criterion label_smoothed_encouraging_loss`: train with the encouraging loss in fairseq."""
+"""Train with the encouraging loss in fairseq: `--criterion label_smoothed_encouraging_loss`."""
 
 import argparse
 import functools

@@ -76,8 +76,8 @@ def exit_if_not_saved(path: str):
 def resume_from_whole(load_checkpoint):
     """Wrap checkpoint_utils.load_checkpoint: rank 0 restores checkpoint_last.pt, the others wait for it.
 
-    The batches are those of an undisturbed run: fairseq makes them once a process, with the seed plus the epoch the
-    process begins in, so a resumed run would batch other sentences together. We always batch as in epoch 1.
+    The batches are those of an undisturbed run: fairseq makes them once per process, with the seed plus the epoch in
+    which it begins, so a resumed run would batch other sentences together. We always batch as in epoch 1.
     """
 
     @functools.wraps(load_checkpoint)
@@ -184,7 +184,7 @@ def request_stop(signum, frame) -> None:
 def stop_when_requested(validate_and_save):
     """Wrap fairseq_cli.train.validate_and_save, which is called after each update: on SIGTERM save and exit with 143.
 
-    A validation under way is left after its batch; at the end of an epoch, the resumed run makes up for it.
+    A running validation stops after the present batch; the resumed run repeats one that belongs to the end of an epoch.
     """
 
     @functools.wraps(validate_and_save)

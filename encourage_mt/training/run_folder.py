@@ -113,7 +113,7 @@ class Run(Record):
     def earlier_starts(self) -> list[Start]:
         """Return the starts in run.json; empty if there is no such file.
 
-        Raises UserError if it is of a training with other options, precision or data.
+        Raises UserError if run.json is of a training with other options, precision or data.
         """
         path = self.folder / "run.json"
         if not path.exists():

@@ -58,7 +58,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
 
 
 def with_provenance(run: Run, cluster: Cluster) -> Run:
-    """Return the run with its data's checksum and, unless it is done, the command that starts it now, and on what."""
+    """Return the run with its data's checksum and, unless it is done, the command that starts it and the machine."""
     now = {
         "command": shlex.join(launch_command(run, cluster)),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),

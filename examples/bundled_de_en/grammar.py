@@ -2,8 +2,8 @@
 
 Pairs are hard to translate because of gender and case (Den Hund sieht der Mann), verb-second and verb-final order,
 separable verbs (holt ... ab, but abholt at the end), participles at the end, German numbers (units before tens), names.
-Some pairs of words (verb and object, adjective and noun, tens and units) are held out: in train both words occur only
-apart, and every sentence of valid and test has at least one such pair together.
+Some pairs of words (verb and object, adjective and noun, tens and units) are held out: no sentence of train contains
+both words of such a pair, and every sentence of valid and test has at least one such pair together.
 """
 
 import gzip
