@@ -205,8 +205,8 @@ inline void each_chunk(int64_t begin, int64_t end, const F& f, const G& after) {
 // One row.
 //
 // z [V]: the logits. exponentials [V]: working memory. gradient [V]: null or where to write the gradient times `scale`;
-// may be z or `exponentials`. next: the following row, fetched into the cache meanwhile; may be null. Writes loss, nll
-// and bonus to `terms`.
+// may be z or `exponentials`. next: the following row or null; it and the gradient's row are fetched into the cache
+// meanwhile. Writes loss, nll and bonus to `terms`.
 template <typename T, Bonus bonus>
 void one_row(const T* z, T* exponentials, T* gradient, const T* next, int64_t vocabulary, int64_t target, double scale,
              const Options& options, double* terms) {
@@ -248,6 +248,7 @@ void one_row(const T* z, T* exponentials, T* gradient, const T* next, int64_t vo
       e = S::load(ones, count, T(1)) == T(1) ? Vector{} : e;
     }
     if (next != nullptr) __builtin_prefetch(next + i);
+    if (gradient != nullptr) __builtin_prefetch(gradient + i, 1);
     S::store(exponentials + i, count, e);
     rest_of_chunk += e;
     shifted_of_chunk += x;
