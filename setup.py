@@ -34,6 +34,7 @@ def native_loss():
         CppExtension(
             f"encourage_mt.loss._native_{name}",
             ["encourage_mt/loss/native.cpp"],
+            depends=["encourage_mt/loss/native_vectors.h"],
             # -fopenmp only here: torch has its own copy of the library, and a second one would start more threads
             extra_compile_args=["-O3", "-fopenmp", "-g0", "-Wno-psabi", *FLAGS[name]],
             optional=True,

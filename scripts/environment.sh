@@ -28,7 +28,7 @@ check_python() { # of "$1", before anything is made
 
 ensure_environment() {
     local wanted pip
-    wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp} | sha256sum)"
+    wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp,encourage_mt/loss/native_vectors.h} | sha256sum)"
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
     if [ ! -x "$VENV/bin/python" ]; then
         check_python "${PYTHON:-python3}"
