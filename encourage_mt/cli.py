@@ -98,7 +98,7 @@ def run_recipe(arguments) -> None:
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
     comparisons = []
     for arm in arms[1:]:
-        # an arm may train with options of its own, which the comparison lists
+        # an arm may have its own training options, which the comparison lists
         own_options = bool(recipe.arm_differences(arms[0]) or recipe.arm_differences(arm))
         comparisons.append(compare(groups[arms[0]], groups[arm], allow_differences=own_options))
         output = work_dir / f"report-{arms[0]}-{arm}"

@@ -26,7 +26,7 @@ def main():
             paths = args.inputs
             for path in paths:
                 if path.is_dir():
-                    raise UserError(f"{path} is a directory; say how many: --num-epoch-checkpoints N")
+                    raise UserError(f"{path} is a directory; choose its checkpoints with --num-epoch-checkpoints N")
         elif len(args.inputs) > 1:
             raise UserError("--num-epoch-checkpoints and --num-update-checkpoints take one run directory as --inputs")
         elif count < 1:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what is missing, then check style and types and run the unit and integration tests: bash scripts/test.sh
+# Install missing packages, then check style and types and run the unit and integration tests: bash scripts/test.sh
 #   --all         also run the system tests: whole recipes, several processes, killed trainings
 #   --coverage    measure the coverage of lines and branches, and print it
 # Other arguments go to pytest; those that are paths replace the default tests.

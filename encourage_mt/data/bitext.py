@@ -77,7 +77,7 @@ def iterate_segments(path: Path) -> Iterator[str]:
     for number, line in enumerate(iterate_lines(path), start=1):
         segments = _SEGMENT.findall(line)
         if len(_SEGMENT_TAG.findall(line)) != 2 * len(segments):
-            raise UserError(f"{path}: line {number}: a <seg> that does not begin and end on this line")
+            raise UserError(f"{path}: line {number}: a <seg> must begin and end on one line")
         for segment in segments:
             yield segment.strip()
             empty = False
@@ -106,7 +106,7 @@ def iterate_columns(path: Path, columns: list[int]) -> Iterator[tuple[str, str]]
     for number, line in enumerate(iterate_lines(path), start=1):
         fields = line.split("\t")
         if len(fields) < max(columns):
-            raise UserError(f"{path}: line {number}: {len(fields)} of {max(columns)} tab-separated columns")
+            raise UserError(f"{path}: line {number}: has {len(fields)} tab-separated columns, needs {max(columns)}")
         yield fields[source - 1], fields[target - 1]
 
 

@@ -114,7 +114,7 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
             types = sum(1 for _ in lines) + 4  # fairseq adds <s>, <pad>, </s>, <unk>
         embedded = state["model"].get(f"{side}.embed_tokens.weight")
         if embedded is not None and embedded.size(0) != types:
-            raise UserError(f"{path}: {types} types, the model has {embedded.size(0)}: it was trained on other data")
+            raise UserError(f"{path}: has {types} types, the model {embedded.size(0)}: it was trained on other data")
 
 
 def translate(run: Run, data: PreparedData, split: str, output: Path) -> list[str]:

@@ -73,7 +73,7 @@ def _choose_backend(backend: str, options: LossOptions, device: str, dtype: torc
 _choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache  # logs once; the weight, which schedules change with each update, is no part of the key
+@functools.cache  # logs once; the weight is not part of the key, because schedules change it with each update
 def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")

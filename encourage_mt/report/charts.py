@@ -34,7 +34,7 @@ class Chart:
     def svg(self) -> str:
         """Return the figure as an SVG element, without XML header, with a title for screen readers."""
         buffer = io.StringIO()
-        # with a salt of its own, a figure always gives the same file, and its ids differ from those of other figures
+        # with its own salt, a figure always gives the same file, and its ids differ from those of other figures
         with matplotlib.rc_context({"svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": self.title})
         text = buffer.getvalue()

@@ -216,7 +216,7 @@ def options_of(path: Path):
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path}: its training options cannot be read ({problem}))") from None
+        raise UserError(f"{path}: its training options cannot be read ({problem})") from None
 
 
 def training_settings(state: dict) -> dict:

@@ -49,7 +49,7 @@ def test_resume_continues_where_it_stopped(el_run, train, tmp_path):
     assert [record["epoch"] for record in log_of(log, tmp_path) if "train_loss" in record] == [3]
 
 
-def test_generate_interactive_and_from_pretrained_translate_alike(el_run, tiny, tmp_path):
+def test_generate_interactive_and_from_pretrained_give_the_same_translation(el_run, tiny, tmp_path):
     recipe, data = tiny
     checkpoint = el_run / "checkpoint_last.pt"
     generated = hypotheses(generate(checkpoint, data, "--user-dir", USER_DIR).stdout)

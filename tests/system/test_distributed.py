@@ -69,7 +69,7 @@ def test_two_processes_train_the_same_parameters_as_one_with_twice_the_update_fr
     assert "training on 2 devices" in (two / "train.log").read_text()
 
 
-def test_the_log_of_two_processes_has_the_figures_of_the_whole_batch(one, two):
+def test_the_log_of_two_processes_has_the_values_of_the_whole_batch(one, two):
     logs = [read_log(folder / "train.log") for folder in (one, two)]
     for kind, batch in (
         ("train", ("wpb", "bsz")),
@@ -91,7 +91,7 @@ def test_a_process_without_a_batch_does_not_block_the_others(data, tmp_path):
     assert float(epochs[1]["train_loss"]) < float(epochs[0]["train_loss"])
 
 
-def test_the_fused_projection_trains_alike_on_two_processes(two, data, tmp_path):
+def test_the_fused_projection_trains_the_same_on_two_processes(two, data, tmp_path):
     """With tied embeddings and accumulated batches; the rest is float32 rounding."""
     assert_same(two, train_on(2, tmp_path, data, fuse=True), rtol=1e-3, atol=1e-5)
 

@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
         (["{dir}", "--num-epoch-checkpoints", "0"], "the number of checkpoints must be at least 1, got 0"),
         (["{dir}", "--num-epoch-checkpoints", "3"], "0 epoch checkpoints"),
         (["{dir}", "{dir}", "--num-update-checkpoints", "3"], "take one run directory"),
-        (["{dir}"], "is a directory; say how many"),
+        (["{dir}"], "is a directory; choose its checkpoints with --num-epoch-checkpoints"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch, capsys):

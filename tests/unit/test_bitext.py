@@ -68,7 +68,7 @@ def test_sides_of_different_length_are_refused_with_the_misaligned_line(tmp_path
 def test_tab_separated_columns(tmp_path):
     path = write(tmp_path / "a.tsv.gz", gzip.compress(b"one\teins\tTom\ntwo\tzwei\n"))
     assert list(iterate_pairs([path], [2, 1], [])) == [("eins", "one"), ("zwei", "two")]
-    with pytest.raises(UserError, match="a.tsv.gz: line 2: 2 of 3 tab-separated columns"):
+    with pytest.raises(UserError, match="a.tsv.gz: line 2: has 2 tab-separated columns, needs 3"):
         list(iterate_pairs([path], [1, 3], []))
 
 

@@ -57,7 +57,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(significance, "PairedTest", functools.partial(PairedTest, n_samples=199))
 
 
-def test_a_planted_difference_is_found_over_sentences_and_over_seeds(tmp_path):
+def test_a_known_difference_is_significant_over_sentences_and_over_seeds(tmp_path):
     rng = np.random.default_rng(2)
     bench = Bench(tmp_path, draw_references(rng, 60))
     sides = [
@@ -114,7 +114,7 @@ def test_runs_that_differ_in_more_than_the_criterion_are_refused_unless_allowed(
     assert found.markdown().startswith("**These runs differ in more than the criterion**: beam: 5 or 4.")
 
 
-def test_updates_that_overflowed_in_fp16_are_no_difference():
+def test_updates_that_overflowed_in_fp16_do_not_count_as_a_difference():
     assert differences([a_result("ce", 1), a_result("el", 1, training__updates=498)]) == []
 
 
@@ -125,7 +125,7 @@ def test_a_difference_far_into_a_long_value_counts_but_1_equals_1_0():
     assert line.startswith("lr: ")
 
 
-def test_one_model_under_two_seeds_is_named(bench):
+def test_two_seeds_with_the_same_model_are_named(bench):
     runs = [
         [bench.run(arm, seed, bench.references, weights="w" if arm == "el" else "") for seed in (1, 2)]
         for arm in CRITERIA

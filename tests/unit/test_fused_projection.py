@@ -50,7 +50,7 @@ def together(features, weight, target, options, scale=1.0):
 @pytest.mark.parametrize(
     "options", [LossOptions(label_smoothing=0.1), LossOptions(bonus="none"), LossOptions(log_end=1)]
 )
-def test_fused_equals_projection_and_loss_apart(options, scale):
+def test_fused_equals_separate_projection_and_loss(options, scale):
     expected, expected_correct, expected_gradients = apart(*make(), options, scale)
     terms, correct, gradients = together(*make(), options, scale)
     torch.testing.assert_close(torch.stack(terms), torch.stack(expected), rtol=1e-12, atol=1e-12)
@@ -60,7 +60,7 @@ def test_fused_equals_projection_and_loss_apart(options, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_as_exact_as_projection_and_loss_apart(dtype):
+def test_half_types_are_as_exact_as_separate_projection_and_loss(dtype):
     """Against float64 of the same rounded input, with a loss scale: the error of the usual half-precision way, which
     rounds the scaled gradient once, is the bound; the fused way rounds it once too, but scaled by a power of two."""
     features, weight, target = make(dtype=dtype)

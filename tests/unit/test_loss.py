@@ -203,7 +203,7 @@ def test_gradcheck(bonus, backend):
 @pytest.mark.parametrize("backend", sorted(set(STEPS) - {"reference"}))
 @each_bonus
 def test_backends_agree_in_float64(bonus, backend):
-    """Two ways to the same gradient, finer than finite differences see: 1e-13 is some 100 rounding steps."""
+    """Two ways to compute the gradient; finite differences would not see 1e-13, which is about 100 rounding steps."""
     logits, target = random_batch(40, 70, dtype=torch.float64)
     logits[torch.arange(0, 40, 2), target[::2]] += 8.0  # half of the targets are the top
     for smoothing, convention in ((0.0, "paper"), (0.1, "fairseq")):

@@ -64,7 +64,7 @@ def test_both_formats_are_read(content, tmp_path):
     assert data.lines == V01["pairs"] and data.subsets == {"valid": "valid", "tst": "test"}
     # of version 0.1, which run.json files name
     assert data.checksum == "e1203fe6535e01338fe81d7e1a6165c89b8d155ee8e29ebc72de76a3012414dd"
-    assert data.options["data"] == [{"train": ["train.tsv"]}], "addresses are no option of the preparation"
+    assert data.options["data"] == [{"train": ["train.tsv"]}], "addresses are not an option of the preparation"
     for part in ("train: 7 pairs (dropped: too_long 2)", "1 repeat", "de 8, en 8", "warning: tst: a warning"):
         assert part in data.describe()
     data.write()

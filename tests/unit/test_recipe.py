@@ -201,14 +201,14 @@ def test_arms_of_the_bundled_recipes_differ_by_criterion_alone_or_train_half_as_
         ({"bitext": ["a.pt-br", "b.en"]}, "source: "),
     ],
 )
-def test_own_text_named_wrongly_is_refused(options, expected):
+def test_wrong_options_for_own_text_are_refused(options, expected):
     with pytest.raises(UserError, match=expected):
         load_recipe(ROOT / "examples/own/recipe.yaml", **options)
     with pytest.raises(UserError, match="--bitext"):
         load_recipe(ROOT / "examples/bundled_de_en/recipe.yaml", bitext=["a.de", "a.en"])
 
 
-# --- whatever a recipe holds, it is a recipe or one line
+# --- any content is accepted or refused in one line
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=3)

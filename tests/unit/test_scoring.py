@@ -182,7 +182,7 @@ def test_comet_scores_with_the_model_on_disk_and_signs_with_its_digest(stub, tmp
     assert comet.asked[0] == ([{"src": "s1", "mt": "h1", "ref": "r1"}, {"src": "s2", "mt": "h2", "ref": "r2"}], 0)
 
 
-def test_without_the_package_the_model_or_a_number_comet_is_refused(stub, tmp_path, monkeypatch):
+def test_comet_is_refused_without_its_package_its_model_or_a_finite_score(stub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="none.ckpt: no such COMET model"):
         scoring.comet(tmp_path / "none.ckpt", ["s"], ["h"], ["r"], gpus=0)
     model = tmp_path / "model.ckpt"

@@ -125,7 +125,7 @@ def test_one_seed_is_never_enough(first):
     assert result.rows()[-1] == ["sacreBLEU", "mean", "20.00", "40.00", "+20.00", "", ""]
 
 
-def test_the_same_scores_on_both_sides_are_no_difference():
+def test_equal_scores_on_both_sides_are_not_a_difference():
     result = compared([30.0, 31.0], [30.0, 31.0])
     assert (result.gain, result.p, result.interval) == (0.0, 1.0, (0.0, 0.0))
     assert result.verdict("ce", "el").startswith("Not enough evidence")
