@@ -91,7 +91,7 @@ def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torc
             level = logging.WARNING if name == "reference" != backend else logging.INFO
             logger.log(level, "loss backend: %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
             return name
-        passed_over.append(f"{name}: it has no code for {options}")
+        passed_over.append(f"{name}: it does not support {options}")
     raise AssertionError("the reference backend computes every bonus")
 
 
