@@ -28,7 +28,7 @@ UNSAFE = "torch %s runs any code a checkpoint carries: load only those you trust
 
 
 def install() -> None:
-    """In a fairseq process: check each checkpoint before it is loaded, and allow-list the types checkpoints need."""
+    """Make a fairseq process check each checkpoint before it loads it, and allow-list the types checkpoints need."""
     from fairseq import checkpoint_utils
 
     if torch_version() >= (2, 6):

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with the loss on two processes (DDP over gloo) against one process."""
+"""Compare Hugging Face's Trainer with the loss on two processes (DDP over gloo) and on one."""
 
 import subprocess
 import sys

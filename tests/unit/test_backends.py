@@ -63,7 +63,7 @@ def test_large_vocabulary(bonus, backend):
 
 @each_backend
 def test_small_bonus_start(backend):
-    """Many types lie between the start and the p up to which chunked takes the linear form."""
+    """Many types are between the start and the p up to which chunked uses the linear form."""
     logits, target = random_batch(3, 9001, spread=2.0)
     assert_right(logits, target, LossOptions(bonus_start=1e-4, bonus_weight=2.0, label_smoothing=0.1), backend)
 
@@ -111,7 +111,7 @@ def test_few_rows(smoothing, backend):
 @each_smoothing
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_broken_row_is_nan_throughout(bad, smoothing, backend):
-    """A training must notice: loss and gradient of the row are NaN (fairseq looks at the gradient); others stay."""
+    """Loss and gradient of the row are NaN, so that fairseq notices; other rows are unchanged."""
     options = LossOptions(label_smoothing=smoothing)
     for column in (0, 3, 64, 69):
         logits, _ = random_batch(3, 70)
@@ -183,7 +183,7 @@ def test_number_types(dtype, backend):
 @pytest.mark.parametrize("batch", [random_batch, confident_batch], ids=["random", "confident"])
 @each_bonus
 def test_half_types(bonus, batch, dtype, backend):
-    """Nothing is rounded to the half type but the gradient, once, after the loss scale.
+    """Only the gradient is rounded to the half type, once, after the loss scale.
 
     So its error is half a step of the half type (of its subnormals too), besides that of float32: some steps of p + q,
     the terms it is the difference of. Rounded before scaling, the .1 / 2499 that a type gets would be off by 0.05 %.
@@ -246,7 +246,7 @@ def test_terms_add_up(bonus, backend):
 
 @each_backend
 def test_without_weight_there_is_no_bonus(backend):
-    """As in updates before a deferred bonus: bit for bit what bonus none gives."""
+    """The values equal those of bonus none, bit for bit, as in updates before a deferred bonus."""
     logits, target = random_batch(6, 70)
     without, gradient = terms_and_gradient(logits, target, LossOptions(bonus_weight=0.0), backend)
     expected, expected_gradient = terms_and_gradient(logits, target, LossOptions(bonus="none"), backend)

@@ -1,4 +1,4 @@
-"""The native backend beyond what test_loss.py checks of every backend: widths, memory, torch.compile, fallback."""
+"""Test what only the native backend has, beside the tests of all backends: widths, memory, torch.compile, fallback."""
 
 import logging
 import subprocess
@@ -63,7 +63,7 @@ def test_rows_with_gaps(dtype):
 @compiled
 @pytest.mark.parametrize(("dtype", "bytes_allowed"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_memory(dtype, bytes_allowed):
-    """A backward pass allocates the gradient, in the type of the logits; validation nothing that grows with V."""
+    """A backward pass allocates only the gradient, in the type of the logits; validation nothing that grows with V."""
     logits, target = random_batch(64, 5000, dtype=dtype)
 
     def allocated(run):
