@@ -264,7 +264,7 @@ def test_own_text_is_trained_on_and_scored(tmp_path):
     for side, language in enumerate(("de", "en")):
         (tmp_path / f"corpus.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
     content = yaml.safe_load((ROOT / "examples" / "own" / "recipe.yaml").read_text(encoding="utf-8"))
-    content |= {"data": {"held_out": {"valid": 20, "test": 30}}, "train": {**TINY["train"], "max-epoch": 8}}
+    content |= {"data": {"held_out": {"valid": 20, "test": 30}}, "train": {**TINY["train"], "max-epoch": 6}}
     content |= {"average": 2, "beam": 2}
     content["subword"]["vocab_size"] = 400
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Stop trainings and commands, kill them, and let them run out of disk.
 
-KILLS=20 in the environment sets how often the tests at random moments kill (default: 2).
+KILLS=20 in the environment sets how often the tests at random moments kill (default: 1).
 """
 
 import json
@@ -20,7 +20,7 @@ from encourage_mt.environment import USER_DIR
 from encourage_mt.plugin import checkpoints, fault_tolerance
 from encourage_mt.training.run_folder import read_log
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 
 def command(data, folder, *options):
