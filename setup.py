@@ -103,6 +103,7 @@ setup(
             "hypothesis",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "selenium",
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -22,7 +22,8 @@ for argument in "$@"; do
             ;;
     esac
 done
-[ -n "$chosen" ] || arguments+=("${tiers[@]}")
+# two processes, each with whole files: several files use one training
+[ -n "$chosen" ] || arguments+=(--numprocesses=2 --dist=loadfile "${tiers[@]}")
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

@@ -20,7 +20,7 @@ from encourage_mt.environment import USER_DIR
 from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
