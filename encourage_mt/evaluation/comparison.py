@@ -82,7 +82,7 @@ class Comparison(Record):
 def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool = False) -> Comparison:
     """Compare two groups of evaluated runs on their test sets; each group has the seeds of one arm.
 
-    Raises UserError if a run is not evaluated, a seed appears twice on a side, a translation is not the one that was
+    Raises UserError if a run is not evaluated, a seed appears twice on a side, a translation has changed since it was
     scored, or (unless `allow_differences`) the runs differ in more than criterion and seed or two seeds are one model.
     """
     sides = [_by_seed(runs, name) for runs, name in ((baseline, "baseline"), (candidate, "candidate"))]
@@ -156,7 +156,7 @@ def _compare_sentences(pair, split, data):
             recorded = result.scores[split].get(metric)
             if recorded is not None and not np.isclose(score, recorded.score, atol=1e-6):
                 raise UserError(
-                    f"{run.folder}: the translation of {split} is not the one that was scored; "
+                    f"{run.folder}: the translation of {split} has changed since it was scored; "
                     f"run `encourage-mt evaluate {run.folder}`"
                 )
         p_values[metric] = p
