@@ -95,6 +95,8 @@ setup(
             "typing_extensions",
             "urllib3",
         ],
+        # export and fast translation; needs the extra recipes too
+        "serving": ["ctranslate2>=4.5,<5"],
         "transformers": ["transformers>=5.0", "accelerate>=1.1"],
         "bench": ["liger-kernel"],
         "comet": ["unbabel-comet"],
