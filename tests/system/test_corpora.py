@@ -286,12 +286,16 @@ def test_multi30k_from_local_files(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data to serve as --raw-dir")
-def test_tatoeba_from_local_files(tmp_path):
-    recipe = load_recipe(ROOT / "examples/tatoeba_de_en/recipe.yaml")
-    data = prepare(recipe, tmp_path, SHARED)
+@pytest.mark.parametrize(
+    "name, folder, train, test",
+    [("tatoeba_de_en", "tatoeba", 160852, 3000), ("tatoeba_fr_en", "tatoeba_fr", 152263, 6000)],
+)
+def test_tatoeba_from_local_files(tmp_path, name, folder, train, test):
+    recipe = load_recipe(ROOT / "examples" / name / "recipe.yaml")
+    data = prepare(recipe, tmp_path, SHARED / folder)
     manifest = PreparedData.open(data)
-    assert manifest.counts["train"]["read"] == 160852
-    assert manifest.lines["valid"] == 2000 and manifest.lines["test"] == 3000
+    assert manifest.counts["train"]["read"] == train
+    assert manifest.lines["valid"] == 2000 and manifest.lines["test"] == test
     assert set(manifest.percent_unknown["test"].values()) == {0.0}
 
 
