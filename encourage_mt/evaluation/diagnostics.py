@@ -152,7 +152,7 @@ def analyse(run: Run) -> Analysis:
         if analysis.source == source:
             return analysis
     options = loss_options(Result.read(run.folder).criterion)
-    model, task = load(checkpoint, run.data)
+    model, task = load(checkpoint, run.data, SPLIT, "train")
     if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
         raise UserError(f"{run.folder}: only fairseq's Transformers can be analysed, not {type(model).__name__}")
     weight = model.decoder.output_projection.weight.detach()
@@ -161,8 +161,8 @@ def analyse(run: Run) -> Analysis:
     return read_record(path, Analysis)
 
 
-def load(checkpoint: Path, data: Path):
-    """Return (model in evaluation mode, its task with valid and train loaded), on the GPU if there is one."""
+def load(checkpoint: Path, data: Path, *subsets: str):
+    """Return (model in evaluation mode, its task with `subsets` of the data loaded), on the GPU if there is one."""
     logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
     with quiet_imports():
         from fairseq import checkpoint_utils
@@ -171,8 +171,8 @@ def load(checkpoint: Path, data: Path):
         overrides = {"data": str(data / "data-bin")}
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
         model = models[0].eval()
-        for split in (SPLIT, "train"):
-            task.load_dataset(split)
+        for subset in subsets:
+            task.load_dataset(subset)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     return (model.cuda() if torch.cuda.is_available() else model), task
 
@@ -197,17 +197,23 @@ def loss_options(criterion: dict[str, Any]) -> LossOptions | None:
 
 def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
     """Yield (logits [tokens, V], target [tokens]) of each batch without padding; the model is given the true prefix."""
-    iterator = task.get_batch_iterator(task.dataset(SPLIT), max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
+    for logits, sample in force_decode(model, task, task.dataset(SPLIT), f"{name} diagnostics"):
+        target = sample["target"].to(logits.device)
+        kept = target.ne(task.target_dictionary.pad())
+        yield logits[kept], target[kept]
+
+
+def force_decode(model, task, dataset, description: str) -> Iterable[tuple[Tensor, dict]]:
+    """Yield (logits [sentences, longest, V], fairseq's batch) for a dataset of pairs; each target is its own prefix."""
+    iterator = task.get_batch_iterator(dataset, max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
     device = next(model.parameters()).device
     warnings.filterwarnings("ignore", "'pin_memory'")  # fairseq asks for it on every machine
     warnings.filterwarnings("ignore", "Support for mismatched")  # because fairseq's masks differ in type
-    for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=f"{name} diagnostics", unit="batch", leave=False):
+    for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=description, unit="batch", leave=False):
         inputs = {key: value.to(device) for key, value in sample["net_input"].items()}
         with torch.no_grad():
             logits = model(**inputs)[0]
-        target = sample["target"].to(device)
-        kept = target.ne(task.target_dictionary.pad())
-        yield logits[kept], target[kept]
+        yield logits, sample
 
 
 def frequencies(task) -> np.ndarray:

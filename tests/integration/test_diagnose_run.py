@@ -1,16 +1,17 @@
-"""Compare the measurements of a trained model with fairseq's log; they are kept in analysis.json."""
+"""Compare the measurements of a trained model with fairseq's log; they are kept in analysis.json, confidence.json."""
 
 import math
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import sentencepiece
 from conftest import PAIRS
 from samples import sample_result
 
 from encourage_mt.errors import UserError
-from encourage_mt.evaluation import diagnostics
+from encourage_mt.evaluation import confidence, diagnostics
 from encourage_mt.evaluation.diagnostics import Analysis, analyse
 from encourage_mt.evaluation.evaluate import as_json
 from encourage_mt.files import read_json, read_record, write_json
@@ -47,7 +48,7 @@ def test_a_trained_model_is_measured_as_fairseq_logged_it(evaluated, el_run):
 
 
 def test_frequencies_are_those_of_the_target_side_of_train(evaluated):
-    _, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data)
+    _, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data, "train")
     counts = diagnostics.frequencies(task)
     text = [target for _, target in PAIRS["train"]]
     lines = pieces_of(text, evaluated.data)
@@ -76,3 +77,48 @@ def test_an_analysis_is_reused_until_the_checkpoint_changes(evaluated, monkeypat
     (evaluated.folder / "average.pt").unlink()
     with pytest.raises(UserError, match="average.pt.*encourage-mt evaluate"):
         analyse(evaluated)
+
+
+@pytest.fixture
+def translated(evaluated, tiny):
+    """The run above, which has translated each sentence of its test set into the reference of the one before."""
+    recipe, data = tiny
+    references = (data / "text" / "test.en").read_text(encoding="utf-8").splitlines()
+    lines = [*references[-1:], *references[:-1]]
+    (evaluated.folder / "test.en").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return evaluated
+
+
+def test_the_confidence_in_the_reference_is_the_likelihood_of_the_diagnostics(evaluated):
+    model, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data, "valid")
+    pairs = task.dataset("valid")
+    sides = [[side[index] for index in range(len(side))] for side in (pairs.src, pairs.tgt)]
+    values = confidence.score_pairs(model, task, *sides)
+    log_p = np.concatenate([each["log_probability"] for each in values])
+    assert -log_p.mean() == pytest.approx(analyse(evaluated).nll, rel=1e-5)
+    assert [len(each["energy"]) for each in values] == [len(line) for line in sides[1]], "in the order of the pairs"
+    again = confidence.score_pairs(model, task, *(side[:1] for side in sides))
+    assert again[0]["entropy"] == pytest.approx(values[0]["entropy"], rel=1e-4)
+
+
+def test_confidence_is_kept_until_the_translation_changes(translated, monkeypatch):
+    path = translated.folder / "confidence.json"
+    first = confidence.measure_confidence(translated)
+    found = first.sets["test"]
+    data = translated.prepared()
+    pieces = [line.split(" ") for line in confidence.translation_pieces(translated, data, "test")]
+    assert list(map(len, found.probability)) == list(map(len, pieces))
+    assert found.scores["fewest pieces"] == [-len(line) - 1 for line in pieces]
+    assert 0 < sum(map(sum, found.correct)) < sum(map(len, pieces)), "other sentences share only some pieces"
+    monkeypatch.setattr(confidence, "load", None)  # nothing is measured again
+    assert confidence.measure_confidence(translated) == first
+    content = read_json(path)
+    content["sets"]["test"]["correct"][0].pop()
+    write_json(path, content)
+    with pytest.raises(UserError, match="confidence.json: sets.test: correct"):
+        confidence.measure_confidence(translated)
+    write_json(path, {**content, "sets": {}})
+    with open(translated.folder / "test.en", "a", encoding="utf-8") as file:
+        file.write("one more\n")
+    with pytest.raises(TypeError):
+        confidence.measure_confidence(translated)

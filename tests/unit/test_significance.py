@@ -10,7 +10,7 @@ from samples import corrupt, draw_references
 
 from encourage_mt.evaluation import significance
 from encourage_mt.evaluation.formatting import escape, format_mean, format_p, markdown_table
-from encourage_mt.evaluation.significance import MetricComparison, paired_tests, seeds_needed
+from encourage_mt.evaluation.significance import MetricComparison, holm, paired_tests, seeds_needed
 
 # --- over seeds
 
@@ -192,3 +192,18 @@ def test_a_cell_with_markup_is_shown_as_it_is_and_stays_in_its_cell():
 def test_a_mean_has_its_standard_deviation_if_there_is_one():
     assert format_mean([30.0, 31.0, 32.0]) == "31.00 ± 1.00"
     assert format_mean(iter([0.5]), 3) == "0.500"
+
+
+# --- several comparisons
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand: 3 x 0.01, 2 x 0.03, and no less
+    assert holm([0.5, None, 0.001, 0.9]) == [1.0, None, 0.003, 1.0]
+    assert holm([None]) == [None] and holm([]) == []
+
+
+def test_one_in_twenty_families_of_tests_has_a_false_alarm_after_the_correction():
+    rng = np.random.default_rng(8)
+    alarms = [min(holm(rng.random(20).tolist())) < 0.05 for _ in range(2000)]
+    assert 0.035 < np.mean(alarms) < 0.065
