@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from .environment import DOWNLOADS, Precision
+from .environment import DOWNLOADS, Engine, Precision
 from .errors import UserError
 
 OLD_SPELLINGS = {"--criteria": "--arms", "--criterion": "--arm"}  # of version 0.1
@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--parallel", type=count, metavar="N", help="trainings at a time (default: 1 on a GPU, otherwise one per core)"
     )
+    add_engine(command)
 
     command = add(
         "train",
@@ -122,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("lenpen", finite_number, "length penalty"),
     ):
         command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as the recipe says)")
+    add_engine(command)
     command.add_argument(
         "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: none)"
     )
@@ -147,6 +149,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
     command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
     return parser
+
+
+def add_engine(command: argparse.ArgumentParser) -> None:
+    """Add the choice of the engine that translates."""
+    command.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        default="fairseq",
+        help="program that translates; ctranslate2 is faster and needs the extra serving (default: %(default)s)",
+    )
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:

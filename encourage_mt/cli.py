@@ -93,7 +93,7 @@ def run_recipe(arguments) -> None:
     prepare_data(arguments, recipe, work_dir)
     train(runs, cluster, parallel)
     runs = [open_run(run.folder) for run in runs]  # with the provenance that was recorded
-    results = [evaluate(run) for run in runs]
+    results = [evaluate(run, engine=arguments.engine) for run in runs]
     print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
     comparisons = []
@@ -176,7 +176,7 @@ def evaluate_runs(arguments) -> None:
 
     changes = {name: getattr(arguments, name) for name in ("data", "average", "beam", "lenpen")}
     runs = [open_run(folder, **changes) for folder in arguments.runs]
-    results = [evaluate(run, arguments.comet) for run in runs]
+    results = [evaluate(run, arguments.comet, arguments.engine) for run in runs]
     print(f"\n{runs_table(results)}")
 
 

@@ -14,9 +14,10 @@ from typing import Literal
 USER_DIR = Path(__file__).parent  # fairseq's --user-dir
 DOWNLOADS = Path("runs/downloads")  # where downloads are kept, for all recipes
 Precision = Literal["fp16", "bf16", "fp32"]  # of the arithmetic in training
+Engine = Literal["fairseq", "ctranslate2"]  # what translates
 PACKAGES = (
     *("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy"),
-    *("regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
+    *("ctranslate2", "regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
 )
 
 

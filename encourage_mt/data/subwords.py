@@ -87,6 +87,13 @@ def pieces(prefix: Path) -> Iterator[str]:
             yield model.id_to_piece(index)
 
 
+def join_pieces(pieces: list[str], remove_bpe: str) -> str:
+    """Return the text of a line in pieces, as fairseq's --remove-bpe does; "@@ " is the mark of subword-nmt."""
+    if remove_bpe == "sentencepiece":
+        return "".join(pieces).replace("\u2581", " ").strip()
+    return " ".join([*pieces, ""]).replace(remove_bpe, "").rstrip()
+
+
 def restore_bytes(line: str) -> str:
     """Return text in which byte pieces are characters again: <0xE2><0x82><0xAC> becomes the euro sign.
 

@@ -2,33 +2,31 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData
 from ..data.subwords import restore_bytes
 from ..data.tokenization import detokenize
-from ..environment import USER_DIR, describe_hardware, versions
+from ..environment import Engine, describe_hardware, versions
 from ..errors import UserError
 from ..files import atomic_write, file_hash
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
-from ..processes import describe_failure, locked, start
+from ..processes import locked
 from ..recipe import TOKENIZED_BLEU
 from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
 from . import scoring
 from .averaging import average
+from .engines import translate_sets
 from .results import Evaluation, Result, Score
 
 UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier translations when all are scored
 
 
-def evaluate(run: Run, comet: Path | None = None) -> Result:
+def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") -> Result:
     """Score `run` on valid and the test sets and return its scores.json; nothing is done if that is up to date.
 
     Writes average.pt and one detokenized translation per set (SPLIT.LANG) into the run's folder. Earlier scores and
@@ -42,6 +40,7 @@ def evaluate(run: Run, comet: Path | None = None) -> Result:
             average=run.average,
             beam=run.beam,
             lenpen=run.lenpen,
+            engine=engine,
             comet=scoring.comet_signature(comet) if comet else None,
             data_sha256=data.checksum,
             checkpoints_sha256={path.name: file_hash(path) for path in paths},
@@ -75,7 +74,9 @@ def _evaluate(run, data, settings, paths, comet, output):
         training, criterion = map(as_json, (training_settings(state), mapping(state["cfg"]["criterion"])))
     del state  # keep one checkpoint at a time in memory
     weights = average(paths, output / "average.pt")
-    scores = {split: score(translate(run, data, split, output), data, split, output, comet) for split in data.subsets}
+    scores = {}
+    for split, lines in translate_sets(run, data, output / "average.pt", settings.engine).items():
+        scores[split] = score(write_translation(lines, data, split, output), data, split, output, comet)
     return Result(
         name=run.name,
         recipe=run.recipe,
@@ -117,45 +118,8 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
             raise UserError(f"{path}: has {types} types, the model {embedded.size(0)}: it was trained on other data")
 
 
-def translate(run: Run, data: PreparedData, split: str, output: Path) -> list[str]:
-    """Translate a set with output/average.pt; return the lines, subwords joined, in the order of the source.
-
-    Writes output/SPLIT.LANG, detokenized and, if the data is tokenized, SPLIT.tok.LANG, the lines returned. Raises
-    UserError if fairseq-generate fails or leaves sentences out.
-    """
-    options = {
-        "path": output / "average.pt",
-        "source-lang": data.source,
-        "target-lang": data.target,
-        "gen-subset": data.subsets[split],
-        "beam": run.beam,
-        "lenpen": run.lenpen,
-        "max-tokens": 8000,
-        "remove-bpe": data.remove_bpe,
-        "num-workers": 0,
-        # with its default of 8, fairseq drops the last batch unless its size is a multiple of 8
-        "required-batch-size-multiple": 1,
-        "user-dir": USER_DIR,  # last, because fairseq imports the last one on the line
-    }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    expected = data.lines[split]
-    log = run.folder / f"{split}.generate.log"
-    hypotheses = {}
-    bar = tqdm(total=expected, desc=f"{run.name} {split}", unit="sentence", mininterval=1)
-    with open(log, "w", encoding="utf-8", buffering=1) as out, bar:  # by lines, in order with the errors
-        command = ["fairseq-generate", str(data.data_bin), "--no-progress-bar", *words]
-        process = start(command, stdout=subprocess.PIPE, stderr=out, encoding="utf-8")
-        for line in process.stdout or ():
-            out.write(line)
-            match = re.match(r"D-(\d+)\t[^\t]+\t(.*)", line)
-            if match:
-                hypotheses[int(match.group(1))] = match.group(2)
-                bar.update()
-    if process.wait():
-        raise UserError(describe_failure("fairseq-generate", process.returncode, log))
-    if sorted(hypotheses) != list(range(expected)):
-        raise UserError(f"{split}: {len(hypotheses)} of {expected} sentences were translated (log: {log})")
-    lines = [hypotheses[index] for index in range(expected)]
+def write_translation(lines: list[str], data: PreparedData, split: str, output: Path) -> list[str]:
+    """Write output/SPLIT.LANG, detokenized and, if the data is tokenized, SPLIT.tok.LANG; return the latter's lines."""
     if data.byte_fallback:
         lines = list(map(restore_bytes, lines))
     if data.is_tokenized:

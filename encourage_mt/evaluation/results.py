@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from ..environment import Engine
 from ..errors import UserError
 from ..files import Record, Scalar, read_record, write_record
 from ..training.run_folder import Provenance, parse_options
@@ -29,6 +30,7 @@ class Evaluation(Record):
     average: Positive
     beam: Positive
     lenpen: float
+    engine: Engine = "fairseq"  # results of version 0.1 do not name it
     comet: str | None
     data_sha256: str
     checkpoints_sha256: dict[str, str]

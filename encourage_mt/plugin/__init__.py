@@ -1,6 +1,8 @@
-"""Extend fairseq, inside its processes: the criterion, safe checkpoints, fault tolerance."""
+"""Extend fairseq, inside its processes: the criterion, safe checkpoints, fault tolerance, several sets to translate."""
 
+import functools
 import sys
+from argparse import Namespace
 
 
 def register() -> None:
@@ -11,6 +13,10 @@ def register() -> None:
     switch_encoder_fast_path_off()
     if "fairseq_cli.train" in sys.modules:
         fault_tolerance.install()
+    if "fairseq_cli.generate" in sys.modules:
+        from fairseq_cli import generate
+
+        generate.main = translate_each_subset(generate.main)
 
 
 def switch_encoder_fast_path_off() -> None:
@@ -22,3 +28,16 @@ def switch_encoder_fast_path_off() -> None:
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
     TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, value: None)
+
+
+def translate_each_subset(main):
+    """Wrap fairseq_cli.generate.main: --gen-subset may name several sets, as --valid-subset does in fairseq-train."""
+
+    @functools.wraps(main)
+    def main_of_each(options):
+        if not isinstance(options, Namespace):  # from a program that calls it with a configuration
+            return main(options)
+        for subset in options.gen_subset.split(","):
+            main(Namespace(**{**vars(options), "gen_subset": subset}))
+
+    return main_of_each

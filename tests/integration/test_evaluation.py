@@ -209,12 +209,11 @@ def translated(monkeypatch):
     """translated(change): translations are the references after `change`, without fairseq-generate."""
 
     def with_change(change):
-        def translate(run, data, split, output):
-            lines = change((run.data / "text" / f"{split}.en").read_text(encoding="utf-8").split("\n")[:-1])
-            evaluate.write_lines(output / f"{split}.en", lines)
-            return lines
+        def translate(run, data, checkpoint, engine):
+            lines = {split: data.read_text(split, data.target) for split in data.subsets}
+            return {split: change(lines[split]) for split in lines}
 
-        monkeypatch.setattr(evaluate, "translate", translate)
+        monkeypatch.setattr(evaluate, "translate_sets", translate)
 
     return with_change
 

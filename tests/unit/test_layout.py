@@ -23,8 +23,8 @@ plugin fields
 processes recipe
 data
 training
-evaluation serving integrations
-report
+evaluation integrations
+serving report
 cli
 """
 LEVELS = {unit: level for level, line in enumerate(LAYERS.split("\n")) for unit in line.split()}

@@ -1,17 +1,22 @@
 """Make a translation and its scores from hand-written lines of fairseq-generate."""
 
 import io
+import sys
 
 import pytest
 from samples import sample_data, sample_run
 
+from encourage_mt.data.subwords import join_pieces
 from encourage_mt.environment import USER_DIR
 from encourage_mt.errors import UserError
-from encourage_mt.evaluation import evaluate
+from encourage_mt.evaluation import engines, evaluate
 from encourage_mt.recipe import TOKENIZED_BLEU
 
 # in the order in which fairseq finishes them, with lines of other kinds between
+END = "Generate {} with beam=5: BLEU4 = 0"
 GENERATED = ["S-1\tx", "D-1\t-0.5\tit &apos;s the cat .", "H-0\t-1\tno", "D-0\t-0.25\t10 <0xE2><0x82><0xAC> !"]
+GENERATED.append(END.format("test"))
+VALID = ["D-0\t0\tfirst", "D-1\t0\tsecond", END.format("valid")]
 
 
 @pytest.fixture
@@ -25,20 +30,23 @@ def generate(monkeypatch):
             process.stdout, process.wait, process.returncode = process, lambda: code, code
             return process
 
-        monkeypatch.setattr(evaluate, "start", start)
+        monkeypatch.setattr(engines, "start", start)
 
     return prepare
 
 
 def translate(tmp_path, **fields):
+    """Translate valid and test, of two sentences each, with fairseq; write and return test."""
     texts = {"de": ["a", "b"], "en": ["10 € !", "It's the cat."]}
     data = sample_data(tmp_path / "data", texts, **fields)
     run = sample_run(tmp_path / "ce.seed1", data.folder)
-    return data, evaluate.translate(run, data, "test", run.folder), run.folder
+    lines = engines.translate_sets(run, data, tmp_path / "average.pt", "fairseq")
+    assert list(lines) == ["valid", "test"] and lines["valid"] == ["first", "second"]
+    return data, evaluate.write_translation(lines["test"], data, "test", run.folder), run.folder
 
 
 def test_tokenized_text_is_kept_and_scored_beside_the_detokenized(generate, tmp_path):
-    generate(GENERATED)
+    generate([*VALID, *GENERATED])
     data, lines, folder = translate(tmp_path, tokenizer="moses", remove_bpe="@@ ", byte_fallback=True)
     assert lines == ["10 € !", "it &apos;s the cat ."]
     assert (folder / "test.tok.en").read_text(encoding="utf-8") == "10 € !\nit &apos;s the cat .\n"
@@ -51,24 +59,55 @@ def test_tokenized_text_is_kept_and_scored_beside_the_detokenized(generate, tmp_
 
 
 def test_raw_text_is_kept_as_it_was_generated(generate, tmp_path):
-    generate(GENERATED)
+    generate([*VALID, *GENERATED])
     _, lines, folder = translate(tmp_path)
     assert lines == ["10 <0xE2><0x82><0xAC> !", "it &apos;s the cat ."], "without byte fallback"
     assert (folder / "test.en").read_text(encoding="utf-8").splitlines() == lines
     assert not (folder / "test.tok.en").exists()
 
 
+def test_each_set_has_its_own_log(generate, tmp_path):
+    generate([*VALID, *GENERATED])
+    _, _, folder = translate(tmp_path)
+    logs = [(folder / f"{split}.generate.log").read_text(encoding="utf-8") for split in ("valid", "test")]
+    assert "first" in logs[0] and "cat" not in logs[0] and "first" not in logs[1] and "cat" in logs[1]
+
+
 def test_each_value_is_one_word_with_its_option_and_our_plugin_comes_last(generate, tmp_path):
-    generate(GENERATED)
+    generate([*VALID, *GENERATED])
     translate(tmp_path)
     program, data_bin, *words = generate.command
     assert (program, data_bin) == ("fairseq-generate", str(tmp_path / "data" / "data-bin"))
     assert all(word.startswith("--") for word in words) and words[-1] == f"--user-dir={USER_DIR}"
-    assert {"--beam=5", "--lenpen=1.0", "--gen-subset=test", "--source-lang=de"} <= set(words)
+    assert {"--beam=5", "--lenpen=1.0", "--gen-subset=valid,test", "--source-lang=de"} <= set(words)
 
 
-@pytest.mark.parametrize("lines, code", [(GENERATED[:2], 0), (GENERATED, 1), ([*GENERATED, "D-7\t0\tx"], 0)])
-def test_a_failure_or_a_missing_sentence_is_one_line_with_the_log(lines, code, generate, tmp_path):
+@pytest.mark.parametrize(
+    "lines, code, log",
+    [
+        (VALID[:1], 1, "valid"),
+        ([VALID[0], VALID[2]], 0, "valid"),
+        ([*VALID, *GENERATED[:2]], 0, "test"),
+        ([*VALID, *GENERATED[:-1]], 1, "test"),
+        ([*VALID, *GENERATED[:-1], "D-7\t0\tx", GENERATED[-1]], 0, "test"),
+    ],
+)
+def test_a_failure_or_a_missing_sentence_is_one_line_with_the_log(lines, code, log, generate, tmp_path):
     generate(lines, code)
-    with pytest.raises(UserError, match="test.generate.log"):
+    with pytest.raises(UserError, match=f"{log}.generate.log"):
         translate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pieces, remove_bpe",
+    [(["▁10", "▁", "€", "▁cat", "s"], "sentencepiece"), ([], "sentencepiece"), (["ca@@", "ts", "run", "s@@"], "@@ ")],
+)
+def test_pieces_are_joined_as_fairseq_does(pieces, remove_bpe):
+    data_utils = pytest.importorskip("fairseq.data.data_utils", reason="fairseq is not installed")
+    assert join_pieces(pieces, remove_bpe) == data_utils.post_process(" ".join(pieces), remove_bpe)
+
+
+def test_without_ctranslate2_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(UserError, match=r"pip install 'encourage-mt\[serving\]'"):
+        engines.load_model(tmp_path)
