@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import Record, read_record, write_record
 from ..training.run_folder import Run
 from . import scoring
-from .formatting import escape, markdown_table, signature_lines
+from .formatting import Table, escape, signature_lines
 from .results import HEADLINE, Result
 from .significance import MetricComparison, paired_tests
 
@@ -63,16 +63,20 @@ class Comparison(Record):
     def write(self, path: Path) -> None:
         write_record(path, self)
 
+    def table(self, split: str) -> Table:
+        """Return the scores of each seed of a test set, both tests over sentences, and the means."""
+        header = ["metric", "seed", self.baseline, self.candidate, "gain", "p (bootstrap)", "p (randomization)"]
+        rows = [row for result in self.tests[split].values() for row in result.rows()]
+        return Table(f"scores_{split}", header, rows)
+
     def markdown(self) -> str:
         """Return, for each test set, the scores of each seed, both tests over sentences, means and the verdict."""
         names = escape(self.baseline), escape(self.candidate)
         lines = []
         if self.differences:
             lines += [f"**These runs differ in more than the criterion**: {escape('; '.join(self.differences))}.", ""]
-        header = ["metric", "seed", self.baseline, self.candidate, "gain", "p (bootstrap)", "p (randomization)"]
         for split, metrics in self.tests.items():
-            lines += [f"### {split}", ""]
-            lines += [markdown_table(header, [row for result in metrics.values() for row in result.rows()])]
+            lines += [f"### {split}", "", self.table(split).markdown()]
             lines += ["", f"**{metrics[HEADLINE].verdict(*names)}**", ""]
             lines += [f"{result.verdict(*names)}  " for metric, result in metrics.items() if metric != HEADLINE]
             lines += [""]

@@ -1,10 +1,37 @@
-"""Format numbers and Markdown tables for people."""
+"""Format numbers and tables for people."""
 
+import csv
 import re
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from tabulate import tabulate
+
+
+@dataclass
+class Table:
+    """Rows of text below a header, and the name of the files that contain them."""
+
+    name: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        return markdown_table(self.header, self.rows)
+
+    def latex(self) -> str:
+        """Return a tabular that needs the package booktabs."""
+        aligned = ["left", *["right"] * (len(self.header) - 1)]
+        text = tabulate(self.rows, self.header, tablefmt="latex_booktabs", disable_numparse=True, colalign=aligned)
+        return text.replace("±", r"$\pm$") + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.tex and NAME.csv into `folder`."""
+        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+        with open(folder / f"{self.name}.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.header, *self.rows])
 
 
 def format_mean(scores: Iterable[float], digits: int = 2) -> str:

@@ -82,16 +82,21 @@ class MetricComparison:
         self.p, self.interval = float(result.pvalue), (float(interval.low), float(interval.high))
 
     def rows(self) -> list[list[str]]:
-        """Return rows of a table: metric, seed, baseline, candidate, gain, p of both tests over sentences; the mean."""
+        """Return rows of a table: metric, seed, baseline, candidate, gain, p of both tests over sentences; the mean.
+
+        A single seed has no row of the mean.
+        """
         rows = []
-        for seed in sorted(set(self.baseline) | set(self.candidate)):
+        seeds = sorted(set(self.baseline) | set(self.candidate))
+        for seed in seeds:
             pair = [side.get(seed) for side in (self.baseline, self.candidate)]
             scores = ["" if score is None else f"{score:.2f}" for score in pair]
             gain = "" if None in pair else f"{self.improvement(seed):+.2f}"
             p = self.sentence_p.get(seed, {})
             rows.append([self.metric, str(seed), *scores, gain, format_p(p.get("bs")), format_p(p.get("ar"))])
-        means = [format_mean(side.values()) for side in (self.baseline, self.candidate)]
-        rows.append([self.metric, "mean", *means, self.format_gain(), "", ""])
+        if len(seeds) > 1:
+            means = [format_mean(side.values()) for side in (self.baseline, self.candidate)]
+            rows.append([self.metric, "mean", *means, self.format_gain(), "", ""])
         return rows
 
     def format_gain(self) -> str:

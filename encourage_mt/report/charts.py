@@ -10,26 +10,27 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sacrebleu.metrics.base import Metric
+from matplotlib.ticker import LogLocator
 
 from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis, FrequencyRange
+from ..evaluation.lengths import Interval, LengthRange
 from ..evaluation.results import HEADLINE
 from ..training.run_folder import Run, read_log
 
 # Okabe and Ito (2008): blue and vermillion
 STYLES = ({"color": "#0072B2", "linestyle": "-", "marker": "o"}, {"color": "#D55E00", "linestyle": "--", "marker": "s"})
-LENGTH_EDGES = (1, 6, 11, 16, 21, 31, 41, 61)
 
 
 @dataclass
 class Chart:
-    """A figure with its title, a caption of a sentence or two, and the name of its files."""
+    """A figure with its title, a caption of a sentence or two, and the name of its files; `width` is in sixths."""
 
     name: str
     title: str
     caption: str
     figure: Figure
+    width: int = 2
 
     def svg(self) -> str:
         """Return the figure as an SVG element, without XML header, with a title for screen readers."""
@@ -97,8 +98,9 @@ def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
                 ax.plot(x, y, **style, markersize=3, linewidth=1, label=None if number else f"{label} ({seeds})")
         if key == "valid_nll_loss":
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
+            ax.yaxis.minorticks_off()
         if ax.lines:
             ax.legend()
             caption = f"{meaning}, after each epoch, one line per seed."
@@ -107,10 +109,15 @@ def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
 
 
 def seed_scores(comparison: Comparison) -> list[Chart]:
-    """Draw sacreBLEU of each seed, with a line from baseline to candidate if both have the seed."""
+    """Draw sacreBLEU of each seed, with a line from baseline to candidate if both have the seed.
+
+    There is no chart if no side has a second seed, because one seed shows no spread.
+    """
     charts = []
     for split, metrics in comparison.tests.items():
         result = metrics[HEADLINE]
+        if len(result.baseline) == len(result.candidate) == 1:
+            continue
         figure, ax = axes("", HEADLINE)
         for seed in set(result.baseline) & set(result.candidate):
             ax.plot([0, 1], [result.baseline[seed], result.candidate[seed]], color="#999999", linewidth=1, zorder=1)
@@ -127,24 +134,35 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
     return charts
 
 
-def bleu_by_length(split: str, groups: dict[str, list[list[str]]], references: list[str], bleu: Metric) -> Chart:
-    """Draw BLEU of sentences grouped by the words of the reference. groups: {label: translations of each seed}."""
-    lengths = np.array([len(reference.split()) for reference in references])
-    bins = {}
-    for low, high in zip(LENGTH_EDGES, (*LENGTH_EDGES[1:], None), strict=True):
-        chosen = np.flatnonzero((lengths >= low) & (lengths < (high or np.inf)))
-        if len(chosen):
-            bins[f"{low}-{high - 1}" if high else f"{low}+"] = chosen
+def length_charts(split: str, ranges: list[LengthRange]) -> list[Chart]:
+    """Draw BLEU and gain by length of the reference, each with its interval over sentences."""
+    names = [f"{each.name}\n({each.sentences:,})" for each in ranges]
+    charts = []
+    for kind, ylabel in (("length", HEADLINE), ("length_gain", f"gain in {HEADLINE}")):
+        figure, ax = axes("tokens in the reference (number of sentences)", ylabel)
+        if kind == "length":
+            for shift, style, label in zip((-0.12, 0.12), STYLES, ranges[0].scores, strict=True):
+                draw_intervals(ax, [each.scores[label] for each in ranges], style, shift, label)
+            ax.set_ylim(bottom=0)
+            ax.legend()
+            title, lead = f"BLEU by sentence length, {split}", "BLEU of the sentences of each length"
+        else:
+            draw_intervals(ax, [each.gain for each in ranges], STYLES[1])
+            ax.axhline(0, color="#666666", linewidth=0.8)
+            title, lead = f"Gain by sentence length, {split}", f"{' minus '.join(reversed(ranges[0].scores))}"
+        ax.set_xticks(range(len(names)), names, fontsize=8)
+        ax.set_xlim(-0.5, len(names) - 0.5)
+        caption = f"{lead}, mean over seeds. Lines are 95% intervals of a bootstrap over the sentences."
+        charts.append(Chart(f"{kind}_{split}", title, caption, figure))
+    return charts
 
-    def mean_bleu(systems, chosen):
-        kept = [[references[i] for i in chosen]]
-        return statistics.mean(bleu.corpus_score([system[i] for i in chosen], kept).score for system in systems)
 
-    figure, ax = axes("words in the reference", HEADLINE)
-    values = {label: [mean_bleu(side, chosen) for chosen in bins.values()] for label, side in groups.items()}
-    draw_bars(ax, values, [f"{name}\n({len(chosen):,})" for name, chosen in bins.items()])
-    caption = f"BLEU of the sentences of each length in {split}, mean over seeds; number of sentences in brackets."
-    return Chart(f"length_{split}", f"BLEU by sentence length, {split}", caption, figure)
+def draw_intervals(ax, values: list[Interval], style: dict[str, str], shift: float = 0, label: str = "") -> None:
+    """Draw points at 0, 1, ... (plus `shift`), with lines from the lower to the upper end of their intervals."""
+    middle, low, high = np.array(values).T
+    reach = np.abs([middle - low, high - middle])
+    look = {"color": style["color"], "marker": style["marker"], "linestyle": "none", "capsize": 3, "markersize": 5}
+    ax.errorbar(np.arange(len(values)) + shift, middle, reach, label=label or None, **look)
 
 
 def diagnostic_charts(groups: dict[str, list[Analysis]]) -> list[Chart]:

@@ -8,6 +8,7 @@ from ..evaluation.diagnostics import Analysis
 from ..evaluation.formatting import format_mean, format_p, markdown_table, signature_lines
 from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
 from ..evaluation.significance import MetricComparison
+from ..files import Scalar
 from ..recipe import Recipe
 
 DIAGNOSTICS = {
@@ -74,8 +75,10 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     options = []
     for arm, group in arms.items():
         others = training_differences(group[0], arms[first][0])
-        options.append(f"{arm}: `{criterion_options(group[0])}`{f'; differs in: {others}' if others else ''}  ")
-    lines = [*options, *signature_lines(all_signatures(results)), *describe_setting(results)]
+        options.append(f"{arm}: `{criterion_line(group[0])}`{f'; differs in: {others}' if others else ''}  ")
+    *setting, machines = describe_setting(results).values()
+    lines = [*options, *signature_lines(all_signatures(results))]
+    lines += [f"Setting: {'; '.join(setting)}.  ", f"Trained on: {machines}.  "]
     return "\n".join([markdown_table(header, rows), "", *lines])
 
 
@@ -100,8 +103,8 @@ def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> st
     return seeds + ", ".join(format_p(p[seed]["ar"]) for seed in tested)
 
 
-def describe_setting(results: list[Result]) -> list[str]:
-    """Return the settings of the runs and the machines they were trained on; if they differ, each value."""
+def describe_setting(results: list[Result]) -> dict[str, str]:
+    """Return data, model, training, search and hardware of the runs, {name: text}; if they differ, each value."""
 
     def each(settings, name):
         values = [getattr(result, settings).get(name, "?") for result in results]
@@ -117,15 +120,15 @@ def describe_setting(results: list[Result]) -> list[str]:
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
-    languages = f"{each('options', 'source-lang')} to {each('options', 'target-lang')}"
-    return [
-        f"Setting: {results[0].recipe}, {languages}; {each('training', 'arch')}, "
-        f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers, "
-        f"{each('training', 'encoder_embed_dim')} wide; {each('training', 'tokens per update')} tokens per "
-        f"update, {each('training', 'updates')} updates; last epoch checkpoints averaged: "
-        f"{search('average')}, beam {search('beam')}, length penalty {search('lenpen')}.  ",
-        f"Trained on: {' or '.join(sorted(machines))}{spent}.  ",
-    ]
+    layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
+    return {
+        "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
+        "model": f"{each('training', 'arch')}, {layers}, {each('training', 'encoder_embed_dim')} wide",
+        "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
+        "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
+        f"{search('lenpen')}",
+        "hardware": f"{' or '.join(sorted(machines))}{spent}",
+    }
 
 
 def diagnostics_table(results: list[Result]) -> str:
@@ -195,12 +198,32 @@ def published_table(recipe: Recipe, results: list[Result]) -> str:
     return markdown_table([metric, *arms, "gain"], rows)
 
 
-def criterion_options(result: Result) -> str:
-    """Return the criterion and its options as they were on the command line, where they come last."""
+def criterion_options(result: Result) -> dict[str, Scalar]:
+    """Return the criterion and its options, which come last on the command line."""
     names = list(result.options)
-    names = names[names.index("criterion") :] if "criterion" in names else []
-    values = {name: result.options[name] for name in names}
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
+    return {name: result.options[name] for name in (names[names.index("criterion") :] if "criterion" in names else ())}
+
+
+def criterion_line(result: Result) -> str:
+    """Return the criterion and its options as they were on the command line."""
+    options = criterion_options(result).items()
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in options)
+
+
+def describe_options(options: dict[str, Scalar]) -> str:
+    """Return a criterion and its options in words, such as "cross entropy, label-smoothing 0.1"."""
+    words = (f"{name} " * (name != "criterion") + str(value).replace("_", " ") for name, value in options.items())
+    return ", ".join(word.removesuffix(" True") for word in words)
+
+
+def name_sides(sides: dict[str, Result]) -> str:
+    """Return "CANDIDATE against BASELINE", each with the options of the criterion that only it has."""
+    (baseline, first), (candidate, second) = ((label, criterion_options(side)) for label, side in sides.items())
+    texts = {
+        label: describe_options({name: value for name, value in own.items() if other.get(name) != value})
+        for label, own, other in ((candidate, second, first), (baseline, first, second))
+    }
+    return " against ".join(f"{label} ({text})" if text else label for label, text in texts.items())
 
 
 def training_differences(result: Result, other: Result) -> str:

@@ -1,5 +1,6 @@
 """Check the report of two criteria and two seeds: complete, self-contained, escaped, readable in a browser."""
 
+import csv
 import html
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import refused
+from matplotlib.figure import Figure
 
 from encourage_mt import processes
 from encourage_mt.cli import main
@@ -15,12 +17,23 @@ from encourage_mt.evaluation import scoring
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
-from encourage_mt.report.charts import learning_curves
-from encourage_mt.report.page import FILE_LIST, disagree, mark_words
+from encourage_mt.report.charts import Chart, learning_curves
+from encourage_mt.report.page import FILE_LIST
+from encourage_mt.report.sections import Section, TranslatedSet, disagree, mark_words
 from encourage_mt.training.run_folder import open_run, render_options
 
 CHARTS = {
-    *("seeds_test", "length_test", "valid_bleu", "valid_nll", "representation", "energy", "margin", "probability"),
+    *(
+        "seeds_test",
+        "length_test",
+        "length_gain_test",
+        "valid_bleu",
+        "valid_nll",
+        "representation",
+        "energy",
+        "margin",
+        "probability",
+    ),
     *("calibration", "frequency_accuracy", "frequency_f1"),
 }
 NASTY = '<script>document.title = "gone"</script> & <b>"bold"</b> ' + "long" * 100
@@ -67,7 +80,7 @@ def replace(path, number, line):
 def test_the_run_ends_with_a_report_of_everything(work):
     folder = work.folder / "report-ce-el"
     assert {path.name for path in folder.iterdir()} == {
-        *("report.html", "report.md", "comparison.json", "figures", FILE_LIST)
+        *("report.html", "report.md", "comparison.json", "figures", "tables", FILE_LIST)
     }
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{c}.{k}" for c in CHARTS for k in ("svg", "png")
@@ -105,6 +118,16 @@ def test_the_scores_on_the_page_are_those_of_the_runs(reported):
     assert "paired t-test over 2 seeds" in page and "paired t-test over 2 seeds" in markdown
 
 
+def test_tables_are_beside_the_page_as_latex_and_csv(reported):
+    names = {f"{name}.{kind}" for name in ("scores_test", "runs") for kind in ("csv", "tex")}
+    assert {path.name for path in (reported / "tables").iterdir()} == names
+    with open(reported / "tables" / "scores_test.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == Comparison.read(reported / "comparison.json").table("test").rows
+    latex = (reported / "tables" / "scores_test.tex").read_text(encoding="utf-8")
+    assert r"\toprule" in latex and latex.count(r"\\") == len(rows) and r"$\pm$" in latex and "±" not in latex
+
+
 def test_links_of_the_markdown_exist(reported):
     links = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (reported / "report.md").read_text(encoding="utf-8"))
     assert {Path(link).stem for link in links} == CHARTS and len(links) == len(CHARTS)
@@ -131,13 +154,20 @@ def test_the_worst_regressions_come_first_then_the_best_gains(reported):
 
 
 def test_ten_disagreements_of_each_kind_are_shown_and_equal_outputs_are_left_out():
-    sources = references = [f"word number {i} of the line" for i in range(40)]
-    baseline = ["x" if i < 15 else reference for i, reference in enumerate(references)]
-    candidate = ["x" if 15 <= i < 30 else reference for i, reference in enumerate(references)]
-    rows = disagree(sources, references, {"a": baseline, "b": candidate})
-    assert [row["gain"] > 0 for row in rows] == [False] * 10 + [True] * 10
-    assert all(row["line"] <= 30 for row in rows)
+    lines = [f"word number {i} of the line" for i in range(40)]
+    baseline = ["x" if i < 15 else line for i, line in enumerate(lines)]
+    candidate = ["x" if 15 <= i < 30 else line for i, line in enumerate(lines)]
+    worse, better = disagree(TranslatedSet(lines, lines, {"a": {1: baseline}, "b": {2: candidate}}), [1, 2]).values()
+    assert len(worse) == len(better) == 10 and max(row["gain"] for row in worse) < 0 < min(r["gain"] for r in better)
+    assert all(row["line"] <= 30 for row in worse + better)
     assert mark_words("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
+
+
+@pytest.mark.parametrize("count, widths", [(1, [6]), (2, [3] * 2), (3, [2] * 3), (4, [3] * 4), (5, [2] * 3 + [3] * 2)])
+def test_charts_fill_their_rows(count, widths):
+    section = Section("title", charts=[Chart("name", "title", "caption", Figure()) for _ in range(count)])
+    section.arrange()
+    assert [chart.width for chart in section.charts] == widths and sum(widths) % 6 == 0
 
 
 def test_a_second_report_replaces_the_first_and_keeps_files_of_others(reported, tmp_path, capsys):
@@ -213,7 +243,7 @@ def test_the_page_is_readable_in_a_browser(width, reported):
         )
         assert inner == width and content <= width and height > 1500
         assert browser.get_log("browser") == []
-        assert browser.title == "el against ce"
+        assert browser.title.startswith("el (label smoothed encouraging loss, log-end 0.5) against ce (label")
         narrowest = browser.execute_script(
             "return Math.min(...[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width))"
         )

@@ -122,7 +122,10 @@ def test_one_seed_is_never_enough(first):
     result = compared([20.0], [40.0], first=first)
     assert result.gain == 20 and result.p is result.interval is result.seeds_needed is None
     assert result.verdict("ce", "el").startswith("Not enough evidence: +20.00 sacreBLEU")
-    assert result.rows()[-1] == ["sacreBLEU", "mean", "20.00", "40.00", "+20.00", "", ""]
+    if first == 1:
+        assert result.rows() == [["sacreBLEU", "1", "20.00", "40.00", "+20.00", "", ""]], "no mean of a single seed"
+    else:
+        assert result.rows()[-1] == ["sacreBLEU", "mean", "20.00", "40.00", "+20.00", "", ""]
 
 
 def test_equal_scores_on_both_sides_are_not_a_difference():

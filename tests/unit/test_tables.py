@@ -13,6 +13,7 @@ from encourage_mt.report.tables import (
     curve_table,
     diagnostics_table,
     learning_curve,
+    name_sides,
     published_table,
     runs_table,
 )
@@ -100,6 +101,15 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     longer = results[3].model_copy(update={"options": {"max-epoch": 9, **longer}})
     assert "differs in" not in table and "`; differs in: max-epoch 9" in arms_table([results[0], longer], [])
     assert [row[:2] for row in rows_of(arms_table(results[:1], []))[1:]] == [["ce", "valid"], ["ce", "test"]]
+
+
+def test_the_title_of_a_report_names_the_options_in_which_the_arms_differ():
+    common = {"seed": 1, "criterion": "label_smoothed_cross_entropy"}
+    weak, strong = (sample_result(options={**common, "label-smoothing": value, "x": True}) for value in (0.1, 0.2))
+    assert name_sides({"a": weak, "b": strong}) == "b (label-smoothing 0.2) against a (label-smoothing 0.1)"
+    other = sample_result(options={"criterion": "encouraging_loss", "label-smoothing": 0.1})
+    assert name_sides({"a": weak, "c": other}) == "c (encouraging loss) against a (label smoothed cross entropy, x)"
+    assert name_sides({"a": weak, "d": weak}) == "d against a"
 
 
 def test_each_comparison_gives_a_gain_and_names_its_seeds_if_not_all_are_used(results, comparison):

@@ -1,0 +1,136 @@
+"""Define the sections of the report: what each shows, and in which order."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sacrebleu.metrics.bleu import BLEU
+
+from ..data.manifest import PreparedData
+from ..evaluation import scoring
+from ..evaluation.comparison import Comparison, read_translation
+from ..evaluation.diagnostics import analyse
+from ..evaluation.formatting import Table
+from ..evaluation.lengths import bleu_by_length
+from ..evaluation.results import HEADLINE
+from ..training.run_folder import Run
+from .charts import Chart, diagnostic_charts, learning_curves, length_charts, seed_scores
+
+SHOWN = 10  # translations on each side
+DIAGNOSTICS_NOTE = (
+    "Measured on valid, where the model gets the true beginning of each sentence. The paper makes three claims: "
+    "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
+    "relative to that of other types, and the margin grows."
+)
+
+
+@dataclass
+class TranslatedSet:
+    """One test set: source, references, and the translations of each side, {label: {seed: lines}}."""
+
+    source: list[str]
+    references: list[str]
+    systems: dict[str, dict[int, list[str]]]
+
+
+@dataclass
+class Material:
+    """What the sections are made of. groups: {label: runs}, the baseline first; sets: {test set: its texts}."""
+
+    comparison: Comparison
+    groups: dict[str, list[Run]]
+    data: PreparedData
+    sets: dict[str, TranslatedSet]
+
+    @classmethod
+    def read(cls, comparison: Comparison, groups: dict[str, list[Run]]) -> "Material":
+        """Return the material of a comparison, with the translations in the folders of its runs."""
+        data = next(iter(groups.values()))[0].prepared()
+        sets = {}
+        for split in comparison.tests:
+            source, references = data.read_text(split, data.source), data.read_text(split, data.target)
+            systems = {
+                label: {run.seed: read_translation(run, split, data, references) for run in runs}
+                for label, runs in groups.items()
+            }
+            sets[split] = TranslatedSet(source, references, systems)
+        return cls(comparison, groups, data, sets)
+
+    def shown_seeds(self) -> list[int]:
+        """Return the seed of each side whose translations are shown: the first that both have, or the first of each."""
+        seeds = [[run.seed for run in runs] for runs in self.groups.values()]
+        shared = [seed for seed in seeds[0] if seed in seeds[1]]
+        return [shared[0]] * 2 if shared else [side[0] for side in seeds]
+
+
+@dataclass
+class Section:
+    """A part of the page: a title, text, tables and charts. A section without tables and charts is left out."""
+
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+
+    def arrange(self) -> None:
+        """Make rows of three charts, and of two where one would be left over; a single chart has the whole row."""
+        pairs = {0: 0, 1: 2, 2: 1}[len(self.charts) % 3]  # rows of two
+        for chart in self.charts[-2 * pairs :] if pairs else ():
+            chart.width = 3 if len(self.charts) > 1 else 6
+            chart.figure.set_size_inches(5.4, 3.1)
+
+
+def seeds_and_lengths(material: Material) -> Section:
+    metric = cast(BLEU, scoring.metrics(material.data.target, material.data.lowercase)[HEADLINE])
+    charts = seed_scores(material.comparison)
+    for split, texts in material.sets.items():
+        systems = {label: list(side.values()) for label, side in texts.systems.items()}
+        charts += length_charts(split, bleu_by_length(texts.references, systems, metric))
+    return Section("Seeds and sentence lengths", charts=charts)
+
+
+def curves(material: Material) -> Section:
+    return Section("Learning curves", charts=learning_curves(material.groups))
+
+
+def diagnostics(material: Material) -> Section:
+    analyses = {label: [analyse(run) for run in runs] for label, runs in material.groups.items()}
+    return Section("Diagnostics", DIAGNOSTICS_NOTE, charts=diagnostic_charts(analyses))
+
+
+# in the order of the page; the scores precede them, translations and runs follow
+SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, curves, diagnostics)
+
+
+def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Return the sentences whose chrF++ differs most: {"Worst regressions": sentences, "Best gains": sentences}.
+
+    seeds: that of the baseline and that of the candidate. A sentence has line (from 1), source, reference, scores,
+    gain, and for each output its words, each with whether the reference lacks it.
+    """
+    chrf = scoring.metrics("")["chrF++"]
+    outputs = {label: side[seed] for (label, side), seed in zip(texts.systems.items(), seeds, strict=True)}
+    rows: list[dict[str, Any]] = []
+    for index, (source, reference) in enumerate(zip(texts.source, texts.references, strict=True)):
+        pair = {label: lines[index] for label, lines in outputs.items()}
+        if len(set(pair.values())) == 1:
+            continue
+        scores = [chrf.sentence_score(line, [reference]).score for line in pair.values()]
+        row = {"line": index + 1, "source": source, "reference": reference, "gain": scores[1] - scores[0]}
+        marked = {label: mark_words(line, reference) for label, line in pair.items()}
+        rows.append({**row, "scores": scores, "outputs": marked})
+    rows.sort(key=lambda row: row["gain"])
+    return {
+        "Worst regressions": [row for row in rows if row["gain"] < 0][:SHOWN],
+        "Best gains": [row for row in reversed(rows) if row["gain"] > 0][:SHOWN],
+    }
+
+
+def mark_words(line: str, reference: str) -> list[tuple[str, bool]]:
+    """Return the words of `line`, each with whether it is missing from the words that both share in the same order."""
+    words = line.split()
+    shared: set[int] = set()
+    for block in difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_matching_blocks():
+        shared.update(range(block.a, block.a + block.size))
+    return [(word, index not in shared) for index, word in enumerate(words)]
