@@ -98,6 +98,8 @@ setup(
         # export and fast translation; needs the extra recipes too
         "serving": ["ctranslate2>=4.5,<5"],
         "transformers": ["transformers>=5.0", "accelerate>=1.1"],
+        # examples/graphs
+        "classification": ["torch_geometric>=2.5"],
         "bench": ["liger-kernel"],
         "comet": ["unbabel-comet"],
         "test": [

@@ -3,7 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}
-EXTRAS=fairseq,recipes,serving,transformers,test
+EXTRAS=fairseq,recipes,serving,transformers,classification,test
 
 fail() {
     echo "error: $1" >&2

@@ -1,0 +1,242 @@
+"""Train arms with several seeds, keep each run as one JSON file, and compare the arms; used by images and graphs."""
+
+import argparse
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from tqdm import tqdm
+
+from encourage_mt.arguments import Parser, count
+from encourage_mt.environment import describe_hardware, versions
+from encourage_mt.errors import UserError
+from encourage_mt.evaluation.formatting import format_mean, format_p, markdown_table
+from encourage_mt.evaluation.significance import MetricComparison
+from encourage_mt.files import Record, Scalar, read_record, write_record
+from encourage_mt.processes import locked
+from encourage_mt.report.charts import Chart, axes
+
+COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito (2008)
+TUNING_SEED = 0  # the seeds of the experiment start at 1
+Options = dict[str, Scalar]  # of EncouragingLoss
+Runs = dict[str, dict[int, "Result"]]  # {arm: {seed: result}}, the baseline first
+
+
+class Result(Record):
+    """A finished training: the options of the loss, the fixed settings of the script, {measure: value}, its cost."""
+
+    remedy: ClassVar[str] = "remove it, and the run is trained again"
+
+    format: Literal[1] = 1
+    setting: str
+    arm: str
+    seed: int
+    rate: float
+    loss: Options
+    training: dict[str, Scalar]
+    measures: dict[str, float]
+    cpu_seconds: float
+    machine: str
+    versions: dict[str, str]
+
+
+def parser(description: str, arms: dict[str, Options], settings: tuple[str, ...], folder: str) -> Parser:
+    """Return a parser with the options that both scripts have; their data options are added to it."""
+    result = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, known, metavar in (("arms", tuple(arms), "ARM"), ("settings", settings, "SETTING")):
+        text = f"of {', '.join(known)} (default: all)"
+        result.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=metavar, help=text)
+    result.add_argument("--seeds", type=count, default=10, metavar="N", help="runs of each arm (default: %(default)s)")
+    result.add_argument(
+        "--raw-dir", type=Path, metavar="DIR", help="folder with the files of the data set (default: download them)"
+    )
+    result.add_argument(
+        "--work-dir", type=Path, default=Path(folder), metavar="DIR",
+        help="folder of the runs; runs that are there already are not trained again (default: %(default)s)",
+    )  # fmt: skip
+    result.add_argument(
+        "--report-only", action="store_true", help="only write the report of the finished runs (default: train first)"
+    )
+    return result
+
+
+@dataclass
+class Experiment:
+    """Every arm with every seed in every setting. The first arm is the baseline.
+
+    train(setting, options, seed, rate, tuning) returns the measures of a run; with `tuning`, those on a held-out part
+    of the training set. If there are several `rates`, each arm gets the one with the best headlines[0] there.
+    """
+
+    title: str
+    arguments: argparse.Namespace
+    arms: dict[str, Options]
+    rates: tuple[float, ...]
+    headlines: tuple[str, ...]
+    training: dict[str, Scalar]
+    train: Callable[[str, Options, int, float, bool], dict[str, float]]
+
+    def __post_init__(self):
+        baseline = next(iter(self.arms))
+        self.chosen = {arm: self.arms[arm] for arm in self.arms if arm in (baseline, *self.arguments.arms)}
+        self.seeds = range(1, self.arguments.seeds + 1)
+
+    def run(self) -> None:
+        """Train what is missing and write the report. Raises UserError if a finished run has other settings."""
+        with locked(self.arguments.work_dir):
+            if not self.arguments.report_only:
+                self.train_missing()
+            self.report()
+
+    def train_missing(self) -> None:
+        tuned = len(self.rates) if len(self.rates) > 1 else 0
+        total = len(self.arguments.settings) * len(self.chosen) * (tuned + len(self.seeds))
+        with tqdm(total=total, unit="run", smoothing=0) as bar:
+            for setting in self.arguments.settings:
+                best = {arm: self.best_rate(setting, arm, bar) for arm in self.chosen}
+                for seed in self.seeds:
+                    for arm, rate in best.items():
+                        self.result(setting, arm, seed, rate, bar)
+
+    def best_rate(self, setting: str, arm: str, bar: tqdm) -> float:
+        if len(self.rates) == 1:
+            return self.rates[0]
+        tried = [self.result(setting, arm, TUNING_SEED, rate, bar) for rate in self.rates]
+        return max(tried, key=lambda result: result.measures[self.headlines[0]]).rate
+
+    def result(self, setting: str, arm: str, seed: int, rate: float, bar: tqdm) -> Result:
+        """Return a run, from its file if it is finished."""
+        tuning = seed == TUNING_SEED
+        path = self.path(setting, arm, seed, rate)
+        bar.set_description(f"{setting} {path.stem}")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            start = time.process_time()
+            measures = self.train(setting, self.arms[arm], seed, rate, tuning)
+            result = Result(
+                setting=setting, arm=arm, seed=seed, rate=rate, loss=self.arms[arm], training=self.training,
+                measures=measures, cpu_seconds=round(time.process_time() - start, 1),
+                machine=describe_hardware("cpu"), versions=versions(),
+            )  # fmt: skip
+            write_record(path, result)
+        bar.update()
+        return self.read(path)
+
+    def path(self, setting: str, arm: str, seed: int, rate: float) -> Path:
+        name = f"tuning/{arm}.rate{rate:g}" if seed == TUNING_SEED else f"{arm}.seed{seed}"
+        return self.arguments.work_dir / setting / f"{name}.json"
+
+    def read(self, path: Path) -> Result:
+        result = read_record(path, Result)
+        recorded = {**result.training, **result.loss}
+        for name, value in {**self.training, **self.arms[result.arm]}.items():
+            if recorded.get(name) != value:
+                remedy = "choose another --work-dir, or remove the file"
+                raise UserError(f"{path}: {name}: is {recorded.get(name)}, now {value}; {remedy}")
+        return result
+
+    def finished(self, setting: str) -> Runs:
+        runs = {}
+        for arm in self.chosen:
+            paths = {seed: self.path(setting, arm, seed, 0) for seed in self.seeds}
+            runs[arm] = {seed: self.read(path) for seed, path in paths.items() if path.exists()}
+        return {arm: results for arm, results in runs.items() if results}
+
+    def report(self) -> None:
+        """Write report.md with tables, verdicts and pictures (SVG and PNG) of all finished runs, and print it."""
+        folder = self.arguments.work_dir
+        baseline, *others = self.chosen
+        lines = [f"# {self.title}", ""]
+        for setting in self.arguments.settings:
+            runs = self.finished(setting)
+            if baseline not in runs:
+                continue
+            lines += [f"## {setting}", "", table(runs), "", costs(runs), ""]
+            compared = [arm for arm in others if arm in runs]
+            for headline in self.headlines:
+                tests = {arm: compare(runs[baseline], runs[arm], headline) for arm in compared}
+                lines += [f"- {tests[arm].verdict(baseline, arm)}" for arm in compared]
+                charts = [changes_chart(setting, headline, tests)] if any(t.interval for t in tests.values()) else []
+                for chart in charts + (curve_charts(setting, runs) if headline == self.headlines[0] else []):
+                    chart.save(folder)
+                    lines += ["", f"![{chart.title}]({chart.name}.svg)", "", chart.caption, ""]
+        if len(lines) == 2:
+            raise UserError(f"{folder}: has no finished run of {baseline}")
+        text = "\n".join([*lines, ""])
+        (folder / "report.md").write_text(text, encoding="utf-8")
+        print(text)
+
+
+def compare(baseline: dict[int, Result], candidate: dict[int, Result], measure: str) -> MetricComparison:
+    """Return the paired test over the seeds that both arms have, or Welch's test if they share none."""
+    shared = set(baseline) & set(candidate)
+    sides = [
+        {seed: run.measures[measure] for seed, run in side.items() if not shared or seed in shared}
+        for side in (baseline, candidate)
+    ]
+    return MetricComparison(measure, *sides)
+
+
+def table(runs: Runs) -> str:
+    """Return a row for each measure: mean ± standard deviation of each arm, and below it the change with interval, p.
+
+    A change is the arm's mean minus that of the first arm.
+    """
+    baseline = next(iter(runs))
+    rows = []
+    for measure in next(iter(runs[baseline].values())).measures:
+        means = [format_mean(run.measures[measure] for run in results.values()) for results in runs.values()]
+        rows.append([measure, *means])
+        tests = [compare(runs[baseline], results, measure) for arm, results in runs.items() if arm != baseline]
+        changes = [f"{test.format_gain()}{f' p {format_p(test.p)}' if test.p is not None else ''}" for test in tests]
+        rows.append(["", "", *changes])
+    seeds = ["seeds", *(str(len(results)) for results in runs.values())]
+    rates = ["learning rate", *(" or ".join(sorted({f"{r.rate:g}" for r in side.values()})) for side in runs.values())]
+    return markdown_table(["", *runs], [seeds, rates, *rows])
+
+
+def costs(runs: Runs) -> str:
+    results = [result for side in runs.values() for result in side.values()]
+    machines = " or ".join(sorted({f"{each.machine}, torch {each.versions['torch']}" for each in results}))
+    seconds = statistics.mean(each.cpu_seconds for each in results)
+    return f"Trained on: {machines}; {seconds:.0f} seconds of CPU time a run, with all measures."
+
+
+def changes_chart(setting: str, measure: str, tests: dict[str, MetricComparison]) -> Chart:
+    """Draw the change of each arm against the baseline with its 95% interval."""
+    figure, ax = axes(f"change in {measure}", "")
+    for row, test in enumerate(tests.values()):
+        low, high = test.interval or (test.gain, test.gain)
+        ax.errorbar(test.gain, row, xerr=[[test.gain - low], [high - test.gain]], fmt="o", color="#0072B2", capsize=3)
+    ax.axvline(0, color="#666666", linewidth=0.8)
+    ax.set_yticks(range(len(tests)), list(tests))
+    ax.invert_yaxis()
+    name = re.sub(r"\W+", "_", f"{setting}_{measure}")
+    caption = "Mean change against the baseline over the seeds that both have, with its 95% interval."
+    return Chart(f"{name}_changes", f"{setting}: change in {measure}", caption, figure)
+
+
+def curve_charts(setting: str, runs: Runs) -> list[Chart]:
+    """Draw each group of measures named "NAME eps X" over X, one line for each arm."""
+    names = next(iter(next(iter(runs.values())).values())).measures
+    groups: dict[str, dict[float, str]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.+) eps ([\d.]+)", name):
+            groups.setdefault(match[1], {})[float(match[2])] = name
+    charts = []
+    for group, points in groups.items():
+        if len(points) < 3:
+            continue
+        figure, ax = axes("eps (pixel range 0 to 1)", "accuracy (%)")
+        for color, (arm, results) in zip(COLORS, runs.items(), strict=False):
+            means = [statistics.mean(run.measures[name] for run in results.values()) for name in points.values()]
+            ax.plot(list(points), means, color=color, marker="o", markersize=3, linewidth=1, label=arm)
+        ax.set_xscale("log")
+        ax.legend(fontsize=7)
+        name = re.sub(r"\W+", "_", f"{setting}_{group}")
+        charts.append(Chart(name, f"{setting}: {group}", "Accuracy under the attack, mean over seeds.", figure))
+    return charts

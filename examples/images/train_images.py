@@ -1,0 +1,201 @@
+"""Train a small convolutional network on Fashion-MNIST with cross entropy and with the encouraging loss.
+
+    python examples/images/train_images.py
+
+trains every arm with every seed in four settings and writes tables and pictures to runs/images/report.md. Finished runs
+are kept, so the same command continues after an interruption.
+
+settings: long_tail_100 and long_tail_10 thin class k out to 100^(-k/9) or 10^(-k/9) of its images; balanced uses all;
+without_class trains without class 9, whose test images are unknown inputs then.
+"""
+
+import gzip
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
+
+from experiment import Experiment, Options, parser  # noqa: E402
+from measures import accuracy, inside, predict, under_attack, unknown_inputs  # noqa: E402
+
+from encourage_mt import EncouragingLoss  # noqa: E402
+from encourage_mt.arguments import count  # noqa: E402
+from encourage_mt.data.download import download  # noqa: E402
+from encourage_mt.environment import DOWNLOADS  # noqa: E402
+from encourage_mt.errors import UserError, exit_on_user_error  # noqa: E402
+from encourage_mt.loss import LossOptions  # noqa: E402
+
+ARMS: dict[str, Options] = {
+    "ce": {"bonus": "none"},
+    "ce_ls": {"bonus": "none", "label_smoothing": 0.1},
+    "el_050": {"log_end": 0.5},
+    "el_075": {"log_end": 0.75},
+    "el_100": {"log_end": 1.0},
+    "el_start": {"log_end": 1.0, "bonus_start": 0.5},  # "aggressive" in the paper
+}
+SETTINGS = ("long_tail_100", "long_tail_10", "balanced", "without_class")
+RATES = (0.05, 0.1, 0.2)  # half, one and twice the rate of the baseline
+BATCH, MOMENTUM, DECAY, WARM_UP = 128, 0.9, 5e-4, 0.2
+CLASSES, HELD_OUT_CLASS, ATTACKED = 10, 9, 500
+URLS = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+)
+MD5 = {  # as published on github.com/zalandoresearch/fashion-mnist
+    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+}
+DIGITS = ("https://ossci-datasets.s3.amazonaws.com/mnist/t10k-images-idx3-ubyte.gz",)
+DIGITS_MD5 = "md5:9fb629c4189551a2d022fa330f9573f3"
+
+
+def read_idx(path: Path) -> Tensor:
+    """Return the bytes of an IDX file (.gz), or `images` of an .npz file. Raises UserError if it is damaged."""
+    if path.suffix == ".npz":
+        return torch.from_numpy(np.load(path)["images"])
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a complete .gz file ({error})") from None
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise UserError(f"{path}: not an IDX file of bytes")
+    shape = np.frombuffer(content, ">i4", content[3], 4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
+    if len(values) != shape.prod():
+        raise UserError(f"{path}: has {len(values):,} values, its header says {shape.prod():,}; download it again")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def find(name: str, raw: Path | None, urls: tuple[str, ...], checksum: str, folder: Path) -> Path:
+    """Return the path of a file in `raw`, or below `folder`, where it is downloaded to if it is missing."""
+    path = (raw or folder) / name
+    if raw and not path.exists():
+        raise UserError(f"{path}: no such file; name the folder that has it with --raw-dir")
+    if not path.exists():
+        download(list(urls), path, [checksum])
+    return path
+
+
+def load(raw: Path | None, digits: Path | None) -> dict[str, Tensor]:
+    """Return the images [N, 28, 28] and labels [N] of train and test, and the images of digits, all uint8."""
+    fashion = DOWNLOADS / "fashion_mnist"
+    paths = [find(name, raw, tuple(url + name for url in URLS), md5, fashion) for name, md5 in MD5.items()]
+    digits = digits or find("t10k-images-idx3-ubyte.gz", None, DIGITS, DIGITS_MD5, DOWNLOADS / "mnist")
+    names = ("images", "labels", "test images", "test labels", "digits")
+    data = {name: read_idx(path) for name, path in zip(names, [*paths, digits], strict=True)}
+    for split in ("", "test "):
+        images, labels = data[f"{split}images"], data[f"{split}labels"]
+        if len(images) != len(labels) or images.dim() != 3 or labels.dim() != 1 or labels.max() >= CLASSES:
+            raise UserError(
+                f"{split}images {list(images.shape)} and labels {list(labels.shape)} do not belong together"
+            )
+    return data
+
+
+def pixels(images: Tensor) -> Tensor:
+    return images.unsqueeze(1).float() / 255
+
+
+class Net(nn.Sequential):
+    """Two strided convolutions and two linear layers: 106,122 parameters and 0.4 million multiplications an image."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, classes),
+        )  # fmt: skip
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [N, classes] of pixels [N, 1, 28, 28] in 0 to 1."""
+        return super().forward((pixels - 0.286) / 0.353)
+
+
+def choose(labels: Tensor, setting: str, tuning: bool) -> tuple[Tensor, Tensor]:
+    """Return the indices to train on and those held out: a tenth of all, the same in every run, with `tuning`."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held_out = order[: len(labels) // 10]
+    order = order[len(held_out) :] if tuning else order
+    ratio = int(setting.removeprefix("long_tail_")) if setting.startswith("long_tail") else 1
+    parts = []
+    for number in range(CLASSES - (setting == "without_class")):
+        members = order[labels[order] == number]
+        parts.append(members[: max(1, round(len(members) * ratio ** (-number / (CLASSES - 1))))])
+    if setting == "without_class":
+        held_out = held_out[labels[held_out] != HELD_OUT_CLASS]
+    return torch.cat(parts), held_out
+
+
+def fit(criterion: nn.Module, images: Tensor, labels: Tensor, seed: int, rate: float, epochs: int):
+    """Return a trained network and its loss in each step: SGD, the rate rises for a fifth of the steps, then falls."""
+    torch.manual_seed(seed)
+    model = Net(int(labels.max()) + 1)
+    optimizer = torch.optim.SGD(model.parameters(), rate, MOMENTUM, weight_decay=DECAY, nesterov=True)
+    batches = max(1, len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * batches, pct_start=WARM_UP)
+    losses = []
+    for _ in tqdm(range(epochs), unit="epoch", leave=False):
+        for batch in torch.randperm(len(images))[: batches * BATCH].chunk(batches):
+            loss = criterion(model(pixels(images[batch])), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    return model, losses
+
+
+def run(data: dict[str, Tensor], epochs: int, setting: str, options: Options, seed: int, rate: float, tuning: bool):
+    """Train one network and return its measures; with `tuning`, its accuracy on the held-out images alone."""
+    labels, test_labels = data["labels"].long(), data["test labels"].long()
+    chosen, held_out = choose(labels, setting, tuning)
+    model, _ = fit(EncouragingLoss(**options), data["images"][chosen], labels[chosen], seed, rate, epochs)
+    if tuning:
+        return {"accuracy": accuracy(predict(model, pixels(data["images"][held_out])), labels[held_out])}
+    known = test_labels < (HELD_OUT_CLASS if setting == "without_class" else CLASSES)
+    test, test_labels, unknown = data["test images"][known], test_labels[known], data["test images"][~known]
+    logits = predict(model, pixels(test))
+    measures = {"accuracy": accuracy(logits, test_labels)}
+    if setting.startswith("long_tail"):
+        for name, low, high in (("many", 0, 2), ("medium", 3, 6), ("few", 7, 9)):
+            group = (test_labels >= low) & (test_labels <= high)
+            measures[f"accuracy, {name}"] = accuracy(logits[group], test_labels[group])
+    measures |= inside(logits, test_labels, LossOptions(**options), model[-1].weight)
+    if setting == "without_class":
+        measures |= unknown_inputs(logits, predict(model, pixels(unknown)), "held-out class")
+    if setting == "balanced":
+        torch.manual_seed(0)  # the same noise and the same random starts of attacks for all runs
+        noise = torch.rand(len(data["digits"]), 1, 28, 28)
+        measures |= unknown_inputs(logits, predict(model, pixels(data["digits"])), "digits")
+        measures |= unknown_inputs(logits, predict(model, noise), "noise")
+        measures |= under_attack(model, pixels(test[:ATTACKED]), test_labels[:ATTACKED])
+    return measures
+
+
+def main() -> None:
+    options = parser(__doc__, ARMS, SETTINGS, "runs/images")
+    options.add_argument("--digits", type=Path, metavar="FILE", help="MNIST's test images (default: download them)")
+    options.add_argument("--epochs", type=count, default=10, metavar="N", help="(default: %(default)s)")
+    with exit_on_user_error("train_images.py"):
+        arguments = options.parse_args()
+        torch.set_num_threads(1)  # more threads are slower on images this small
+        data = {} if arguments.report_only else load(arguments.raw_dir, arguments.digits)
+        training = {"epochs": arguments.epochs, "batch": BATCH}
+        headlines = ("accuracy",)
+
+        def train(*details):
+            return run(data, arguments.epochs, *details)
+
+        Experiment("Fashion-MNIST", arguments, ARMS, RATES, headlines, training, train).run()
+
+
+if __name__ == "__main__":
+    main()

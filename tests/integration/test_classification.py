@@ -1,0 +1,262 @@
+"""Test the examples of image and graph classification end to end, on data made here."""
+
+import gzip
+import importlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from encourage_mt import EncouragingLoss
+from encourage_mt.files import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The module train_images, with short attacks."""
+    module = load("images", "train_images")
+    import measures
+
+    module.ATTACKED, module.RATES, measures.STEPS, measures.QUERIES = 40, (0.05, 0.1), 5, 5
+    return module
+
+
+def load(folder, name):
+    sys.path.insert(0, str(ROOT / "examples" / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def write_idx(path, values):
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A folder with 600 and 200 images of ten classes, each a bright row at another height, and digits.npz."""
+    folder = tmp_path_factory.mktemp("raw")
+    rng = np.random.default_rng(0)
+    for split, size in (("train", 600), ("t10k", 200)):
+        labels = (np.arange(size) % 10).astype(np.uint8)
+        pictures = rng.integers(0, 30, (size, 28, 28), dtype=np.uint8)
+        pictures[np.arange(size), 2 + 2 * labels.astype(int)] += 200
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", pictures)
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+    np.savez(folder / "digits.npz", images=rng.integers(0, 256, (50, 28, 28), dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture
+def run(images, raw, monkeypatch, capsys):
+    """run(*options) runs the script in this process; returns (exit code, output, errors)."""
+
+    def start(*options, folder=raw):
+        argv = ["train_images.py", "--raw-dir", folder, "--digits", folder / "digits.npz", "--epochs", 4, *options]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        code = 0
+        try:
+            images.main()
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return start
+
+
+def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeypatch):
+    work = tmp_path / "work"
+    settings = [name for name in images.SETTINGS if name != "long_tail_10"]
+    options = ("--work-dir", work, "--seeds", 2, "--arms", "ce", "el_050", "--settings", *settings)
+    code, output, _ = run(*options)
+    assert code == 0
+    for setting in settings:
+        names = {path.name for path in (work / setting).glob("*.json")}
+        assert names == {f"{arm}.seed{seed}.json" for arm in ("ce", "el_050") for seed in (1, 2)}
+        assert len(list((work / setting / "tuning").iterdir())) == 4
+        assert f"## {setting}" in output
+    measures = read_json(work / "balanced/ce.seed1.json")["measures"]
+    assert measures["accuracy"] > 30 and {"AUROC digits, logit", "FPR95 noise, energy"} <= set(measures)
+    assert measures["PGD margin eps 1"] <= measures["PGD margin eps 0.05"] <= measures["accuracy"]
+    tail = read_json(work / "long_tail_100/ce.seed1.json")["measures"]
+    groups = [tail[f"accuracy, {name}"] for name in ("many", "medium", "few")]
+    assert tail["accuracy"] == pytest.approx(np.dot(groups, [0.3, 0.4, 0.3]))
+    assert "AUROC held-out class, probability" in read_json(work / "without_class/el_050.seed2.json")["measures"]
+    report = (work / "report.md").read_text(encoding="utf-8")
+    assert "paired t-test over 2 seeds" in report and (work / "balanced_accuracy_changes.png").exists()
+
+    monkeypatch.setattr(images, "fit", None)  # nothing is trained again
+    assert run(*options)[:2] == (0, output)
+    code, _, errors = run("--report-only", "--work-dir", tmp_path / "empty")
+    assert code == 2 and f"{tmp_path / 'empty'}: has no finished run of ce" in errors
+    path = work / "balanced/el_050.seed1.json"
+    record = read_json(path)
+    write_json(path, {**record, "loss": {"log_end": 0.75}})
+    code, _, errors = run(*options)
+    assert code == 2 and "el_050.seed1.json: log_end: is 0.75, now 0.5" in errors.strip().splitlines()[-1]
+
+
+def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
+    def refused(*options, folder=raw):
+        code, _, errors = run("--work-dir", tmp_path / "work", *options, folder=folder)
+        assert code == 2 and errors.count("\n") == 1 and not (tmp_path / "work").exists()
+        return errors
+
+    assert "'el_9'" in refused("--arms", "el_9")
+    assert str(tmp_path / "none") in refused(folder=tmp_path / "none")
+    for path in raw.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes((raw / labels.name).read_bytes()[:-20])
+    assert f"{labels}: not a complete" in refused(folder=tmp_path)
+    labels.write_bytes(gzip.compress(gzip.decompress((raw / labels.name).read_bytes())[:-1]))
+    assert f"{labels}: has 599 values, its header says 600" in refused(folder=tmp_path)
+    labels.write_bytes((raw / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    assert "do not belong together" in refused(folder=tmp_path)
+
+
+def test_without_bonus_all_steps_equal_those_of_torch(images, raw):
+    data = images.load(raw, raw / "digits.npz")
+    losses = {}
+    for smoothing in (0.0, 0.1):
+        criteria = (
+            nn.CrossEntropyLoss(label_smoothing=smoothing),
+            EncouragingLoss(bonus="none", label_smoothing=smoothing),
+            EncouragingLoss(log_end=0.5, label_smoothing=smoothing),
+        )
+        fits = [images.fit(each, data["images"], data["labels"].long(), 1, 0.05, 3)[1] for each in criteria]
+        np.testing.assert_allclose(fits[1], fits[0], rtol=1e-4)
+        assert len(fits[0]) == 12 and not np.allclose(fits[2], fits[0], rtol=0.01)
+        losses[smoothing] = fits[0]
+    assert losses[0.0] != losses[0.1]
+
+
+def test_the_tail_is_thinned_and_nothing_held_out_is_trained_on(images):
+    labels = torch.arange(10).repeat(1000)
+    chosen, _ = images.choose(labels, "long_tail_100", tuning=False)
+    counts = labels[chosen].bincount().tolist()
+    assert counts == [round(1000 * 100 ** (-k / 9)) for k in range(10)]
+    chosen, held_out = images.choose(labels, "balanced", tuning=True)
+    assert sorted([*chosen.tolist(), *held_out.tolist()]) == list(range(10_000)) and len(held_out) == 1000
+    chosen, held_out = images.choose(labels, "without_class", tuning=True)
+    assert labels[chosen].max() == labels[held_out].max() == 8
+
+
+def test_a_killed_experiment_continues(run, images, raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RATES", (0.05, 0.1, 0.2))  # as in the process that is killed
+    options = ["--work-dir", tmp_path, "--settings", "long_tail_10", "--arms", "ce", "--seeds", "1", "--epochs", "3"]
+    argv = [sys.executable, ROOT / "examples/images/train_images.py", "--raw-dir", raw, *options]
+    process = subprocess.Popen([*map(str, argv), "--digits", raw / "digits.npz"], stderr=subprocess.PIPE)
+    tuning = tmp_path / "long_tail_10/tuning"
+    while process.poll() is None and not list(tuning.glob("*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    before = {path: path.stat().st_mtime_ns for path in tuning.glob("*.json")}
+    assert before and not (tmp_path / "report.md").exists()
+    assert run(*options)[0] == 0
+    assert (tmp_path / "report.md").exists() and len(list(tuning.iterdir())) == 3
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+
+
+def test_attacks_and_scores_equal_their_definitions(images):
+    import measures
+
+    torch.manual_seed(0)
+    model, labels = images.Net(), torch.arange(10)
+    pictures = torch.rand(10, 1, 28, 28)
+    for eps in (0.05, 1.0):
+        attacked = {name: measures.pgd(model, pictures, labels, eps, name) for name in measures.OBJECTIVES}
+        attacked["fgsm"] = measures.fgsm(model, pictures, labels, eps)
+        attacked["square"] = measures.square(model, pictures, labels, eps)
+        for result in attacked.values():
+            assert (result - pictures).abs().max() <= eps + 1e-6 and 0 <= result.min() <= result.max() <= 1
+            margins = [measures.margin(model(each), labels).mean().item() for each in (result, pictures)]
+            assert margins[0] < margins[1]
+    known, unknown = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.5, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    scores = measures.unknown_inputs(known, unknown, "x")
+    assert scores["AUROC x, logit"] == pytest.approx(100 * 5 / 6)
+    assert scores["FPR95 x, logit"] == 50
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """The module train_graphs, with a bonus deferred by two epochs."""
+    pytest.importorskip("torch_geometric", reason="torch_geometric is not installed: pip install -e .[classification]")
+    module = load("graphs", "train_graphs")
+    module.DEFERRED_EPOCHS = {name: 2 for name in module.DEFERRED_EPOCHS}
+    return module
+
+
+@pytest.fixture
+def graph_files(tmp_path):
+    """A folder with PROTEINS: 60 rings of 4 to 8 nodes, whose class is the label of most of their nodes."""
+    rng = np.random.default_rng(0)
+    edges, indicator, node_labels, first = [], [], [], 1
+    classes = np.arange(60) % 2
+    for number, label in enumerate(classes, 1):
+        size = rng.integers(4, 9)
+        nodes = range(first, first + size)
+        edges += [f"{a}, {b}" for one in range(size) for a, b in (
+            (nodes[one], nodes[one - 1]), (nodes[one - 1], nodes[one]))]  # fmt: skip
+        indicator += [str(number)] * size
+        node_labels += [str(label if rng.random() < 0.9 else 1 - label) for _ in nodes]
+        first += size
+    folder = tmp_path / "raw" / "PROTEINS"
+    folder.mkdir(parents=True)
+    parts = {"A": edges, "graph_indicator": indicator, "graph_labels": map(str, classes), "node_labels": node_labels}
+    for part, lines in parts.items():
+        (folder / f"PROTEINS_{part}.txt").write_text("\n".join(lines) + "\n")
+    return folder.parent
+
+
+def test_graphs_are_trained_and_reported(graphs, graph_files, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+
+    def run(*options):
+        argv = ["train_graphs.py", "--raw-dir", graph_files, "--work-dir", work, "--settings", "PROTEINS", *options]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        graphs.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(graphs, "RATE", 0.01)
+    output = run("--seeds", 2, "--epochs", 8)
+    records = {arm: read_json(work / f"PROTEINS/{arm}.seed1.json") for arm in graphs.ARMS}
+    assert max(record["measures"]["valid accuracy"] for record in records.values()) > 70
+    assert {record["rate"] for record in records.values()} == {0.01}
+    assert "el_050_deferred" in output and "paired t-test over 2 seeds" in output and "72.76" in output
+    assert run("--seeds", 2, "--epochs", 8) == output
+
+    for options, problem in ((["--arms", "x"], "'x'"), (["--epochs", "9"], "epochs: is 8, now 9")):
+        with pytest.raises(SystemExit) as end:
+            run("--seeds", "2", *options)
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and problem in errors[-1]
+    (graph_files / "PROTEINS/PROTEINS_A.txt").unlink()
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert end.value.code == 2 and "PROTEINS_A.txt: no such file" in capsys.readouterr().err
+
+
+def test_the_bonus_is_deferred_and_splits_are_shared(graphs, graph_files, tmp_path, monkeypatch):
+    data = list(graphs.load("PROTEINS", graph_files, tmp_path / "work"))
+    weights = []
+
+    class Recorded(EncouragingLoss):
+        def forward(self, logits, target):
+            weights.append(self.bonus_weight)
+            return super().forward(logits, target)
+
+    monkeypatch.setattr(graphs, "EncouragingLoss", Recorded)
+    graphs.run(data, "PROTEINS", 4, graphs.ARMS["el_050_deferred"], 1)
+    assert weights == [0, 0, 1, 1]
+    parts = graphs.split(60, 3)
+    assert parts == graphs.split(60, 3) != graphs.split(60, 4)
+    assert sorted(sum(parts, [])) == list(range(60)) and [len(part) for part in parts] == [48, 6, 6]
