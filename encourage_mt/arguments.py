@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
     add_recipe_options(command)
+    command.set_defaults(set=[], add_arm=[], gpus=1, dry_run=False)
 
     command = add(
         "run",
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "and interrupted trainings resume",
     )
     add_recipe_options(command)
+    add_changes(command)
     add_cluster_options(command)
     command.add_argument(
         "--seeds",
@@ -90,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["ce", "el"],
         metavar="ARM",
-        help="arms of the recipe; the others are compared with the first (default: ce el)",
+        help="arms of the recipe; the others, and those of --add-arm, are compared with the first (default: ce el)",
     )
     command.add_argument(
         "--parallel", type=count, metavar="N", help="trainings at a time (default: 1 on a GPU, otherwise one per core)"
@@ -103,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "of the recipe on any number of GPUs; an interrupted training resumes",
     )
     add_recipe_options(command)
+    add_changes(command)
     add_cluster_options(command)
     command.add_argument("--arm", required=True, help="arm of the recipe (required)")
     command.add_argument("--seed", type=index, default=1, help="random seed (default: %(default)s)")
@@ -203,6 +206,28 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
         )
     data.add_argument(
         "--workers", type=count, metavar="N", help="processes that share the preparation (default: one per core)"
+    )
+
+
+def add_changes(command: argparse.ArgumentParser) -> None:
+    """Add the options that change a recipe."""
+    changes = command.add_argument_group("changes of the recipe")
+    changes.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of fairseq-train or of the criterion, for all arms, or average, beam or lenpen; for example "
+        "--set lr=0.001 max-epoch=20 (default: as the recipe says)",
+    )
+    changes.add_argument(
+        "--add-arm",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=ARM,OPTION=VALUE",
+        help="arms made from another one; for example --add-arm el_025=el,log-end=0.25 (default: none)",
     )
 
 

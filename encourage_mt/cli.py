@@ -44,21 +44,47 @@ def log_to_console():
 
 
 def open_recipe(arguments) -> tuple["Recipe", Path]:
-    """Return the checked recipe and its work directory, which need not exist yet."""
+    """Return the checked recipe and its work directory, which need not exist yet.
+
+    What a recipe for own text leaves out is chosen for the size of the text, unless the work directory has a
+    recipe.yaml that was chosen before.
+    """
+    from .data.sizing import KEPT, choose, count_pairs, describe
     from .recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.source, arguments.target, arguments.bitext)
-    recipe = recipe.reversed() if arguments.reverse else recipe
-    recipe = recipe.modern() if arguments.modern else recipe
-    return recipe, (arguments.work_dir or Path("runs") / recipe.name).resolve()
+    def load(path: Path, chosen: dict | None) -> "Recipe":
+        text = arguments.source, arguments.target, arguments.bitext
+        recipe = load_recipe(path, *text, chosen, arguments.set, arguments.add_arm)
+        recipe = recipe.reversed() if arguments.reverse else recipe
+        return recipe.modern() if arguments.modern else recipe
+
+    recipe = load(arguments.recipe, choose(0, 0))
+    work_dir = (arguments.work_dir or Path("runs") / recipe.name).resolve()
+    if recipe.filled is None:
+        return recipe, work_dir
+    kept = work_dir / KEPT
+    if kept.exists():
+        print(f"recipe: {kept}, from an earlier command; delete it to have its sizes chosen again")
+        return load(kept, None), work_dir
+    import torch
+
+    gpus = arguments.gpus if torch.cuda.is_available() else 0
+    pairs = count_pairs(recipe, arguments.raw_dir)
+    recipe = load(arguments.recipe, choose(pairs, gpus))
+    print(f"recipe: {describe(recipe, pairs, gpus)}")
+    return recipe, work_dir
 
 
 def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
-    """Prepare the data of `recipe` in `work_dir`, unless it is prepared already."""
+    """Prepare the data of `recipe` in `work_dir`, unless it is prepared already, and keep a recipe that was chosen."""
     from .data.prepare import prepare
+    from .data.sizing import KEPT, keep
 
     options = {name: getattr(arguments, name) for name in ("raw_dir", "download_dir", "workers", "overwrite")}
     prepare(recipe, work_dir, **options)
+    if recipe.filled:
+        keep(recipe.filled, work_dir)
+        print(f"recipe: {work_dir / KEPT} has the options that were chosen; edit it, and the next command uses it")
 
 
 def prepare_recipe(arguments) -> None:
@@ -80,7 +106,8 @@ def run_recipe(arguments) -> None:
 
     started = time.monotonic()
     recipe, work_dir = open_recipe(arguments)
-    arms, seeds = list(dict.fromkeys(arguments.arms)), list(dict.fromkeys(arguments.seeds))
+    added = [text.partition("=")[0] for text in arguments.add_arm]
+    arms, seeds = list(dict.fromkeys([*arguments.arms, *added])), list(dict.fromkeys(arguments.seeds))
     check_arms("--arms", arms, recipe)
     gpu = torch.cuda.is_available()
     parallel = min(arguments.parallel or (1 if gpu else max(1, cores() // arguments.gpus)), len(arms) * len(seeds))
@@ -91,6 +118,7 @@ def run_recipe(arguments) -> None:
         return
     print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings at a time")
     prepare_data(arguments, recipe, work_dir)
+    print_schedules(runs, cluster)
     train(runs, cluster, parallel)
     runs = [open_run(run.folder) for run in runs]  # with the provenance that was recorded
     results = [evaluate(run, engine=arguments.engine) for run in runs]
@@ -129,6 +157,7 @@ def train_one(arguments) -> None:
         prepare_data(arguments, recipe, work_dir)
     elif not data.exists():
         raise UserError(f"{data}: does not exist; run `encourage-mt prepare` once, then train on the machines")
+    print_schedules([run], cluster)
     train([run], cluster, 1)
     print(f"Trained: {run.folder}. To score it: encourage-mt evaluate {run.folder}")
 
@@ -166,6 +195,14 @@ def start_trainings(arguments, recipe: "Recipe", runs: list["Run"], cluster: "Cl
         if cluster.precision == "bf16":
             print(f"with {cluster.hydra_file(run.folder)}:\n{hydra_config(run)}")
     return False
+
+
+def print_schedules(runs: list["Run"], cluster: "Cluster") -> None:
+    """Print the updates of the runs that are not trained yet. Raises UserError if their batches are too small."""
+    from .training.schedule import describe_schedules
+
+    for line in describe_schedules([run for run in runs if not run.is_done], cluster.processes):
+        print(line, flush=True)
 
 
 def evaluate_runs(arguments) -> None:

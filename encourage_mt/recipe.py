@@ -1,173 +1,28 @@
 """Read a recipe: the data, its preparation, the training options, and the arms that are compared."""
 
+import copy
 import io
-import os
 import re
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from .errors import UserError
-from .fields import (
-    Checksum,
-    Count,
-    Files,
-    Language,
-    Name,
-    OptionValue,
-    RelativePath,
-    Split,
-    TrainOptions,
-    Url,
-    check_split,
-    file_lists,
-    matching,
-    within,
-)
+from .fields import Count, Language, Name, TrainOptions, within
 from .files import Record, describe_problem, short_repr
-from .loss.options import OPTION_NAMES, OPTIONS, check_option
+from .loss.options import OPTION_NAMES
+from .recipe_parts import Arm, Clean, Corpus, Published, Subword, in_list
 
 MAX_BYTES = 1_000_000  # of a recipe file
-TOKENIZED_BLEU = "BLEU on tokenized text"
-Metric = Literal["sacreBLEU", "chrF++", "TER", "BLEU on tokenized text", "COMET"]
-METRICS = get_args(Metric)
 STAGES = ("read", "empty", "too_long", "ratio", "held_out", "before_cleaning", "with_text", "kept")
 AVERAGE, BEAM, LENPEN = 10, 5, 1.0  # the defaults
-
-
-def _in_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-class Corpus(Record):
-    """Files and the addresses to download them from. Keys that are not fields are splits: {split: files}.
-
-    Files are [source, target] or [tab-separated file], or a list of such lists, which are joined. "a.tgz:b/c" is the
-    member b/c of the archive a.tgz. Every split except train and valid is a test set.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Files] = Field(init=False)
-
-    urls: list[Url] = []  # folders to download the files from, tried in order
-    checksums: dict[RelativePath, Annotated[list[Checksum], BeforeValidator(_in_list)]] = {}  # one of them must match
-    columns: Annotated[list[Annotated[int, within(1, 1000)]], Field(min_length=2, max_length=2)] = [1, 2]  # from 1
-    drop_tags: list[str] = ["url", "talkid", "keywords"]  # lines of train.tags files to leave out
-    valid_every: Annotated[int, within(2, 10**9)] | None = None  # every n-th pair of train becomes valid
-    # {split: pairs} taken from train, by hash, among the pairs whose sentences occur only once in the corpus
-    held_out: dict[Split, Annotated[int, within(1, 10**9)]] = {}
-
-    @model_validator(mode="after")
-    def _check_splits(self) -> "Corpus":
-        names = [*self.splits, *["valid"] * bool(self.valid_every), *self.held_out]
-        for name in names:
-            check_split(name)
-        for required in ("train", "valid"):
-            if required not in names:
-                raise ValueError(f"has no {required}")
-        if len(set(names)) < len(names):
-            raise ValueError("names a split twice")
-        if not self.tests:
-            raise ValueError("has no test set")
-        return self
-
-    @property
-    def splits(self) -> dict[str, list[list[str]]]:
-        """{split: its lists of files}."""
-        return {split: file_lists(files) for split, files in (self.model_extra or {}).items()}
-
-    @property
-    def tests(self) -> list[str]:
-        return [name for name in (*self.splits, *self.held_out) if name not in ("train", "valid")]
-
-    def reversed(self) -> "Corpus":
-        """Return the same files with source and target exchanged."""
-        splits = {split: [files[::-1] for files in lists] for split, lists in self.splits.items()}
-        return self.model_copy(update={**splits, "columns": self.columns[::-1]})
-
-
-class Clean(Record):
-    """Limits on the lengths of a pair; pairs that exceed them are dropped from train and from pairs of valid_every."""
-
-    max_length: Annotated[int, within(1, 10**6)] | None = None
-    max_ratio: Annotated[float, within(1, 10**6)] | None = None
-    unit: Literal["tokens", "pieces"] = "pieces"
-
-
-class Subword(Record):
-    """Either {merges: N} for subword-nmt, or options of SentencePiece's trainer, with its defaults."""
-
-    merges: Annotated[int, within(1, 10**6)] | None = None
-    vocab_size: Annotated[int, within(8, 10**6)] = 8000
-    model_type: Literal["bpe", "unigram", "char", "word"] = "unigram"
-    byte_fallback: bool = False
-    character_coverage: Annotated[float, within(0.5, 1)] = 1.0
-    normalization_rule_name: Literal["nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf", "identity"] = "nmt_nfkc"
-    split_digits: bool = False
-    split_by_number: bool = True
-    split_by_unicode_script: bool = True
-    hard_vocab_limit: bool = True
-    max_sentence_length: Annotated[int, within(1, 10**6)] = 4192  # in bytes
-
-    @model_validator(mode="after")
-    def _check_kind(self) -> "Subword":
-        if self.merges and self.model_fields_set != {"merges"}:
-            raise ValueError("merges (of subword-nmt) must be the only option: the others are SentencePiece's")
-        if not self.model_fields_set:
-            raise ValueError("must set merges (subword-nmt) or vocab_size (SentencePiece)")
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that are set."""
-        return self.model_dump(exclude_unset=True)
-
-
-def check_trusted_bonus(name: str) -> None:
-    """Raise ValueError unless the user trusts the module of bonus MODULE:NAME: a recipe must not choose code to run."""
-    if name not in os.environ.get("ENCOURAGE_MT_BONUSES", "").split():
-        raise ValueError(
-            f"bonus {short_repr(name)} runs code of that module; if you trust it, set the environment variable "
-            "ENCOURAGE_MT_BONUSES to this name"
-        )
-
-
-class Arm(Record):
-    """One side of a comparison: a criterion with its options, and training options that replace the recipe's."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, OptionValue] = Field(init=False)
-
-    criterion: Annotated[str, matching("[a-z][a-z0-9_]*", "the name of a criterion of fairseq")]
-    train: TrainOptions = {}
-
-    @model_validator(mode="after")
-    def _check_options(self) -> "Arm":
-        foreign = sorted(set(self.options) - OPTION_NAMES - {"criterion"})
-        if foreign:
-            raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (others belong in train:)")
-        for name, value in self.options.items():
-            if name == "bonus" and ":" in str(value):
-                check_trusted_bonus(str(value))
-            elif name.replace("-", "_") in OPTIONS:
-                check_option(name.replace("-", "_"), value)
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The criterion and its options, as options of fairseq-train."""
-        return {"criterion": self.criterion, **(self.model_extra or {})}
-
-
-class Published(Record):
-    """The scores a paper reports: {arm: [mean, standard deviation]}."""
-
-    source: str
-    metric: Metric
-    scores: Annotated[dict[Name, Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=2)]
+LENGTHS = {"max-epoch", "max-update"}
+CRITERION = "label_smoothed_encouraging_loss"
+FAIRSEQ_OPTION_NAMES = {"label-smoothing", "report-accuracy", "ignore-prefix-size"}  # of its cross entropy too
 
 
 class Recipe(Record):
@@ -180,7 +35,7 @@ class Recipe(Record):
     name: Name
     source: Language
     target: Language
-    data: Annotated[list[Corpus], BeforeValidator(_in_list), Field(min_length=1, max_length=100)]
+    data: Annotated[list[Corpus], BeforeValidator(in_list), Field(min_length=1, max_length=100)]
     subword: Subword
     train: TrainOptions
     arms: Annotated[dict[Name, Arm], Field(min_length=1, max_length=1000)]
@@ -195,10 +50,11 @@ class Recipe(Record):
     clean: Clean = Clean(max_length=1000)
     joined_dictionary: bool = True  # one dictionary for both sides
     # {split: {stage: pairs}} and {dictionary: {language: types}} to compare with; any number of a list is right
-    expected: dict[str, dict[str, Annotated[list[Count], BeforeValidator(_in_list)]]] = {}
+    expected: dict[str, dict[str, Annotated[list[Count], BeforeValidator(in_list)]]] = {}
     published: Published | None = None  # to show beside the scores
     _file: Path = PrivateAttr(Path("recipe.yaml"))
     _folder: Path = PrivateAttr(Path())
+    _filled: dict | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -233,6 +89,11 @@ class Recipe(Record):
         return self._folder
 
     @property
+    def filled(self) -> dict | None:
+        """The content of a recipe of own text with the keys that were chosen for it; None if it had them all."""
+        return self._filled
+
+    @property
     def tests(self) -> list[str]:
         return self.data[0].tests
 
@@ -258,8 +119,7 @@ class Recipe(Record):
     def arm_train(self, arm: str) -> dict[str, Any]:
         """Return the training options of an arm: the recipe's, replaced where the arm has its own."""
         own = self.arms[arm].train
-        lengths = {"max-epoch", "max-update"} if {"max-epoch", "max-update"} & set(own) else set()
-        return {**{name: value for name, value in self.train.items() if name not in lengths}, **own}
+        return {**without_length(self.train, own), **own}
 
     def arm_differences(self, arm: str) -> list[str]:
         """Return the training options in which an arm differs from the recipe."""
@@ -287,6 +147,12 @@ def modern_subword(size: int) -> Subword:
     return Subword(vocab_size=size, **options, normalization_rule_name="nmt_nfkc")
 
 
+def without_length(options: dict[str, Any], others: Iterable[str]) -> dict[str, Any]:
+    """Return `options` without max-epoch and max-update if `others` has one of them: they exclude each other."""
+    replaced = LENGTHS if LENGTHS & set(others) else set()
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
 def _check_length(key: str, options: dict[str, Any], average: int) -> None:
     for name in ("max-tokens", "update-freq", "max-epoch", "max-update"):
         value = options.get(name, 1)
@@ -294,7 +160,7 @@ def _check_length(key: str, options: dict[str, Any], average: int) -> None:
             raise ValueError(f"{key}.{name}: must be a whole number from 1 to 1,000,000,000, got {short_repr(value)}")
     if "max-tokens" not in options:
         raise ValueError(f"{key}.max-tokens: is missing")
-    if len({"max-epoch", "max-update"} & set(options)) != 1:
+    if len(LENGTHS & set(options)) != 1:
         raise ValueError(f"{key}: must set either max-epoch or max-update")
     if average > options.get("max-epoch", average):
         raise ValueError(f"average: must be between 1 and max-epoch {options['max-epoch']}, got {average}")
@@ -327,29 +193,97 @@ def _read_yaml(path: Path) -> dict:
 
 
 def load_recipe(
-    path: Path, source: str | None = None, target: str | None = None, bitext: list[str] | None = None
+    path: Path,
+    source: str | None = None,
+    target: str | None = None,
+    bitext: list[str] | None = None,
+    chosen: dict[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    new_arms: Sequence[str] = (),
 ) -> Recipe:
     """Read and check a recipe. If it has no files, `bitext` names them, and `source` and `target` their languages.
 
-    Raises UserError "FILE: KEY: problem".
+    `chosen` (see data/sizing.py) has the keys that a recipe for own text may leave out. `settings` and `new_arms` are
+    the values of --set and --add-arm. Raises UserError "FILE: KEY: problem".
     """
     content = _read_yaml(path)
     is_own = isinstance(content.get("data"), dict) and "held_out" in content["data"] and "train" not in content["data"]
+    filled = _fill(content, chosen) if is_own and chosen else None
+    content = copy.deepcopy(filled or content)
     if bitext or source or target:
         if not is_own:
             raise UserError(f"{path}: has its own data; use --bitext, --source and --target with examples/own")
         _insert_bitext(content, source, target, bitext)
     elif is_own:
         raise UserError(f"{path}: needs your own text: name your files, for example --bitext corpus.de corpus.en")
+    recipe = _validate(content, str(path), bitext)
+    if settings or new_arms:
+        change(content, settings, new_arms)
+        recipe = _validate(content, f"{path}, changed by --set or --add-arm", bitext)
+    recipe._file, recipe._folder, recipe._filled = path, Path() if bitext else path.parent, filled
+    return recipe
+
+
+def _fill(content: dict, chosen: dict[str, Any]) -> dict | None:
+    """Return the content of a recipe of own text with the keys of `chosen` that it lacks; None if it lacks none."""
+    data = {**content["data"], "held_out": content["data"]["held_out"] or chosen["held_out"]}
+    missing = {key: value for key, value in chosen.items() if key != "held_out" and key not in content}
+    return {**content, "data": data, **missing} if missing or data != content["data"] else None
+
+
+def _validate(content: dict, name: str, bitext: list[str] | None) -> Recipe:
     try:
-        recipe = Recipe.model_validate(content, context=bitext)
+        return Recipe.model_validate(content, context=bitext)
     except ValidationError as error:
         problem = describe_problem(error)
         if not isinstance(content.get("data"), list):
             problem = re.sub(r"^data\.0", "data", problem)
-        raise UserError(f"{path}: {problem}") from None
-    recipe._file, recipe._folder = path, Path() if bitext else path.parent
-    return recipe
+        raise UserError(f"{name}: {problem}") from None
+
+
+def change(content: dict, settings: Sequence[str], new_arms: Sequence[str]) -> None:
+    """Change the content of a valid recipe: `settings` are NAME=VALUE, `new_arms` NAME=ARM,NAME=VALUE,...
+
+    A setting of the criterion changes every arm whose criterion has it. Training options that an arm has itself stay.
+    Raises UserError for text of another form, and for arms that are missing or there already.
+    """
+    arms = content["arms"]
+    if settings:
+        content.pop("published", None)  # it is about other options
+    for text in settings:
+        name, value = _assignment("--set", text)
+        if name in OPTION_NAMES:
+            having = [arm for arm in arms.values() if name in FAIRSEQ_OPTION_NAMES or arm["criterion"] == CRITERION]
+            if not having:
+                raise UserError(f"--set {text}: the criterion of no arm has this option")
+            for arm in having:
+                arm[name] = value
+        elif name in ("average", "beam", "lenpen"):
+            content[name] = value
+        else:
+            content["train"] = {**without_length(content["train"], [name]), name: value}
+    for text in new_arms:
+        arm, equals, rest = text.partition("=")
+        base, *changes = re.split(r",(?![^(\[]*[)\]])", rest)  # not at a comma in brackets
+        if not equals or not changes:
+            raise UserError(
+                f"--add-arm {short_repr(text)}: must be NAME=ARM,OPTION=VALUE,... as in el_025=el,log-end=0.25"
+            )
+        if base not in arms or arm in arms:
+            problem = f"has {arm} already" if arm in arms else f"has no arm {base}"
+            raise UserError(f"--add-arm {text}: the recipe {problem}; its arms: {', '.join(arms)}")
+        arms[arm] = copy.deepcopy(arms[base])
+        for name, value in (_assignment("--add-arm", each) for each in changes):
+            options = arms[arm] if name in OPTION_NAMES | {"criterion"} else arms[arm].setdefault("train", {})
+            options[name] = value
+
+
+def _assignment(option: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name.removeprefix("--"), yaml.safe_load(value) if equals else None
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{option} {short_repr(text)}: the value is not YAML") from None
 
 
 def _insert_bitext(content: dict, source: str | None, target: str | None, bitext: list[str] | None) -> None:

@@ -32,7 +32,7 @@ from ..files import Record, file_hash, read_record, write_json
 from ..loss.functional import loss_terms
 from ..loss.options import LossOptions
 from ..plugin import register
-from ..recipe import check_trusted_bonus
+from ..recipe_parts import check_trusted_bonus
 from ..training.run_folder import Run
 from .evaluate import evaluated_checkpoint
 from .results import Result

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import atomic_write, file_hash
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked
-from ..recipe import TOKENIZED_BLEU
+from ..recipe_parts import TOKENIZED_BLEU
 from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
 from . import scoring
 from .averaging import average

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from .worker import SAVED, STOPPED
 logger = logging.getLogger(__name__)
 
 CANNOT_SAVE = 2
+SAVE_SECONDS = 600  # without a checkpoint, within an epoch; a kill loses at most this much work
 
 
 def install() -> None:
@@ -36,7 +38,7 @@ def install() -> None:
     checkpoint_utils.torch_persistent_save = save_whole
     checkpoint_utils.PathManager.copy = staticmethod(copy_whole)
     checkpoint_utils.load_checkpoint = resume_from_whole(checkpoint_utils.load_checkpoint)
-    train.validate_and_save = stop_when_requested(train.validate_and_save)
+    train.validate_and_save = save_and_stop_in_time(train.validate_and_save)
 
 
 # --- saving
@@ -167,9 +169,10 @@ def saved_checkpoints(folder: Path, suffix: str) -> list[Path]:
     return sorted(order, key=order.__getitem__, reverse=True)
 
 
-# --- stopping
+# --- stopping, and saving within an epoch
 
 _stop_requested = False
+_last_save = time.monotonic()
 
 
 class StopTraining(BaseException):
@@ -181,29 +184,37 @@ def request_stop(signum, frame) -> None:
     _stop_requested = True
 
 
-def stop_when_requested(validate_and_save):
-    """Wrap fairseq_cli.train.validate_and_save, which is called after each update: on SIGTERM save and exit with 143.
+def save_and_stop_in_time(validate_and_save):
+    """Wrap fairseq_cli.train.validate_and_save, which is called after each update.
 
-    A running validation stops after the present batch; the resumed run repeats one that belongs to the end of an epoch.
+    On SIGTERM save and exit with 143. A running validation stops after the present batch; the resumed run repeats one
+    that belongs to the end of an epoch. Within an epoch that takes long, save checkpoint_last.pt every SAVE_SECONDS.
     """
 
     @functools.wraps(validate_and_save)
-    def save_and_stop(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch):
+    def watched(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch):
+        global _last_save
+        from fairseq import checkpoint_utils
+
         valid_step = trainer.valid_step
 
         def valid_step_or_stop(*args, **options):
-            if is_stop_requested(trainer):
+            if any_rank(trainer, _stop_requested)[0]:
                 raise StopTraining
             return valid_step(*args, **options)
 
         try:
-            if is_stop_requested(trainer):
+            stop, is_due = any_rank(trainer, _stop_requested, time.monotonic() - _last_save > SAVE_SECONDS)
+            if stop:
                 raise StopTraining
             trainer.valid_step = valid_step_or_stop
-            return validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
+            losses, ends = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
+            if is_due and not (end_of_epoch or ends):
+                checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+            if is_due or end_of_epoch:
+                _last_save = time.monotonic()
+            return losses, ends
         except StopTraining:
-            from fairseq import checkpoint_utils
-
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
             if trainer.data_parallel_world_size > 1:
                 torch.distributed.barrier()  # rank 0 has saved before another rank's end tears the group down
@@ -213,13 +224,13 @@ def stop_when_requested(validate_and_save):
         finally:
             vars(trainer).pop("valid_step", None)
 
-    return save_and_stop
+    return watched
 
 
-def is_stop_requested(trainer) -> bool:
-    """Return whether any rank received SIGTERM: all must stop at the same step, or one would wait forever."""
+def any_rank(trainer, *values: bool) -> list[bool]:
+    """Return which values are true on any rank: all must stop or save at the same step, or one would wait forever."""
     if trainer.data_parallel_world_size == 1:
-        return _stop_requested
-    requested = torch.tensor(float(_stop_requested), device=trainer.device)
-    torch.distributed.all_reduce(requested)
-    return bool(requested.item())
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float, device=trainer.device)
+    torch.distributed.all_reduce(sums)
+    return sums.bool().tolist()

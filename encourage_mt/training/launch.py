@@ -73,31 +73,26 @@ class Cluster:
         return [*words, str(WORKER)]
 
 
-def update_freq(options: dict[str, Scalar], processes: int) -> int:
-    """Return how many batches each process accumulates, so that together they see the options' tokens per update.
+def share_batch(options: dict[str, Scalar], processes: int) -> dict[str, int]:
+    """Return update-freq, max-tokens and, if it is set, batch-size of each process for the options' tokens per update.
 
-    Raises UserError if `processes` does not divide the update-freq of the options.
+    update-freq is divided. Where it cannot be, the batches become smaller, rounded down.
     """
     whole = int(options.get("update-freq", 1))
-    if whole % processes:
-        fitting = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
-        raise UserError(
-            f"update-freq {whole} ({tokens_per_update(options):,} tokens per update) cannot be shared evenly by "
-            f"{processes} processes; possible numbers: {fitting}"
-        )
-    return whole // processes
-
-
-def tokens_per_update(options: dict[str, Scalar]) -> int:
-    """Return the largest effective batch: max-tokens x update-freq of one process."""
-    return int(options["max-tokens"]) * int(options.get("update-freq", 1))
+    frequency = -(-whole // processes)
+    limits = {name: int(options[name]) for name in ("max-tokens", "batch-size") if name in options}
+    share = {name: limit * whole // (processes * frequency) for name, limit in limits.items()}
+    if not all(share.values()):
+        raise UserError(f"--gpus: {processes} processes are too many to share a batch of {limits}")
+    return {"update-freq": frequency, **share}
 
 
 def report_effective_batch(options: dict[str, Scalar], cluster: Cluster) -> str:
-    """Return one line about the tokens per update. Raises UserError if the processes cannot share them."""
-    share = f"{cluster.processes} x {options['max-tokens']:,} max-tokens"
-    frequency = update_freq(options, cluster.processes)
-    return f"{tokens_per_update(options):,} tokens per update: {share} x update-freq {frequency}, {cluster.precision}"
+    """Return one line about the tokens per update. Raises UserError if the processes are too many to share them."""
+    processes, share = cluster.processes, share_batch(options, cluster.processes)
+    tokens, frequency = share["max-tokens"], share["update-freq"]
+    parts = f"{processes} x {tokens:,} max-tokens x update-freq {frequency}, {cluster.precision}"
+    return f"{processes * tokens * frequency:,} tokens per update: {parts}"
 
 
 def launch_command(run: Run, cluster: Cluster) -> list[str]:
@@ -106,15 +101,20 @@ def launch_command(run: Run, cluster: Cluster) -> list[str]:
     bf16 uses fairseq-hydra-train and train.yaml (see hydra_config), because `--bf16` fails on the command line of
     fairseq-train.
     """
-    frequency = update_freq(run.options, cluster.processes)
+    share = share_batch(run.options, cluster.processes)
+    changes: dict[str, Scalar] = {n.replace("-", "_"): v for n, v in share.items() if v != run.options.get(n)}
+    if "max_tokens" in changes:  # validation keeps its batches
+        changes["max_tokens_valid"] = run.options.get("max-tokens-valid", run.options["max-tokens"])
     alone = cluster.processes == 1  # without an explicit world size fairseq takes all GPUs it sees
     if cluster.precision == "bf16":
         config = cluster.hydra_file(run.folder)
         words = ["fairseq-hydra-train", f"--config-dir={run.folder}", f"--config-name={config.stem}"]
-        words += [f"optimization.update_freq=[{frequency}]", f"hydra.run.dir={run.folder}", "hydra.output_subdir=null"]
+        words += [f"optimization.update_freq=[{share['update-freq']}]"]
+        words += [f"dataset.{name}={value}" for name, value in changes.items() if name != "update_freq"]
+        words += [f"hydra.run.dir={run.folder}", "hydra.output_subdir=null"]
         words += ["distributed_training.distributed_world_size=1"] if alone else []
     else:
-        changes = {"update_freq": frequency} | ({"fp16": True} if cluster.precision == "fp16" else {})
+        changes |= {"fp16": True} if cluster.precision == "fp16" else {}
         words = run.command_line(**changes, **({"distributed_world_size": 1} if alone else {}))
     return [*cluster.launcher(), *words]
 

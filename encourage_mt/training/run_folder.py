@@ -17,6 +17,7 @@ from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
 from ..recipe import AVERAGE, BEAM, LENPEN, Name
 
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
+WATCHING = {"eval-bleu-args", "log-format", "log-interval", "keep-last-epochs"}  # do not change what is trained
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -136,8 +137,9 @@ class Run(Record):
         write_record(self.folder / "run.json", self.model_copy(update={"provenance": provenance}))
 
     def shown_options(self) -> dict[str, str]:
-        """Return options and precision as text, as they are on a command line."""
-        return {name: str(value) for name, value in {**self.options, "precision": self.precision}.items()}
+        """Return precision and the options that decide the parameters as text, as they are on a command line."""
+        options = {name: value for name, value in self.options.items() if name not in WATCHING}
+        return {name: str(value) for name, value in {**options, "precision": self.precision}.items()}
 
 
 def render_options(options: dict[str, Scalar]) -> list[str]:

@@ -31,7 +31,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "update-freq": 1,
         **recipe.arm_train(arm),
         "eval-bleu": True,
-        "eval-bleu-args": '{"beam": 1}',
+        "eval-bleu-args": '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}',  # an untrained model would never stop
         "eval-bleu-remove-bpe": recipe.remove_bpe,
         "best-checkpoint-metric": "bleu",
         "maximize-best-checkpoint-metric": True,
@@ -189,7 +189,7 @@ class Training:
         self.bar = progress_bar(run.name, *run.length, slot)
         self.lines = open(run.log, encoding="utf-8", errors="replace")
         self.rest = ""
-        self.bleu = "-"
+        self.bleu, self.note = "-", ""
         self.read()
         self.bar.initial = self.bar.n  # earlier progress says nothing about the time left
 
@@ -201,14 +201,19 @@ class Training:
     def read(self) -> None:
         """Update the bar, without drawing it, to the end of the log."""
         *lines, self.rest = (self.rest + self.lines.read()).split("\n")
-        for record in filter(None, map(record_of, lines)):
+        for line in lines:
+            record = record_of(line)
+            if record is None:
+                self.note = ", validating" if "| begin validation on" in line else self.note
+                continue
+            self.note = ""  # a validation ends with its record
             self.bleu = record.get("valid_bleu", self.bleu)
             # "update" counts epochs, with a fraction; the summary of an epoch names it and its updates otherwise
             names = ("update", "epoch") if self.bar.unit == "epoch" else ("num_updates", "train_num_updates")
             reached = record.get(names[0], record.get(names[1]) if "train_loss" in record else None)
             if reached is not None:
                 self.bar.n = min(self.bar.total, max(self.bar.n, float(reached)))
-        self.bar.set_postfix_str(f"valid BLEU {self.bleu}", refresh=False)
+        self.bar.set_postfix_str(f"valid BLEU {self.bleu}{self.note}", refresh=False)
 
     def stopped_saved(self) -> bool:
         """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""

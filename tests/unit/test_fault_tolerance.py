@@ -121,7 +121,7 @@ def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, c
 
     trainer, cfg = Trainer(), SimpleNamespace(checkpoint=SimpleNamespace(no_save=False))
     monkeypatch.setattr(checkpoint_utils, "save_checkpoint", lambda *words: saved.append(words[-1]))
-    hooked = fault_tolerance.stop_when_requested(validate_and_save)
+    hooked = fault_tolerance.save_and_stop_in_time(validate_and_save)
     if at_step is None:
         assert hooked(cfg, trainer, None, None, ["valid"], True) == ([1.0], False)
     else:
@@ -131,6 +131,20 @@ def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, c
     assert len(steps) == (10 if at_step is None else at_step)
     assert saved == ([] if at_step is None else [None])
     assert "valid_step" not in vars(trainer)
+
+
+def test_a_long_epoch_is_saved_every_ten_minutes(monkeypatch):
+    """An update takes 300 s; an epoch ends with update 9, and the training with the last one."""
+    now, saved = [0], []
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fault_tolerance, "_last_save", 0)
+    monkeypatch.setattr(checkpoint_utils, "save_checkpoint", lambda *words: saved.append(words[2:]))
+    trainer = type("Trainer", (), {"data_parallel_world_size": 1, "valid_step": None})()
+    hooked = fault_tolerance.save_and_stop_in_time(lambda *words: ([1.0], words[3] == 21))
+    for update in range(22):
+        now[0] += 300
+        hooked(SimpleNamespace(checkpoint=None), trainer, None, update, ["valid"], update == 9)
+    assert saved == [(update, None) for update in (2, 5, 8, 12, 15, 18)]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 from conftest import ROOT, TINY, refused, write_recipe
 
 from encourage_mt.cli import main
+from encourage_mt.data.sizing import choose
 from encourage_mt.environment import USER_DIR
-from encourage_mt.errors import UserError
 from encourage_mt.processes import WORKER
 from encourage_mt.recipe import load_recipe
-from encourage_mt.training.launch import Cluster, launch_command, update_freq
+from encourage_mt.training.launch import Cluster, launch_command, share_batch
 from encourage_mt.training.train import make_run
 
 TRAIN = {**TINY["train"], "max-tokens": 100, "update-freq": 8}
@@ -32,7 +32,8 @@ def test_a_command_has_one_word_an_option_the_criterion_last_and_our_plugin_at_t
         "--log-end=0.5",
         f"--user-dir={USER_DIR}",
     ]
-    assert {"--seed=3", "--source-lang=de", "--share-all-embeddings", '--eval-bleu-args={"beam": 1}'} <= set(words)
+    assert {"--seed=3", "--source-lang=de", "--share-all-embeddings"} <= set(words)
+    assert '--eval-bleu-args={"beam": 1, "max_len_a": 1.2, "max_len_b": 10}' in words, "validation ends soon"
     assert all(word.startswith("--") for word in words[2:])
 
 
@@ -91,7 +92,7 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (("--gpus", 3), "update-freq 8"),
+        (("--gpus", 900), "--gpus"),  # for 800 tokens
         (("--gpus", 0), "--gpus"),
         (("--gpus", 2, "--nodes", 2), "--master"),
         (("--nodes", 2, "--node", 2, "--master", "h:1"), "--node"),
@@ -112,13 +113,33 @@ def test_the_old_names_of_options_still_work(tmp_path, capsys):
     assert "ce, el" in refused(capsys, "run", recipe, "--criteria", "ce", "fl")
 
 
+@pytest.mark.parametrize(
+    "options, processes, expected",
+    [
+        ({"max-tokens": 4096, "update-freq": 4}, 4, {"update-freq": 1, "max-tokens": 4096}),
+        ({"max-tokens": 4096, "update-freq": 4}, 3, {"update-freq": 2, "max-tokens": 2730}),
+        ({"max-tokens": 4096, "update-freq": 4}, 8, {"update-freq": 1, "max-tokens": 2048}),
+        ({"max-tokens": 4096}, 2, {"update-freq": 1, "max-tokens": 2048}),
+        ({"max-tokens": 900, "batch-size": 30}, 3, {"update-freq": 1, "max-tokens": 300, "batch-size": 10}),
+    ],
+)
+def test_batches_become_smaller_where_update_freq_cannot_be_divided(options, processes, expected):
+    assert share_batch(options, processes) == expected
+
+
+@pytest.mark.parametrize("precision, prefix", [("fp32", "--max-tokens"), ("bf16", "dataset.max_tokens")])
+def test_smaller_batches_are_on_the_command_line_and_validation_keeps_its_own(run, precision, prefix):
+    words = launch_command(run, Cluster(precision, gpus=3))
+    valid = prefix + ("-valid" if precision == "fp32" else "_valid")
+    assert f"{prefix}=88" in words and f"{valid}=100" in words  # 3 x 88 x 3 of 8 x 100
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
-def test_every_recipe_keeps_its_tokens_per_update(path):
-    recipe = load_recipe(path, bitext=["a.de", "a.en"] if path.parent.name == "own" else None)
-    whole = recipe.train.get("update-freq", 1)
-    for processes in range(1, whole + 1):
-        if whole % processes == 0:
-            assert update_freq(recipe.train, processes) * processes == whole
-        else:
-            with pytest.raises(UserError, match="update-freq"):
-                update_freq(recipe.train, processes)
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 12])
+def test_every_recipe_keeps_its_tokens_per_update_on_any_number_of_gpus(path, processes):
+    own = {"bitext": ["a.de", "a.en"], "chosen": choose(10**7, 8)} if path.parent.name == "own" else {}
+    options = load_recipe(path, **own).train
+    whole = options["max-tokens"] * options.get("update-freq", 1)
+    share = share_batch(options, processes)
+    kept = processes * share["max-tokens"] * share["update-freq"]
+    assert whole - processes * share["update-freq"] < kept <= whole

@@ -20,7 +20,8 @@ LAYERS = """
 errors environment atomic
 loss files arguments
 plugin fields
-processes recipe
+processes recipe_parts
+recipe
 data
 training
 evaluation integrations

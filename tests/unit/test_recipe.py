@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, refused, write_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from encourage_mt.data.sizing import choose
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import check_train_options, load_recipe
 
@@ -180,7 +181,8 @@ def test_the_other_direction_and_the_modern_pipeline(tmp_path):
 
 def test_arms_of_the_bundled_recipes_differ_by_criterion_alone_or_train_half_as_long_with_rdrop():
     for path in sorted((ROOT / "examples").glob("*/recipe.yaml")):
-        recipe = load_recipe(path, bitext=["/any/a.de", "a.en"] if path.parent.name == "own" else None)
+        own = {"bitext": ["/any/a.de", "a.en"], "chosen": choose(8000, 0)} if path.parent.name == "own" else {}
+        recipe = load_recipe(path, **own)
         assert set(recipe.arms) >= {"ce", "el"}
         for name, arm in recipe.arms.items():
             lengths = [options.get("max-epoch") or options.get("max-update") for options in (recipe.train, arm.train)]
@@ -203,9 +205,66 @@ def test_arms_of_the_bundled_recipes_differ_by_criterion_alone_or_train_half_as_
 )
 def test_wrong_options_for_own_text_are_refused(options, expected):
     with pytest.raises(UserError, match=expected):
-        load_recipe(ROOT / "examples/own/recipe.yaml", **options)
+        load_recipe(ROOT / "examples/own/recipe.yaml", **options, chosen=choose(8000, 0))
     with pytest.raises(UserError, match="--bitext"):
         load_recipe(ROOT / "examples/bundled_de_en/recipe.yaml", bitext=["a.de", "a.en"])
+
+
+# --- changes on the command line
+
+
+def changed(tmp_path, settings=(), new_arms=(), **changes):
+    return load_recipe(write_recipe(tmp_path, **changes), settings=settings, new_arms=new_arms)
+
+
+def test_settings_change_training_criterion_and_translation(tmp_path):
+    published = {"source": "x", "metric": "TER", "scores": SCORES}
+    settings = ["lr=0.005", "max-update=7", "adam-betas=(0.9, 0.98)", "share-all-embeddings=false", "beam=3"]
+    settings += ["log-end=0.25", "label-smoothing=0.2"]
+    recipe = changed(tmp_path, settings, published=published)
+    expected = {**TRAIN, "lr": 0.005, "max-update": 7, "adam-betas": "(0.9, 0.98)", "share-all-embeddings": False}
+    assert recipe.train == {name: value for name, value in expected.items() if name != "max-epoch"}
+    assert recipe.beam == 3 and recipe.published is None
+    assert recipe.arms["ce"].options == {**CE, "label-smoothing": 0.2}
+    assert recipe.arms["el"].options == {**EL, "label-smoothing": 0.2, "log-end": 0.25}
+
+
+def test_an_arm_is_made_from_another_one(tmp_path):
+    recipe = changed(tmp_path, ["label-smoothing=0.2"], ["soft=el,log-end=0.25,max-update=7,adam-betas=(0.9, 0.98)"])
+    assert recipe.arms["soft"].options == {**EL, "label-smoothing": 0.2, "log-end": 0.25}
+    assert recipe.arms["soft"].train == {"max-update": 7, "adam-betas": "(0.9, 0.98)"}
+    assert recipe.arms["el"].train == {} and list(recipe.arms) == ["ce", "el", "soft"]
+
+
+@pytest.mark.parametrize(
+    "settings, new_arms, expected",
+    [
+        (["seed=3"], [], "train.seed: "),
+        (["user-dir=x"], [], "train.user-dir: "),
+        (["lr=$(rm)"], [], "train.lr: "),
+        (["lr"], [], "train.lr: "),
+        (["lr=["], [], "--set"),
+        (["max-epoch=1"], [], "average: "),
+        (["beam=0"], [], "beam: "),
+        (["log-end=7"], [], "log_end"),
+        ([], ["x"], "--add-arm"),
+        ([], ["x=el"], "--add-arm"),
+        ([], ["x=fl,log-end=1"], "ce, el"),
+        ([], ["ce=el,log-end=1"], "ce already"),
+        ([], ["a/b=el,log-end=1"], "arms.a/b: "),
+        ([], ["x=el,log-end=7"], "log_end"),
+        ([], ["x=el,seed=7"], "arms.x.train.seed: "),
+    ],
+)
+def test_a_wrong_change_is_refused_in_one_line(settings, new_arms, expected, tmp_path):
+    with pytest.raises(UserError) as error:
+        changed(tmp_path, settings, new_arms)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_setting_that_no_arm_has_is_refused(tmp_path):
+    with pytest.raises(UserError, match="log-end"):
+        changed(tmp_path, ["log-end=0.25"], arms={"ce": CE})
 
 
 # --- any content is accepted or refused in one line

@@ -10,7 +10,7 @@ from encourage_mt.data.subwords import join_pieces
 from encourage_mt.environment import USER_DIR
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation import engines, evaluate
-from encourage_mt.recipe import TOKENIZED_BLEU
+from encourage_mt.recipe_parts import TOKENIZED_BLEU
 
 # in the order in which fairseq finishes them, with lines of other kinds between
 END = "Generate {} with beam=5: BLEU4 = 0"

@@ -1,0 +1,118 @@
+"""Choose vocabulary, model and training for a corpus of any size, on a CPU, one GPU or many."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..atomic import atomic_write
+from ..recipe import Recipe
+from .bitext import iterate_lines
+from .sources import Sources
+
+KEPT = "recipe.yaml"  # in the work directory
+HELD_OUT = 1000  # pairs of valid and of test, if the corpus has eight times as many
+
+
+class Size(NamedTuple):
+    """The choice for corpora of up to `pairs` pairs (0: of any size)."""
+
+    pairs: int
+    vocabulary: int
+    layers: int  # of encoder and of decoder
+    width: int  # of the embeddings
+    inner: int  # width of the feed-forward layers
+    heads: int
+    dropout: float
+    max_tokens: int
+    update_freq: int
+    lr: float
+    warmup: int
+    epochs: int
+
+
+# docs/own_data.md says which rows were measured. On a CPU small batches learn faster; on a GPU large ones fill it.
+#    pairs     vocab layers width inner heads dropout tokens freq lr warmup epochs
+CPU = (
+    Size(3_000, 1_000, 2, 128, 256, 4, 0.3, 500, 1, 0.002, 300, 80),
+    Size(10_000, 2_000, 2, 128, 256, 4, 0.3, 1000, 1, 0.002, 400, 40),
+    Size(50_000, 6_000, 4, 128, 256, 4, 0.2, 1000, 1, 0.0015, 1000, 10),
+    Size(200_000, 8_000, 4, 128, 256, 4, 0.2, 2000, 1, 0.002, 2000, 10),
+    Size(1_000_000, 16_000, 4, 256, 1024, 4, 0.1, 4096, 1, 0.001, 4000, 8),
+    Size(0, 32_000, 4, 256, 1024, 4, 0.1, 4096, 2, 0.001, 4000, 5),
+)
+ONE_GPU = (
+    Size(3_000, 1_000, 3, 256, 512, 4, 0.4, 1000, 1, 0.001, 300, 100),
+    Size(10_000, 2_000, 4, 256, 1024, 4, 0.4, 2048, 1, 0.001, 400, 80),
+    Size(50_000, 6_000, 5, 512, 1024, 4, 0.3, 4096, 1, 0.0007, 1000, 50),
+    Size(200_000, 10_000, 6, 512, 1024, 4, 0.3, 4096, 4, 0.001, 2000, 50),
+    Size(1_000_000, 16_000, 6, 512, 2048, 8, 0.2, 4096, 8, 0.0007, 4000, 30),
+    Size(0, 32_000, 6, 512, 2048, 8, 0.1, 4096, 16, 0.001, 4000, 15),
+)
+MANY_GPUS = (*ONE_GPU[:-1], Size(0, 32_000, 6, 1024, 4096, 16, 0.1, 4096, 32, 0.0007, 4000, 15))
+
+
+def choose(pairs: int, gpus: int) -> dict[str, Any]:
+    """Return the keys of a recipe for own text that depend on its number of pairs and the GPUs of a training (0: CPU).
+
+    They are held_out, subword, train and average, as in a recipe.yaml.
+    """
+    rows = (CPU, ONE_GPU, MANY_GPUS)[min(gpus, 2)]
+    size = next(row for row in rows if pairs <= row.pairs or not row.pairs)
+    held_out = max(1, min(HELD_OUT, pairs // 8))
+    sides: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        sides |= {f"{side}-layers": size.layers, f"{side}-embed-dim": size.width}
+        sides |= {f"{side}-ffn-embed-dim": size.inner, f"{side}-attention-heads": size.heads}
+    return {
+        "held_out": {"valid": held_out, "test": held_out},
+        "subword": {
+            "vocab_size": size.vocabulary,
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "character_coverage": 0.9999,
+            "normalization_rule_name": "nmt_nfkc",
+        },
+        "train": {
+            "arch": "transformer",
+            **sides,
+            "share-all-embeddings": True,
+            "dropout": size.dropout,
+            "weight-decay": 0.0001,
+            "optimizer": "adam",
+            "adam-betas": "(0.9, 0.98)",
+            "clip-norm": 0.0,
+            "lr": size.lr,
+            "lr-scheduler": "inverse_sqrt",
+            "warmup-updates": size.warmup,
+            "max-tokens": size.max_tokens,
+            "update-freq": size.update_freq,
+            "max-epoch": size.epochs,
+        },
+        "average": 5,
+    }
+
+
+def describe(recipe: Recipe, pairs: int, gpus: int) -> str:
+    """Return in one line what was chosen for `pairs` pairs and a training on `gpus` GPUs."""
+    machine = {0: "a CPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
+    train = recipe.train
+    return (
+        f"for {pairs:,} pairs and {machine}: {recipe.subword.vocab_size:,} pieces, {train['encoder-layers']}+"
+        f"{train['decoder-layers']} layers, {train['encoder-embed-dim']} wide, dropout {train['dropout']}, "
+        f"{train['max-epoch']} epochs"
+    )
+
+
+def keep(content: dict[str, Any], work_dir: Path) -> None:
+    """Write the content of a recipe that was chosen into the work directory."""
+    with atomic_write(work_dir / KEPT) as file:
+        file.write("# Chosen for the size of your text (docs/own_data.md). Edit it: the next command uses it.\n")
+        yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+
+
+def count_pairs(recipe: Recipe, raw_dir: Path | None) -> int:
+    """Return the number of lines of the first file of own text. Raises UserError if it is missing or not UTF-8."""
+    name = recipe.data[0].splits["train"][0][0]
+    path = Sources(recipe, raw_dir, Path()).find_local(name) or (raw_dir or recipe.folder) / name
+    return sum(1 for _ in iterate_lines(path))

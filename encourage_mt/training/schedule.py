@@ -1,0 +1,54 @@
+"""Say before a training how many updates it will make, and how many of them are warm-up."""
+
+import numpy as np
+
+from ..environment import quiet_imports
+from ..errors import UserError
+from .launch import share_batch
+from .run_folder import Run
+
+
+def describe_schedules(runs: list[Run], processes: int) -> list[str]:
+    """Return a line for each schedule among `runs`, and warnings where the warm-up is more than a third of it.
+
+    Raises UserError if a sentence of train does not fit the batch of a process.
+    """
+    lines: dict[str, list[str]] = {}
+    for run in runs:
+        epoch, whole, warmup = schedule(run, processes)
+        text = f"{epoch:,} updates per epoch, {whole:,} in all, {warmup:,} of them in warm-up"
+        if 3 * warmup > whole:
+            text += (
+                "\nwarning: the warm-up is more than a third of the training, so the model may learn little; shorten "
+                f"it, for example by --set warmup-updates={max(1, whole // 6)}, or train for longer"
+            )
+        lines.setdefault(text, []).append(run.arm)
+    return [f"{', '.join(dict.fromkeys(arms))}: {text}" for text, arms in lines.items()]
+
+
+def schedule(run: Run, processes: int) -> tuple[int, int, int]:
+    """Return the updates of `run` in an epoch, in all and in warm-up, from the batches that fairseq makes."""
+    share = share_batch(run.options, processes)
+    batches = -(-count_batches(run, share["max-tokens"], share.get("batch-size")) // processes)
+    epoch = -(-batches // share["update-freq"])
+    number, unit = run.length
+    return epoch, number if unit == "update" else number * epoch, int(run.options.get("warmup-updates", 0))
+
+
+def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
+    """Return the number of batches of train, sorted by length as fairseq sorts them."""
+    with quiet_imports():
+        from fairseq.data import data_utils
+
+    data = run.prepared()
+    prefix = data.data_bin / f"train.{data.source}-{data.target}"
+    datasets = [data_utils.load_indexed_dataset(f"{prefix}.{side}", None) for side in data.languages]
+    source, target = (np.array(dataset.sizes, dtype=np.int64) for dataset in datasets)
+    lengths = np.maximum(source, target)
+    if lengths.max() > max_tokens:
+        raise UserError(
+            f"max-tokens: a sentence of train has {lengths.max():,} pieces, and a batch of one process holds "
+            f"{max_tokens:,} tokens; use fewer --gpus, or a larger --set max-tokens=N"
+        )
+    order = np.lexsort((target, source))
+    return len(data_utils.batch_by_size(order, None, lengths[order], max_tokens, batch_size))

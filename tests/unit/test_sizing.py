@@ -1,0 +1,68 @@
+"""Test the sizes that are chosen for own text of any number of pairs, and that the choice can be edited."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from encourage_mt.data.sizing import CPU, KEPT, MANY_GPUS, ONE_GPU, choose, count_pairs, describe, keep
+from encourage_mt.errors import UserError
+from encourage_mt.recipe import load_recipe
+
+OWN = ROOT / "examples/own/recipe.yaml"
+
+
+def own(chosen, path=OWN, files=("a.de", "a.en")):
+    return load_recipe(path, bitext=list(files), chosen=chosen)
+
+
+@pytest.mark.parametrize("gpus, rows", [(0, CPU), (1, ONE_GPU), (2, MANY_GPUS), (64, MANY_GPUS)])
+def test_each_row_ends_at_its_number_of_pairs(gpus, rows):
+    assert [row.pairs for row in rows] == sorted(row.pairs for row in rows[:-1]) + [0]
+    for row, after in zip(rows, rows[1:], strict=False):
+        for pairs, expected in ((row.pairs, row), (row.pairs + 1, after)):
+            chosen = choose(pairs, gpus)
+            assert chosen["subword"]["vocab_size"] == expected.vocabulary
+            assert chosen["train"]["max-epoch"] == expected.epochs and chosen["train"]["dropout"] == expected.dropout
+    assert choose(10**9, gpus)["train"]["encoder-embed-dim"] == rows[-1].width
+
+
+@pytest.mark.parametrize("pairs, held_out", [(0, 1), (80, 10), (7999, 999), (8000, 1000), (10**8, 1000)])
+def test_an_eighth_of_a_small_corpus_is_held_out(pairs, held_out):
+    assert choose(pairs, 0)["held_out"] == {"valid": held_out, "test": held_out}
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+@pytest.mark.parametrize("pairs", [0, 10**4, 10**5, 10**9])
+def test_the_choice_is_a_valid_recipe(pairs, gpus):
+    recipe = own(choose(pairs, gpus))
+    assert recipe.average <= recipe.train["max-epoch"] and recipe.filled["train"] == recipe.train
+    for side in ("encoder", "decoder"):
+        assert recipe.train[f"{side}-embed-dim"] % recipe.train[f"{side}-attention-heads"] == 0
+    assert f"{pairs:,} pairs" in describe(recipe, pairs, gpus)
+
+
+def test_a_chosen_recipe_is_kept_and_used_as_it_was_edited(tmp_path):
+    first = own(choose(8000, 0))
+    keep(first.filled, tmp_path)
+    kept = tmp_path / KEPT
+    assert own(None, kept).model_dump() == first.model_dump() and own(choose(0, 0), kept).filled is None
+    content = yaml.safe_load(kept.read_text())
+    kept.write_text(yaml.safe_dump({**content, "train": {**content["train"], "dropout": 0.25}}))
+    assert own(choose(0, 0), kept).train["dropout"] == 0.25
+
+
+def test_what_a_recipe_says_itself_is_not_chosen(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    content = yaml.safe_load(OWN.read_text())
+    path.write_text(yaml.safe_dump({**content, "average": 2, "data": {"held_out": {"valid": 3, "test": 4}}}))
+    recipe = own(choose(8000, 0), path)
+    assert (recipe.average, recipe.subword.vocab_size, recipe.data[0].held_out["test"]) == (2, 2000, 4)
+    with pytest.raises(UserError, match="subword: is missing"):
+        own(None, path)
+
+
+def test_pairs_are_counted_in_the_first_file(tmp_path):
+    (tmp_path / "a.de").write_text("eins\nzwei\ndrei")
+    assert count_pairs(own(choose(0, 0)), tmp_path) == 3
+    with pytest.raises(UserError, match="none.de: "):
+        count_pairs(own(choose(0, 0), files=("none.de", "a.en")), tmp_path)
