@@ -27,29 +27,31 @@ class Size(NamedTuple):
     max_tokens: int
     update_freq: int
     lr: float
-    warmup: int
-    epochs: int
+    warmup: int  # updates, at most; see WARMUP_SHARE
+    seen: int  # pairs in a training, with repetitions; see EPOCHS
 
 
-# docs/own_data.md says which rows were measured. On a CPU small batches learn faster; on a GPU large ones fill it.
-#    pairs     vocab layers width inner heads dropout tokens freq lr warmup epochs
+# docs/own_data.md says what was measured. On a CPU small batches learn faster; on a GPU large ones fill it.
+#    pairs     vocab layers width inner heads dropout tokens freq lr warmup seen
 CPU = (
-    Size(3_000, 1_000, 2, 128, 256, 4, 0.3, 500, 1, 0.002, 300, 80),
-    Size(10_000, 2_000, 2, 128, 256, 4, 0.3, 1000, 1, 0.002, 400, 40),
-    Size(50_000, 6_000, 4, 128, 256, 4, 0.2, 1000, 1, 0.0015, 1000, 10),
-    Size(200_000, 8_000, 4, 128, 256, 4, 0.2, 2000, 1, 0.002, 2000, 10),
-    Size(1_000_000, 16_000, 4, 256, 1024, 4, 0.1, 4096, 1, 0.001, 4000, 8),
-    Size(0, 32_000, 4, 256, 1024, 4, 0.1, 4096, 2, 0.001, 4000, 5),
+    Size(3_000, 1_000, 2, 128, 256, 4, 0.3, 500, 1, 0.002, 400, 320_000),
+    Size(10_000, 2_000, 2, 128, 256, 4, 0.3, 1000, 1, 0.002, 400, 320_000),
+    Size(50_000, 6_000, 4, 128, 256, 4, 0.2, 1000, 1, 0.0015, 1000, 300_000),
+    Size(200_000, 8_000, 4, 128, 256, 4, 0.2, 2000, 1, 0.002, 1500, 1_000_000),
+    Size(1_000_000, 16_000, 4, 256, 1024, 4, 0.1, 4096, 1, 0.001, 2000, 3_000_000),
+    Size(0, 32_000, 4, 256, 1024, 4, 0.1, 4096, 2, 0.001, 4000, 10_000_000),
 )
 ONE_GPU = (
-    Size(3_000, 1_000, 3, 256, 512, 4, 0.4, 1000, 1, 0.001, 300, 100),
-    Size(10_000, 2_000, 4, 256, 1024, 4, 0.4, 2048, 1, 0.001, 400, 80),
-    Size(50_000, 6_000, 5, 512, 1024, 4, 0.3, 4096, 1, 0.0007, 1000, 50),
-    Size(200_000, 10_000, 6, 512, 1024, 4, 0.3, 4096, 4, 0.001, 2000, 50),
-    Size(1_000_000, 16_000, 6, 512, 2048, 8, 0.2, 4096, 8, 0.0007, 4000, 30),
-    Size(0, 32_000, 6, 512, 2048, 8, 0.1, 4096, 16, 0.001, 4000, 15),
+    Size(3_000, 1_000, 3, 256, 512, 4, 0.4, 1000, 1, 0.001, 400, 800_000),
+    Size(10_000, 2_000, 4, 256, 1024, 4, 0.4, 2048, 1, 0.001, 400, 800_000),
+    Size(50_000, 6_000, 5, 512, 1024, 4, 0.3, 4096, 1, 0.0007, 1000, 2_500_000),
+    Size(200_000, 10_000, 6, 512, 1024, 4, 0.3, 4096, 2, 0.0007, 1500, 10_000_000),
+    Size(1_000_000, 16_000, 6, 512, 2048, 8, 0.2, 4096, 4, 0.0007, 4000, 30_000_000),
+    Size(0, 32_000, 6, 512, 2048, 8, 0.1, 4096, 8, 0.0007, 4000, 60_000_000),
 )
-MANY_GPUS = (*ONE_GPU[:-1], Size(0, 32_000, 6, 1024, 4096, 16, 0.1, 4096, 32, 0.0007, 4000, 15))
+MANY_GPUS = (*ONE_GPU[:-1], Size(0, 32_000, 6, 1024, 4096, 16, 0.1, 4096, 16, 0.0007, 3000, 60_000_000))
+EPOCHS = 8, 100  # at least, at most
+WARMUP_SHARE = 20  # pairs for each update of the warm-up, so that it stays short with few pairs
 
 
 def choose(pairs: int, gpus: int) -> dict[str, Any]:
@@ -59,7 +61,9 @@ def choose(pairs: int, gpus: int) -> dict[str, Any]:
     """
     rows = (CPU, ONE_GPU, MANY_GPUS)[min(gpus, 2)]
     size = next(row for row in rows if pairs <= row.pairs or not row.pairs)
+    pairs = max(1, pairs)
     held_out = max(1, min(HELD_OUT, pairs // 8))
+    low, high = EPOCHS
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
         sides |= {f"{side}-layers": size.layers, f"{side}-embed-dim": size.width}
@@ -84,10 +88,10 @@ def choose(pairs: int, gpus: int) -> dict[str, Any]:
             "clip-norm": 0.0,
             "lr": size.lr,
             "lr-scheduler": "inverse_sqrt",
-            "warmup-updates": size.warmup,
+            "warmup-updates": max(10, min(size.warmup, pairs // WARMUP_SHARE)),
             "max-tokens": size.max_tokens,
             "update-freq": size.update_freq,
-            "max-epoch": size.epochs,
+            "max-epoch": max(low, min(high, round(size.seen / pairs))),
         },
         "average": 5,
     }

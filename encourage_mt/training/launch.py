@@ -80,11 +80,13 @@ def share_batch(options: dict[str, Scalar], processes: int) -> dict[str, int]:
     """
     whole = int(options.get("update-freq", 1))
     frequency = -(-whole // processes)
-    limits = {name: int(options[name]) for name in ("max-tokens", "batch-size") if name in options}
-    share = {name: limit * whole // (processes * frequency) for name, limit in limits.items()}
-    if not all(share.values()):
-        raise UserError(f"--gpus: {processes} processes are too many to share a batch of {limits}")
-    return {"update-freq": frequency, **share}
+    share = {"update-freq": frequency}
+    for name in ("max-tokens", "batch-size"):
+        if name in options:
+            share[name] = int(options[name]) * whole // (processes * frequency)
+            if not share[name]:
+                raise UserError(f"--gpus: {processes} processes are too many to share {name} {options[name]}")
+    return share
 
 
 def report_effective_batch(options: dict[str, Scalar], cluster: Cluster) -> str:

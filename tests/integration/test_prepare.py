@@ -18,6 +18,7 @@ from encourage_mt.data import stages
 from encourage_mt.data.bitext import read_lines
 from encourage_mt.data.manifest import PreparedData
 from encourage_mt.data.prepare import MARKER, prepare
+from encourage_mt.data.sizing import choose
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
 
@@ -195,7 +196,7 @@ def corpus(tmp_path_factory):
     write(folder / "corpus.tsv", "".join(f"{de}\t{en}\n" for de, en in pairs))
     content = yaml.safe_load((ROOT / "examples/own/recipe.yaml").read_text()) | {key: TINY[key] for key in OWN_MODEL}
     content["data"] = {"held_out": {"valid": 20, "test": 30}}
-    content["subword"]["vocab_size"] = 400
+    content["subword"] = {**choose(300, 0)["subword"], "vocab_size": 400}
     write(folder / "recipe.yaml", yaml.safe_dump(content))
     return folder
 

@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, TINY, refused, write_recipe
 
+from encourage_mt.training.run_folder import open_run, read_log
+from encourage_mt.training.schedule import describe_schedules, schedule
+
 
 def test_arms_of_a_run_differ_by_criterion_alone(work):
     options = [json.loads((work.folder / f"{arm}.seed1" / "run.json").read_text())["options"] for arm in ("ce", "el")]
@@ -18,21 +21,41 @@ def test_arms_of_a_run_differ_by_criterion_alone(work):
     assert (work.folder / "report-ce-el" / "report.html").exists()
 
 
+LONGER = {"train": {**TINY["train"], "max-epoch": 3}}
+
+
 @pytest.mark.parametrize(
-    "changes, expected",
+    "changes, options, expected",
     [
-        ({"subword": {"vocab_size": 250, "model_type": "bpe"}}, "subword"),
-        (
-            {"train": {**TINY["train"], "max-epoch": 3, "lr": 0.001}},
-            "ce.seed1: already contains a training with different lr",
-        ),
+        ({"subword": {"vocab_size": 250, "model_type": "bpe"}}, (), "subword"),
+        (LONGER, ("--set", "lr=0.001"), "ce.seed1: already contains a training with different lr"),
+        (LONGER, ("--set", "log-end=0.25"), "el.seed1: already contains a training with different log-end"),
+        (LONGER, ("--set", "max-tokens=4"), "max-tokens"),
     ],
-    ids=["other data", "other training"],
+    ids=["other data", "other training", "other criterion", "too small batches"],
 )
-def test_a_work_directory_of_other_options_is_refused_and_unchanged(changes, expected, work, tmp_path, capsys):
+def test_a_work_directory_of_other_options_is_refused_and_unchanged(changes, options, expected, work, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.*")}
-    assert expected in refused(capsys, "run", write_recipe(tmp_path, **changes), "--work-dir", work.folder)
+    assert expected in refused(capsys, "run", write_recipe(tmp_path, **changes), "--work-dir", work.folder, *options)
     assert {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.*")} == before
+
+
+def test_the_updates_announced_are_those_of_the_training(work):
+    run = open_run(work.folder / "el.seed1")
+    epoch, whole, warmup = schedule(run, 1)
+    made = [int(record["train_num_updates"]) for record in read_log(run.log) if "train_loss" in record]
+    assert made == [epoch, 2 * epoch, 3 * epoch] and whole == made[-1] and warmup == 0
+    assert f"ce, el: {epoch} updates per epoch, {whole} in all, 0 of them in warm-up" in work.done.stdout
+    assert schedule(run, 2)[0] <= epoch + 2, "two processes with half the batch"
+
+
+@pytest.mark.parametrize("warmup, warns", [(6, False), (7, True)])
+def test_a_long_warm_up_is_announced(warmup, warns, work):
+    run = open_run(work.folder / "el.seed1")
+    options = {name: value for name, value in run.options.items() if name != "max-epoch"}
+    run = run.model_copy(update={"options": {**options, "max-update": 20, "warmup-updates": warmup}})
+    (line,) = describe_schedules([run], 1)
+    assert ("warmup-updates=3" in line) == warns
 
 
 def test_an_architecture_fairseq_does_not_know_is_refused_before_anything_is_made(tmp_path, capsys):

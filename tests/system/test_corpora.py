@@ -8,7 +8,7 @@ from pathlib import Path
 import grammar
 import pytest
 import yaml
-from conftest import ROOT, TINY, run
+from conftest import ROOT, run
 from fairseq.data import Dictionary, data_utils
 
 from encourage_mt.data.bitext import read_lines
@@ -263,14 +263,19 @@ def test_own_text_is_trained_on_and_scored(tmp_path):
     pairs = grammar.generate(7, {"all": 300})["all"]
     for side, language in enumerate(("de", "en")):
         (tmp_path / f"corpus.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
-    content = yaml.safe_load((ROOT / "examples" / "own" / "recipe.yaml").read_text(encoding="utf-8"))
-    content |= {"data": {"held_out": {"valid": 20, "test": 30}}, "train": {**TINY["train"], "max-epoch": 6}}
-    content |= {"average": 2, "beam": 2}
-    content["subword"]["vocab_size"] = 400
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    files = ["--bitext", tmp_path / "corpus.de", tmp_path / "corpus.en"]
-    done = run("encourage-mt", "run", tmp_path / "recipe.yaml", *files, "--arms", "el", cwd=tmp_path)
-    assert "BLEU signature" in done.stdout and (tmp_path / "runs" / "own_de_en" / "el.seed1").is_dir()
+    argv = ["encourage-mt", "run", ROOT / "examples/own/recipe.yaml"]
+    argv += ["--bitext", tmp_path / "corpus.de", tmp_path / "corpus.en", "--arms", "el"]
+    short = ["max-epoch=4", "average=2", "beam=2", "encoder-layers=1", "decoder-layers=1"]
+    done = run(*argv, "--set", *short, cwd=tmp_path)
+    work = tmp_path / "runs" / "own_de_en"
+    assert "for 300 pairs and " in done.stdout and "BLEU signature" in done.stdout and (work / "el.seed1").is_dir()
+    assert "updates per epoch" in done.stdout and "warning: the warm-up" in done.stdout
+    content = yaml.safe_load((work / "recipe.yaml").read_text())
+    assert content["train"]["max-epoch"] > 4 and content["data"]["held_out"]["test"] == 37
+    content["arms"]["el"]["log-end"] = 0.25
+    (work / "recipe.yaml").write_text(yaml.safe_dump(content))
+    again = run(*argv, "--set", *short, cwd=tmp_path, code=2)
+    assert str(work / "recipe.yaml") in again.stdout and "different log-end" in again.stderr
 
 
 # --- the real corpora, from local files

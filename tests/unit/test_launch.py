@@ -89,6 +89,15 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(tmp_path, capsys):
     assert not work.exists()
 
 
+def test_settings_and_added_arms_are_in_the_commands(tmp_path, capsys):
+    recipe, changes = write_recipe(tmp_path), ["--set", "lr=0.009", "--add-arm", "soft=el,log-end=0.25"]
+    main(["run", str(recipe), f"--work-dir={tmp_path / 'work'}", "--dry-run", *changes])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("fairseq-train")]
+    assert all("--lr=0.009" in command for command in commands)
+    ends = [[word for word in command if "log-end" in word] for command in commands]
+    assert ends == [[], ["--log-end=0.5"], ["--log-end=0.25"]], "the new arm is trained with the others"
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [

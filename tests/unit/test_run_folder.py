@@ -82,6 +82,7 @@ def test_another_training_in_the_same_folder_is_refused(run):
     ):
         with pytest.raises(UserError, match=f"different {name} .*--work-dir"):
             run.model_copy(update=update).save()
+    run.model_copy(update={"options": {**OPTIONS, "log-interval": 7, "keep-last-epochs": 3}}).save()
 
 
 @pytest.mark.parametrize(

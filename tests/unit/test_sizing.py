@@ -15,15 +15,35 @@ def own(chosen, path=OWN, files=("a.de", "a.en")):
     return load_recipe(path, bitext=list(files), chosen=chosen)
 
 
-@pytest.mark.parametrize("gpus, rows", [(0, CPU), (1, ONE_GPU), (2, MANY_GPUS), (64, MANY_GPUS)])
-def test_each_row_ends_at_its_number_of_pairs(gpus, rows):
-    assert [row.pairs for row in rows] == sorted(row.pairs for row in rows[:-1]) + [0]
+MACHINES = {0: CPU, 1: ONE_GPU, 2: MANY_GPUS, 64: MANY_GPUS}
+BORDERS = [200, 1000, *(row.pairs + more for row in CPU[:-1] for more in (0, 1)), 10**9]
+
+
+@pytest.mark.parametrize("gpus", MACHINES)
+def test_each_row_ends_at_its_number_of_pairs(gpus):
+    rows = MACHINES[gpus]
+    assert [row.pairs for row in rows] == [3_000, 10_000, 50_000, 200_000, 1_000_000, 0]
     for row, after in zip(rows, rows[1:], strict=False):
         for pairs, expected in ((row.pairs, row), (row.pairs + 1, after)):
             chosen = choose(pairs, gpus)
             assert chosen["subword"]["vocab_size"] == expected.vocabulary
-            assert chosen["train"]["max-epoch"] == expected.epochs and chosen["train"]["dropout"] == expected.dropout
+            assert [chosen["train"][name] for name in ("dropout", "lr")] == [expected.dropout, expected.lr]
     assert choose(10**9, gpus)["train"]["encoder-embed-dim"] == rows[-1].width
+
+
+@pytest.mark.parametrize("gpus", MACHINES)
+@pytest.mark.parametrize("pairs", BORDERS)
+def test_the_warm_up_is_at_most_a_third_even_with_short_sentences(pairs, gpus):
+    chosen = choose(pairs, gpus)
+    train, pieces = chosen["train"], 10  # in the longer sentence of a pair
+    kept = pairs - 2 * chosen["held_out"]["test"]
+    updates = kept * pieces / (train["max-tokens"] * train["update-freq"]) * train["max-epoch"]
+    assert 3 * train["warmup-updates"] <= updates
+
+
+@pytest.mark.parametrize("pairs, epochs", [(0, 100), (1000, 100), (8000, 40), (29_000, 10), (50_000, 8), (50_001, 20)])
+def test_fewer_pairs_are_seen_more_often(pairs, epochs):
+    assert choose(pairs, 0)["train"]["max-epoch"] == epochs
 
 
 @pytest.mark.parametrize("pairs, held_out", [(0, 1), (80, 10), (7999, 999), (8000, 1000), (10**8, 1000)])
