@@ -107,7 +107,8 @@ def train(tiny):
 EL = ("--criterion", "label_smoothed_encouraging_loss", "--label-smoothing", "0.1")
 CE = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1")
 EVAL_BLEU = (
-    *("--eval-bleu", "--eval-bleu-args", '{"beam": 1}', "--eval-bleu-remove-bpe", "sentencepiece"),
+    *("--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}'),
+    *("--eval-bleu-remove-bpe", "sentencepiece"),
     *("--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"),
 )
 
