@@ -78,11 +78,12 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     trainings save and stop, and this process exits with STOPPED.
     """
     if cluster.node == 0:
-        for run in runs:  # all folders are checked before the first training starts
-            recorded = with_provenance(run, cluster)
-            recorded.earlier_starts()
+        recorded = [with_provenance(run, cluster) for run in runs]
+        for run in recorded:  # all folders are checked before anything is written
+            run.earlier_starts()
+        for run in recorded:
             if run.is_done:
-                recorded.save()
+                run.save()
     waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
