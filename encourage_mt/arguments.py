@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["ce", "el"],
         metavar="ARM",
-        help="arms of the recipe; the others, and those of --add-arm, are compared with the first (default: ce el)",
+        help="arms of the recipe; the others, and added ones, are compared with the first (default: ce el)",
     )
     command.add_argument(
         "--parallel", type=count, metavar="N", help="trainings at a time (default: 1 on a GPU, otherwise one per core)"
@@ -219,7 +219,7 @@ def add_changes(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="options of fairseq-train or of the criterion, for all arms, or average, beam or lenpen; for example "
-        "--set lr=0.001 max-epoch=20 (default: as the recipe says)",
+        "lr=0.001 max-epoch=20 (default: as the recipe says)",
     )
     changes.add_argument(
         "--add-arm",
@@ -227,7 +227,7 @@ def add_changes(command: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=ARM,OPTION=VALUE",
-        help="arms made from another one; for example --add-arm el_025=el,log-end=0.25 (default: none)",
+        help="arms made from another one; for example el_025=el,log-end=0.25 (default: none)",
     )
 
 
