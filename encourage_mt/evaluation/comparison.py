@@ -1,5 +1,6 @@
 """Compare two groups of runs, seed by seed, and refuse what cannot be compared."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,7 @@ class Comparison(Record):
     tests: dict[str, dict[str, MetricComparison]]
     signatures: dict[str, str]
     differences: list[str]
+    alarms: list[str] = []  # reasons, with the run's name, why there is no verdict
 
     explanation: ClassVar[str] = (
         "p (bootstrap) and p (randomization) come from sacreBLEU's paired tests over the sentences of one seed's test "
@@ -69,17 +71,25 @@ class Comparison(Record):
         rows = [row for result in self.tests[split].values() for row in result.rows()]
         return Table(f"scores_{split}", header, rows)
 
+    def verdicts(self, split: str, quote: Callable[[str], str] = str) -> list[str]:
+        """Return a line for each metric of a test set, the headline's first; if there are alarms, one that names them.
+
+        quote: how to write the names of the sides and runs.
+        """
+        if self.alarms:
+            return [f"No verdict: {quote('; '.join(self.alarms))}."]
+        metrics = sorted(self.tests[split].values(), key=lambda result: result.metric != HEADLINE)
+        return [result.verdict(quote(self.baseline), quote(self.candidate)) for result in metrics]
+
     def markdown(self) -> str:
         """Return, for each test set, the scores of each seed, both tests over sentences, means and the verdict."""
-        names = escape(self.baseline), escape(self.candidate)
         lines = []
         if self.differences:
             lines += [f"**These runs differ in more than the criterion**: {escape('; '.join(self.differences))}.", ""]
-        for split, metrics in self.tests.items():
-            lines += [f"### {split}", "", self.table(split).markdown()]
-            lines += ["", f"**{metrics[HEADLINE].verdict(*names)}**", ""]
-            lines += [f"{result.verdict(*names)}  " for metric, result in metrics.items() if metric != HEADLINE]
-            lines += [""]
+        for split in self.tests:
+            verdict, *others = self.verdicts(split, escape)
+            lines += [f"### {split}", "", self.table(split).markdown(), "", f"**{verdict}**", ""]
+            lines += [*(f"{line}  " for line in others), ""]
         return "\n".join([*lines, self.explanation, "", *signature_lines(self.signatures)])
 
 
@@ -112,7 +122,15 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
                 tests[split][metric].sentence_p[seed] = p
     signatures = {metric: everything[0].signatures[metric] for metrics in tests.values() for metric in metrics}
     names = _names(*(next(iter(side.values())) for side in sides))
-    return Comparison(baseline=names[0], candidate=names[1], tests=tests, signatures=signatures, differences=unequal)
+    alarms = [f"{result.name}: {alarm}" for result in everything for alarm in result.alarms]
+    return Comparison(
+        baseline=names[0],
+        candidate=names[1],
+        tests=tests,
+        signatures=signatures,
+        differences=unequal,
+        alarms=alarms,
+    )
 
 
 def _by_seed(runs, side):

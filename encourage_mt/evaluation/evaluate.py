@@ -17,11 +17,12 @@ from ..files import atomic_write, file_hash
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked
 from ..recipe_parts import TOKENIZED_BLEU
+from ..training.alarms import final_alarms
 from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
 from . import scoring
 from .averaging import average
 from .engines import translate_sets
-from .results import Evaluation, Result, Score
+from .results import HEADLINE, Evaluation, Result, Score
 
 UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier translations when all are scored
 
@@ -72,11 +73,13 @@ def _evaluate(run, data, settings, paths, comet, output):
     check_dictionary(data, state)
     with options_of(paths[-1]):
         training, criterion = map(as_json, (training_settings(state), mapping(state["cfg"]["criterion"])))
+    parameters = count_parameters(state["model"])
     del state  # keep one checkpoint at a time in memory
     weights = average(paths, output / "average.pt")
     scores = {}
     for split, lines in translate_sets(run, data, output / "average.pt", settings.engine).items():
         scores[split] = score(write_translation(lines, data, split, output), data, split, output, comet)
+    bleu = max(of_set[HEADLINE].score for of_set in scores.values())
     return Result(
         name=run.name,
         recipe=run.recipe,
@@ -93,7 +96,14 @@ def _evaluate(run, data, settings, paths, comet, output):
         provenance=run.provenance,
         translations_sha256=hash_translations(output, data),
         weights_sha256=weights,
+        parameters=parameters,
+        alarms=final_alarms(read_log(run.log), bleu),
     )
+
+
+def count_parameters(model: dict[str, torch.Tensor]) -> int:
+    """Return the number of parameters of a model; those that layers share count once."""
+    return sum({value.data_ptr(): value.numel() for value in model.values() if value.numel() > 1}.values())
 
 
 def as_json(settings: dict) -> dict:

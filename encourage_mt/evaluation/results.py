@@ -51,7 +51,8 @@ class Result(Record):
     options and provenance are those of the run, criterion and training the settings that its checkpoint records.
     scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
     weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. diagnostics, {name:
-    value} of analysis.json, and the learning curve are only in results that are kept in results/.
+    value} of analysis.json, and the learning curve are only in results that are kept in results/. alarms are the
+    reasons why the scores mean nothing (training/alarms.py); scores of earlier versions have none.
     """
 
     remedy: ClassVar[str] = "remove it and run `encourage-mt evaluate` again"
@@ -75,6 +76,8 @@ class Result(Record):
     weights_sha256: str | None = None
     diagnostics: dict[str, float] | None = None
     curve: list[CurvePoint] | None = None
+    parameters: Count | None = None
+    alarms: list[str] = []
 
     @model_validator(mode="after")
     def _check_sets(self):

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis
-from ..evaluation.formatting import format_mean, format_p, markdown_table, signature_lines
+from ..evaluation.formatting import escape, format_mean, format_p, markdown_table, signature_lines
 from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
 from ..evaluation.significance import MetricComparison
 from ..files import Scalar
@@ -23,7 +23,7 @@ PACKAGES = ("python", "torch", "fairseq-fixed", "fairseq", "sentencepiece", "sub
 
 
 def runs_table(results: list[Result]) -> str:
-    """Return a row for each run and set, followed by the signatures."""
+    """Return a row for each run and set, followed by alarms and signatures."""
     metrics = metric_names(results)
     rows = []
     for result in results:
@@ -32,7 +32,14 @@ def runs_table(results: list[Result]) -> str:
             values = [f"{scores[metric].score:.2f}" if metric in scores else "" for metric in metrics]
             rows.append([result.name, split, *values, format_number(scores[HEADLINE].length_ratio, ".3f"), *speed])
     header = ["run", "set", *metrics, "length ratio", "target tokens/s", "training time"]
-    return "\n".join([markdown_table(header, rows), "", *signature_lines(all_signatures(results))])
+    return "\n".join(
+        [markdown_table(header, rows), "", *alarm_lines(results), *signature_lines(all_signatures(results))]
+    )
+
+
+def alarm_lines(results: list[Result]) -> list[str]:
+    """Return the alarms of each run as lines of Markdown."""
+    return [f"**{escape(f'{result.name}: {alarm}')}**  " for result in results for alarm in result.alarms]
 
 
 def format_number(value: float | None, digits: str) -> str:
@@ -77,7 +84,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
         others = training_differences(group[0], arms[first][0])
         options.append(f"{arm}: `{criterion_line(group[0])}`{f'; differs in: {others}' if others else ''}  ")
     *setting, machines = describe_setting(results).values()
-    lines = [*options, *signature_lines(all_signatures(results))]
+    lines = [*options, *alarm_lines(results), *signature_lines(all_signatures(results))]
     lines += [f"Setting: {'; '.join(setting)}.  ", f"Trained on: {machines}.  "]
     return "\n".join([markdown_table(header, rows), "", *lines])
 
@@ -120,10 +127,14 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
+    sizes = dict.fromkeys(
+        f", {result.parameters / 1e6:.1f} million parameters" for result in results if result.parameters
+    )
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
     return {
         "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
-        "model": f"{each('training', 'arch')}, {layers}, {each('training', 'encoder_embed_dim')} wide",
+        "model": f"{each('training', 'arch')}, {layers}, {each('training', 'encoder_embed_dim')} wide"
+        f"{' or'.join(sizes)}",
         "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
         f"{search('lenpen')}",

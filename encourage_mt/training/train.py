@@ -16,6 +16,7 @@ from ..files import atomic_write
 from ..plugin.worker import SAVED, STOPPED
 from ..processes import describe_failure, job_environment, locked, program_path, start
 from ..recipe import AVERAGE, Recipe
+from .alarms import loss_alarm
 from .launch import Cluster, hydra_config, launch_command
 from .run_folder import Run, record_of
 
@@ -191,6 +192,8 @@ class Training:
         self.lines = open(run.log, encoding="utf-8", errors="replace")
         self.rest = ""
         self.bleu, self.note = "-", ""
+        self.records: list[dict] = []
+        self.alarm = ""
         self.read()
         self.bar.initial = self.bar.n  # earlier progress says nothing about the time left
 
@@ -208,13 +211,17 @@ class Training:
                 self.note = ", validating" if "| begin validation on" in line else self.note
                 continue
             self.note = ""  # a validation ends with its record
+            self.records.append(record)
             self.bleu = record.get("valid_bleu", self.bleu)
             # "update" counts epochs, with a fraction; the summary of an epoch names it and its updates otherwise
             names = ("update", "epoch") if self.bar.unit == "epoch" else ("num_updates", "train_num_updates")
             reached = record.get(names[0], record.get(names[1]) if "train_loss" in record else None)
             if reached is not None:
                 self.bar.n = min(self.bar.total, max(self.bar.n, float(reached)))
-        self.bar.set_postfix_str(f"valid BLEU {self.bleu}{self.note}", refresh=False)
+        if lines:
+            self.alarm = loss_alarm(self.records)
+        alarm = f", ALARM: {self.alarm}" if self.alarm else ""
+        self.bar.set_postfix_str(f"valid BLEU {self.bleu}{self.note}{alarm}", refresh=False)
 
     def stopped_saved(self) -> bool:
         """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
