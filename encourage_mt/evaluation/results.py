@@ -52,7 +52,8 @@ class Result(Record):
     scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
     weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. diagnostics, {name:
     value} of analysis.json, and the learning curve are only in results that are kept in results/. alarms are the
-    reasons why the scores mean nothing (training/alarms.py); scores of earlier versions have none.
+    reasons why the scores mean nothing (training/alarms.py); scores of earlier versions have none, and no parameters
+    (how many the model has).
     """
 
     remedy: ClassVar[str] = "remove it and run `encourage-mt evaluate` again"

@@ -113,10 +113,11 @@ def runs(results: list[Result]) -> Table:
     """Return a row for each run: the machine that evaluated it, how it was trained and searched."""
     rows = []
     for result in results:
-        search = [str(getattr(result.evaluation, name)) for name in ("average", "beam", "lenpen")]
+        search = [str(getattr(result.evaluation, name)) for name in ("average", "beam", "lenpen", "engine")]
         training = [str(result.training.get(name, "")) for name in ("updates", "tokens per update")]
         rows.append([result.name, *search, *training, result.machine])
-    header = ["run", "checkpoints averaged", "beam", "length penalty", "updates", "tokens per update", "evaluated on"]
+    search_names = ["checkpoints averaged", "beam", "length penalty", "engine"]
+    header = ["run", *search_names, "updates", "tokens per update", "evaluated on"]
     return Table("runs", header, rows)
 
 

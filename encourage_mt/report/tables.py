@@ -127,9 +127,9 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
-    sizes = dict.fromkeys(
-        f", {result.parameters / 1e6:.1f} million parameters" for result in results if result.parameters
-    )
+    counts = [result.parameters for result in results if result.parameters]
+    sizes = dict.fromkeys(f", {count / 1e6:.1f} million parameters" for count in counts)
+    engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
     return {
         "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
@@ -137,7 +137,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         f"{' or'.join(sizes)}",
         "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
-        f"{search('lenpen')}",
+        f"{search('lenpen')}{engine}",
         "hardware": f"{' or '.join(sorted(machines))}{spent}",
     }
 

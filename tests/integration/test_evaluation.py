@@ -49,8 +49,11 @@ def test_all_arms_and_seeds_are_trained_scored_and_compared(work):
         assert set(result.translations_sha256) == {"valid.en", "test.en"}
         assert {"torch", "sacrebleu", "encourage-mt"} <= set(result.versions)
         assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result.seed
+        assert [alarm[:11] for alarm in result.alarms] == ["not trained"], "BLEU is below 1 after 3 epochs"
+        assert 10_000 < result.parameters < 50_000
+        assert f"**{name}: not trained" in work.done.stdout
     assert len({Result.read(work.folder / name).weights_sha256 for name in RUNS}) == 4
-    assert "paired t-test over 2 seeds" in work.done.stdout
+    assert "**No verdict: ce.seed1: not trained" in work.done.stdout and "t-test" not in work.done.stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in work.done.stdout.splitlines()]
     assert ["el", "test", "2"] in [row[:3] for row in rows], "the table over arms"
     assert ["A paper", "30.00 ± 0.10", "31.00 ± 0.10", "+1.00"] in rows

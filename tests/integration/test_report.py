@@ -63,7 +63,7 @@ def reported(work, tmp_path_factory):
         hypotheses = (run_folder / "test.en").read_text(encoding="utf-8").split("\n")[:-1]
         result = Result.read(run_folder)
         scores = {**result.scores, "test": scoring.score(hypotheses, references, "en")}
-        result.model_copy(update={"scores": scores}).write(run_folder)
+        result.model_copy(update={"scores": scores, "alarms": []}).write(run_folder)
     output = folder / "report"
     argv = ["report", "--output", output, "--baseline", folder / "ce.seed1", folder / "ce.seed2"]
     main([str(word) for word in [*argv, "--candidate", folder / "el.seed1", folder / "el.seed2"]])
@@ -89,6 +89,8 @@ def test_the_run_ends_with_a_report_of_everything(work):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 3000
     for path in (folder / "figures").glob("*.svg"):
         assert path.read_text(encoding="utf-8").startswith("<svg ")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'<p class="warning">No verdict: ce.seed1: not trained.*el.seed2: not trained', page)
     assert work.done.stdout.count("### test") == 1 and f"Report: {folder / 'report.html'}" in work.done.stdout
 
 
