@@ -30,11 +30,11 @@ FALLING = [10 - step / 10 for step in range(50)]
         (log(FALLING), ""),
         (log([*FALLING, 9.0, 5.0, 9.0]), ""),  # two unusual lines
         (log([*FALLING, *[5.9] * 20]), ""),
-        (log([*FALLING, *[6.2] * 3]), "diverges: 6.20 bits per token in training, after 5.30"),
+        (log([*FALLING, *[6.4] * 3]), "diverges: 6.40 bits per token in training, after 5.30"),
         (log([*FALLING, *[9.0] * 20, *FALLING[-9:]]), ""),  # it recovered
         (log([10, 9, 3, 9, 9, 9, 9]), ""),  # too few lines
         ([{"loss": str(loss)} for loss in [*FALLING, *[8] * 5]], "diverges: 8.00"),  # of a criterion without nll_loss
-        (log([*FALLING, "nan"]), "not finite"),
+        (log([*FALLING, float("nan")]), "not finite"),
         ([*log(FALLING), {"valid_loss": "inf"}], "not finite"),
         ([{"train_loss": "nan"}, {"train_loss": "2.0"}], ""),  # the last value counts
     ],
@@ -54,7 +54,7 @@ def test_learning_rate(rates, rises):
 
 def test_bleu_below_1_and_several_alarms():
     assert final_alarms(log(FALLING), 1.0) == []
-    alarms = final_alarms(log([*FALLING, "nan"], [0.1, 0.2]), 0.99)
+    alarms = final_alarms(log([*FALLING, float("nan")], [0.1, 0.2]), 0.99)
     assert [words in alarm for words, alarm in zip(("finite", "not trained", "rate"), alarms, strict=True)] == [
         True
     ] * 3
