@@ -36,7 +36,7 @@ class Comparison(Record):
     tests: dict[str, dict[str, MetricComparison]]
     signatures: dict[str, str]
     differences: list[str]
-    alarms: list[str] = []  # reasons, with the run's name, why there is no verdict
+    alarms: list[str] = []  # "RUN: reasons why its scores mean nothing"; there is no verdict then
 
     explanation: ClassVar[str] = (
         "p (bootstrap) and p (randomization) come from sacreBLEU's paired tests over the sentences of one seed's test "
@@ -77,7 +77,7 @@ class Comparison(Record):
         quote: how to write the names of the sides and runs.
         """
         if self.alarms:
-            return [f"No verdict: {quote('; '.join(self.alarms))}."]
+            return [f"No verdict: {quote('; '.join(self.alarms))}. Train these runs again, or leave them out."]
         metrics = sorted(self.tests[split].values(), key=lambda result: result.metric != HEADLINE)
         return [result.verdict(quote(self.baseline), quote(self.candidate)) for result in metrics]
 
@@ -122,7 +122,7 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
                 tests[split][metric].sentence_p[seed] = p
     signatures = {metric: everything[0].signatures[metric] for metrics in tests.values() for metric in metrics}
     names = _names(*(next(iter(side.values())) for side in sides))
-    alarms = [f"{result.name}: {alarm}" for result in everything for alarm in result.alarms]
+    alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in everything if result.alarms]
     return Comparison(
         baseline=names[0],
         candidate=names[1],

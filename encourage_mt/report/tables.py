@@ -128,7 +128,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
-    sizes = dict.fromkeys(f", {count / 1e6:.1f} million parameters" for count in counts)
+    sizes = dict.fromkeys(f", {count:,} parameters" for count in counts)
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
     return {
