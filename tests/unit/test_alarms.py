@@ -1,8 +1,5 @@
 """Test the alarms about trainings, with made-up logs."""
 
-import io
-import json
-
 import pytest
 from samples import sample_result
 
@@ -10,7 +7,6 @@ from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.significance import MetricComparison
 from encourage_mt.report.tables import arms_table, runs_table
 from encourage_mt.training.alarms import final_alarms, loss_alarm
-from encourage_mt.training.train import Training, progress_bar
 
 
 def log(nll, lr=()):
@@ -55,23 +51,7 @@ def test_learning_rate(rates, rises):
 def test_bleu_below_1_and_several_alarms():
     assert final_alarms(log(FALLING), 1.0) == []
     alarms = final_alarms(log([*FALLING, float("nan")], [0.1, 0.2]), 0.99)
-    assert [words in alarm for words, alarm in zip(("finite", "not trained", "rate"), alarms, strict=True)] == [
-        True
-    ] * 3
-
-
-def test_the_progress_bar_shows_a_diverging_loss():
-    lines = [json.dumps(record) + "\n" for record in log([*FALLING, *[9.0] * 5])]
-    training = Training.__new__(Training)  # without its process
-    values = {"bar": progress_bar("", 9, "epoch", 0), "rest": "", "bleu": "1", "note": "", "records": [], "alarm": ""}
-    vars(training).update(values)
-    training.lines = io.StringIO("".join(lines[:-5]))
-    training.read()
-    assert training.bar.postfix == "valid BLEU 1"
-    training.lines = io.StringIO("".join(lines[-5:]))
-    training.read()
-    assert "ALARM: the loss diverges: 9.00" in training.bar.postfix
-    training.bar.close()
+    assert all(words in alarm for words, alarm in zip(("finite", "not trained", "rate"), alarms, strict=True))
 
 
 def test_an_alarm_replaces_the_verdicts_and_is_below_the_tables():
