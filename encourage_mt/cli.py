@@ -70,8 +70,9 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
 
     gpus = arguments.gpus if torch.cuda.is_available() else 0
     pairs = count_pairs(recipe, arguments.raw_dir)
-    recipe = load(arguments.recipe, choose(pairs, gpus))
-    print(f"recipe: {describe(recipe, pairs, gpus)}")
+    chosen = choose(pairs, gpus)
+    recipe = load(arguments.recipe, chosen)
+    print(f"recipe: {describe(recipe, chosen, pairs, gpus)}")
     return recipe, work_dir
 
 

@@ -97,15 +97,17 @@ def choose(pairs: int, gpus: int) -> dict[str, Any]:
     }
 
 
-def describe(recipe: Recipe, pairs: int, gpus: int) -> str:
-    """Return in one line what was chosen for `pairs` pairs and a training on `gpus` GPUs."""
+def describe(recipe: Recipe, chosen: dict[str, Any], pairs: int, gpus: int) -> str:
+    """Return in one line what was `chosen` for `pairs` pairs and a training on `gpus` GPUs; the recipe has the rest."""
     machine = {0: "a CPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
-    train = recipe.train
-    return (
-        f"for {pairs:,} pairs and {machine}: {recipe.subword.vocab_size:,} pieces, {train['encoder-layers']}+"
-        f"{train['decoder-layers']} layers, {train['encoder-embed-dim']} wide, dropout {train['dropout']}, "
-        f"{train['max-epoch']} epochs"
-    )
+    train = chosen["train"]
+    texts = {
+        "subword": f"{chosen['subword']['vocab_size']:,} pieces",
+        "train": f"{train['encoder-layers']}+{train['decoder-layers']} layers, {train['encoder-embed-dim']} wide, "
+        f"dropout {train['dropout']}, {train['max-epoch']} epochs",
+    }
+    used = [text for key, text in texts.items() if (recipe.filled or {})[key] == chosen[key]]
+    return f"for {pairs:,} pairs and {machine}: {', '.join(used)}"
 
 
 def keep(content: dict[str, Any], work_dir: Path) -> None:

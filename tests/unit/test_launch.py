@@ -98,6 +98,15 @@ def test_settings_and_added_arms_are_in_the_commands(tmp_path, capsys):
     assert ends == [[], ["--log-end=0.5"], ["--log-end=0.25"]], "the new arm is trained with the others"
 
 
+def test_settings_change_what_was_chosen_for_own_text(tmp_path, capsys):
+    (tmp_path / "a.de").write_text("eins\n" * 5000)
+    argv = ["run", str(ROOT / "examples/own/recipe.yaml"), "--bitext", str(tmp_path / "a.de"), "a.en", "--dry-run"]
+    main([*argv, f"--work-dir={tmp_path / 'work'}", "--set", "max-update=7"])
+    first, _, *commands = capsys.readouterr().out.splitlines()
+    assert "5,000 pairs" in first and all("--max-update=7" in command for command in commands)
+    assert not any("--max-epoch" in command for command in commands) and not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [

@@ -54,11 +54,13 @@ def test_an_eighth_of_a_small_corpus_is_held_out(pairs, held_out):
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 @pytest.mark.parametrize("pairs", [0, 10**4, 10**5, 10**9])
 def test_the_choice_is_a_valid_recipe(pairs, gpus):
-    recipe = own(choose(pairs, gpus))
+    chosen = choose(pairs, gpus)
+    recipe = own(chosen)
     assert recipe.average <= recipe.train["max-epoch"] and recipe.filled["train"] == recipe.train
     for side in ("encoder", "decoder"):
         assert recipe.train[f"{side}-embed-dim"] % recipe.train[f"{side}-attention-heads"] == 0
-    assert f"{pairs:,} pairs" in describe(recipe, pairs, gpus)
+    text = describe(recipe, chosen, pairs, gpus)
+    assert f"{pairs:,} pairs" in text and "pieces" in text and f"{chosen['train']['max-epoch']} epochs" in text
 
 
 def test_a_chosen_recipe_is_kept_and_used_as_it_was_edited(tmp_path):
@@ -74,9 +76,13 @@ def test_a_chosen_recipe_is_kept_and_used_as_it_was_edited(tmp_path):
 def test_what_a_recipe_says_itself_is_not_chosen(tmp_path):
     path = tmp_path / "recipe.yaml"
     content = yaml.safe_load(OWN.read_text())
-    path.write_text(yaml.safe_dump({**content, "average": 2, "data": {"held_out": {"valid": 3, "test": 4}}}))
-    recipe = own(choose(8000, 0), path)
-    assert (recipe.average, recipe.subword.vocab_size, recipe.data[0].held_out["test"]) == (2, 2000, 4)
+    train = {"arch": "transformer", "max-tokens": 9, "max-update": 9}
+    content |= {"train": train, "data": {"held_out": {"valid": 3, "test": 4}}}
+    path.write_text(yaml.safe_dump(content))
+    chosen = choose(8000, 0)
+    recipe = own(chosen, path)
+    assert (recipe.train, recipe.subword.vocab_size, recipe.data[0].held_out["test"]) == (train, 2000, 4)
+    assert describe(recipe, chosen, 8000, 0) == "for 8,000 pairs and a CPU: 2,000 pieces"
     with pytest.raises(UserError, match="subword: is missing"):
         own(None, path)
 
