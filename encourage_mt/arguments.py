@@ -8,6 +8,7 @@ from typing import NoReturn, get_args
 from .environment import DOWNLOADS, Engine, Precision
 from .errors import UserError
 
+QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float16", "int8_bfloat16")  # of CTranslate2
 OLD_SPELLINGS = {"--criteria": "--arms", "--criterion": "--arm"}  # of version 0.1
 
 
@@ -131,6 +132,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: none)"
     )
 
+    command = add(
+        "export", "write one folder that translates without fairseq, after checking that it translates as the run does"
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated training")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="MODEL", help="folder to make, or an earlier export (required)"
+    )
+    command.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="float32",
+        help="type of the stored weights; int8 is smaller and faster and changes some translations "
+        "(default: %(default)s)",
+    )
+
+    add_translate(add("translate", "translate standard input, line by line, to standard output"))
+
     for name, help in (
         ("compare", "compare runs: scores of each seed, tests over sentences and over seeds, a verdict"),
         ("report", "compare runs and write one HTML page with charts, diagnostics and translations"),
@@ -152,6 +170,40 @@ def build_parser() -> argparse.ArgumentParser:
         )
     command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
     return parser
+
+
+def add_translate(command: argparse.ArgumentParser) -> None:
+    """Add the options of `encourage-mt translate`."""
+    command.add_argument(
+        "model", type=Path, metavar="MODEL|RUN", help="folder of an export, or of an evaluated run, which is exported"
+    )
+    command.add_argument("--beam", type=count, metavar="N", help="beam size (default: as the run was scored)")
+    command.add_argument(
+        "--nbest",
+        type=count,
+        default=1,
+        metavar="N",
+        help="translations of each line, best first (default: %(default)s)",
+    )
+    command.add_argument(
+        "--scores",
+        action="store_true",
+        help="write the log-probability and a tab before each translation (default: no)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=count,
+        default=256,
+        metavar="N",
+        help="lines to read and translate together; 1 answers each line at once (default: %(default)s)",
+    )
+    command.add_argument("--threads", type=count, metavar="N", help="threads on a CPU (default: one per core)")
+    command.add_argument(
+        "--device",
+        choices=["cpu", "cuda", "auto"],
+        default="auto",
+        help="auto is a GPU if there is one (default: auto)",
+    )
 
 
 def add_engine(command: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ import logging
 import shlex
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from .arguments import parse_arguments
 from .environment import Precision, cores
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: that of this process)."""
-    with exit_on_user_error("encourage-mt"), log_to_console():
+    with exit_on_user_error("encourage-mt"):
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        COMMANDS[arguments.command](arguments)
+        with log_to_console(sys.stderr if arguments.command == "translate" else sys.stdout):
+            COMMANDS[arguments.command](arguments)
 
 
 @contextmanager
-def log_to_console():
-    """Print what this package logs in the block, without dates or levels."""
+def log_to_console(stream: TextIO):
+    """Print what this package logs in the block on `stream`, without dates or levels."""
     logger = logging.getLogger(__package__)
     before = logger.level, logger.propagate
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # fairseq gives the root logger a handler of its own
@@ -218,6 +219,31 @@ def evaluate_runs(arguments) -> None:
     print(f"\n{runs_table(results)}")
 
 
+def export_run(arguments) -> None:
+    """Carry out `encourage-mt export`."""
+    from .serving.export import export
+    from .training.run_folder import open_run
+
+    export(open_run(arguments.run), arguments.output, arguments.quantization)
+
+
+def translate_text(arguments) -> None:
+    """Carry out `encourage-mt translate`: standard output has the translations only."""
+    from .serving.translate import Translator, translate_stream
+
+    with redirect_stdout(sys.stderr):
+        folder = arguments.model
+        if folder.is_dir() and not (folder / "model.json").exists():
+            from .serving.export import exported
+            from .training.run_folder import open_run
+
+            folder = exported(open_run(folder))
+        translator = Translator(folder, arguments.device, arguments.threads)
+    lines = 1 if sys.stdin.isatty() else arguments.batch_size
+    options = (arguments.beam, arguments.nbest, arguments.scores, lines)
+    translate_stream(translator, sys.stdin.buffer, sys.stdout.buffer, *options)
+
+
 def compare_runs(arguments) -> None:
     """Carry out `encourage-mt compare`."""
     from .evaluation.comparison import compare
@@ -249,6 +275,8 @@ COMMANDS = {
     "run": run_recipe,
     "train": train_one,
     "evaluate": evaluate_runs,
+    "export": export_run,
+    "translate": translate_text,
     "compare": compare_runs,
     "report": report_runs,
 }

@@ -36,7 +36,7 @@ def iterate_lines(path: Path) -> Iterator[str]:
                     raise UserError(f"{path}: expands to more than {limit:,} bytes")
                 lines, newline, end = block.rpartition(b"\n")
                 if newline:
-                    yield from _decode(path, rest + lines, number)
+                    yield from decode(path, rest + lines, number)
                     number += lines.count(b"\n") + 1
                     rest = end
                 elif len(rest) + len(block) > MAX_LINE:
@@ -46,13 +46,13 @@ def iterate_lines(path: Path) -> Iterator[str]:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if rest:
-        yield from _decode(path, rest, number)
+        yield from decode(path, rest, number)
     if not size:
         raise UserError(f"{path}: empty file")
 
 
-def _decode(path, content, number):
-    """Return the lines of `content`, which follows `number` lines of the file."""
+def decode(path: Path | str, content: bytes, number: int) -> list[str]:
+    """Return the lines of `content`, which follows `number` lines of the file. Raises UserError if it is not UTF-8."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -26,13 +26,13 @@ WAITING = 4  # chunks per worker that are held in memory at a time
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def chunks(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Yield lists of pairs, each bounded in number and in characters."""
-    chunk, size = [], 0
+def chunks(pairs: Iterable[tuple[str, ...]], limit: int | None = None) -> Iterator[list[tuple[str, ...]]]:
+    """Yield lists of at most `limit` (default: CHUNK) pairs, or other tuples of texts, bounded in characters too."""
+    chunk, size, limit = [], 0, limit or CHUNK
     for pair in pairs:
         chunk.append(pair)
-        size += len(pair[0]) + len(pair[1])
-        if len(chunk) >= CHUNK or size >= CHUNK_CHARACTERS:
+        size += sum(map(len, pair))
+        if len(chunk) >= limit or size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -95,6 +95,32 @@ def drop_reason(source_length: int, target_length: int, clean: Clean) -> str:
     return "ratio" if longer / shorter > (clean.max_ratio or longer) else ""
 
 
+def text_steps(
+    language: str,
+    tokenizer: str,
+    aggressive_hyphens: bool,
+    straight_apostrophes: bool,
+    normalize_punctuation: bool,
+    lowercase: bool,
+) -> list[Callable[[str], str]]:
+    """Return the functions that prepare a line in `language`, to be applied one after the other.
+
+    The options are those of a recipe.
+    """
+    steps: list[Callable[[str], str]] = []
+    if straight_apostrophes:
+        steps.append(lambda line: line.replace("’", "'"))
+    if normalize_punctuation:
+        steps.append(PunctuationNormalizer(language))
+    if tokenizer == "moses":
+        steps.append(Tokenizer(language, aggressive_hyphens))
+    else:
+        steps.append(lambda line: CONTROL.sub(" ", line))
+    if lowercase:
+        steps.append(str.lower)
+    return steps
+
+
 @dataclass
 class TextStage:
     """Turns [(source, target)] into [(drop reason, source, target)]: normalized, tokenized, lowercased.
@@ -108,23 +134,15 @@ class TextStage:
 
     @cached_property
     def sides(self):
-        return [self._side(language) for language in (self.recipe.source, self.recipe.target)]
-
-    def _side(self, language):
-        """Return the functions to apply to a text, one after the other."""
         recipe = self.recipe
-        steps = []
-        if recipe.straight_apostrophes and not self.is_train:
-            steps.append(lambda line: line.replace("’", "'"))
-        if recipe.normalize_punctuation and self.is_train:
-            steps.append(PunctuationNormalizer(language))
-        if recipe.tokenizer == "moses":
-            steps.append(Tokenizer(language, recipe.aggressive_hyphens))
-        else:
-            steps.append(lambda line: CONTROL.sub(" ", line))
-        if recipe.lowercase:
-            steps.append(str.lower)
-        return steps
+        options = {
+            "tokenizer": recipe.tokenizer,
+            "aggressive_hyphens": recipe.aggressive_hyphens,
+            "straight_apostrophes": recipe.straight_apostrophes and not self.is_train,
+            "normalize_punctuation": recipe.normalize_punctuation and self.is_train,
+            "lowercase": recipe.lowercase,
+        }
+        return [text_steps(language, **options) for language in (recipe.source, recipe.target)]
 
     def __call__(self, pairs):
         columns = []

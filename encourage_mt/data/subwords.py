@@ -97,9 +97,14 @@ def join_pieces(pieces: list[str], remove_bpe: str) -> str:
 def restore_bytes(line: str) -> str:
     """Return text in which byte pieces are characters again: <0xE2><0x82><0xAC> becomes the euro sign.
 
-    --remove-bpe sentencepiece leaves byte pieces as they are. Bytes that are not UTF-8 become U+FFFD.
+    --remove-bpe sentencepiece leaves byte pieces as they are. Bytes that are not UTF-8 become U+FFFD, line ends spaces.
     """
-    return _BYTES.sub(lambda run: bytes.fromhex(re.sub("<0x|>", "", run.group())).decode(errors="replace"), line)
+    return _BYTES.sub(_decode_bytes, line)
+
+
+def _decode_bytes(run):
+    text = bytes.fromhex(re.sub("<0x|>", "", run.group())).decode(errors="replace")
+    return re.sub("[\r\n]", " ", text)  # a line must stay one line
 
 
 _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")

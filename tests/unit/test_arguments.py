@@ -8,7 +8,7 @@ from conftest import refused
 
 from encourage_mt.arguments import build_parser
 
-COMMANDS = ["prepare", "run", "train", "evaluate", "compare", "report"]
+COMMANDS = ["prepare", "run", "train", "evaluate", "export", "translate", "compare", "report"]
 HEAVY = ["torch", "fairseq", "matplotlib", "sacrebleu", "pydantic", "numpy", "yaml", "scipy", "sentencepiece"]
 
 
@@ -38,6 +38,10 @@ def test_every_option_has_a_help_text_with_its_default(command, capsys):
         (["evaluate", "x", "--beam", "0"], "--beam"),
         (["evaluate", "x", "--average", "-1"], "--average"),
         (["evaluate", "x", "--lenpen", "nan"], "--lenpen"),
+        (["export", "x"], "--output"),
+        (["export", "x", "--output", "y", "--quantization", "int4"], "--quantization"),
+        (["translate", "x", "--nbest", "0"], "--nbest"),
+        (["translate", "x", "--device", "tpu"], "--device"),
         (["evaluate", "x", "--lenpen", "--user-dir=evil"], "--lenpen"),
         (["compare", "--baseline", "x"], "--candidate"),
         (["launch"], "launch"),

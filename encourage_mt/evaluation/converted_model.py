@@ -1,0 +1,103 @@
+"""Convert a checkpoint to CTranslate2, and translate pieces with it as fairseq-generate does; needs no torch."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..data.manifest import PreparedData
+from ..environment import USER_DIR, cores
+from ..errors import UserError, first_line
+from ..processes import run_quietly
+
+if TYPE_CHECKING:
+    import ctranslate2
+
+MAX_PIECES = 200  # of a translation: the default --max-len-b of fairseq-generate
+BATCH_TOKENS = 2000  # of a batch of CTranslate2, padding included
+
+
+class Translation(NamedTuple):
+    """The pieces of a translation, and its score as fairseq-generate prints it: log2 p / (pieces + 1) ** lenpen."""
+
+    pieces: list[str]
+    score: float
+
+
+def convert_checkpoint(
+    checkpoint: Path, data: PreparedData, output: Path, log: Path, quantization: str = "float32"
+) -> None:
+    """Write the model of a fairseq checkpoint to a new folder `output`, as CTranslate2 reads it.
+
+    quantization: the type of the weights, such as float32, float16 or int8. Raises UserError, naming `log`, if the
+    conversion fails, or if CTranslate2 is missing.
+    """
+    _import_ctranslate2()
+    options = {
+        "model_path": checkpoint,
+        "data_dir": data.data_bin,
+        "source_lang": data.source,
+        "target_lang": data.target,
+        "output_dir": output,
+        "quantization": quantization,
+        "user_dir": USER_DIR,  # it lists the types that torch may load; fairseq imports the last one on the line
+    }
+    run_quietly(["ct2-fairseq-converter", *(f"--{name}={value}" for name, value in options.items())], log)
+
+
+def load_model(folder: Path, device: str = "auto", threads: int | None = None) -> "ctranslate2.Translator":
+    """Return the CTranslate2 model in `folder`, on the GPU if there is one, unless `device` is cpu.
+
+    threads: CPU threads (default: OMP_NUM_THREADS, otherwise one per core). Raises UserError if the model cannot be
+    loaded or CTranslate2 is missing.
+    """
+    ctranslate2 = _import_ctranslate2()
+    if device == "cuda" and not ctranslate2.get_cuda_device_count():
+        raise UserError("--device cuda: no GPU was found")
+    default = 0 if "OMP_NUM_THREADS" in os.environ else cores()  # 0: as that variable says
+    try:
+        return ctranslate2.Translator(str(folder), device=device, intra_threads=threads or default)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: not a model that CTranslate2 can load ({first_line(error)})") from None
+
+
+def translate_pieces(
+    model: "ctranslate2.Translator",
+    sources: Iterable[list[str]],
+    beam: int,
+    lenpen: float,
+    nbest: int = 1,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[list[Translation]]:
+    """Yield the `nbest` translations of each list of pieces, best first, in the order of the sources.
+
+    The search is that of fairseq-generate with its defaults: up to MAX_PIECES pieces, scores divided by
+    (pieces + 1) ** lenpen. Only a few batches are in memory at a time.
+    """
+    results = model.translate_iterable(
+        sources,
+        max_batch_size=batch_tokens,
+        batch_type="tokens",
+        beam_size=beam,
+        length_penalty=lenpen,
+        num_hypotheses=nbest,
+        return_scores=True,
+        max_input_length=0,  # otherwise it would cut long sentences
+        max_decoding_length=MAX_PIECES + 1,
+        return_end_token=True,  # so that the end counts as a piece when scores are normalized, as in fairseq
+    )
+    for result in results:
+        # the last piece is the end, or one too many
+        yield [
+            Translation(pieces[:-1], score / math.log(2))
+            for pieces, score in zip(result.hypotheses, result.scores, strict=True)
+        ]
+
+
+def _import_ctranslate2():
+    try:
+        import ctranslate2
+    except ImportError:
+        raise UserError("CTranslate2 is not installed: pip install 'encourage-mt[serving]'") from None
+    return ctranslate2

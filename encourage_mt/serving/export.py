@@ -1,0 +1,140 @@
+"""Export a run: one folder that translates raw text without fairseq, checked against fairseq before it is complete."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.manifest import PreparedData
+from ..environment import versions
+from ..errors import UserError
+from ..evaluation import scoring
+from ..evaluation.comparison import read_translation
+from ..evaluation.converted_model import convert_checkpoint
+from ..evaluation.engines import translate_sets
+from ..evaluation.evaluate import evaluated_checkpoint
+from ..evaluation.results import HEADLINE, Result
+from ..files import file_hash, read_json
+from ..processes import locked
+from ..training.run_folder import Run
+from .card import model_card
+from .model import CARD, RECORD, Agreement, Model, Preparation
+from .translate import Translator, restore_text
+
+SAMPLE = 1000  # sentences of valid whose translations are compared
+# The smallest share of identical translations. float32 differs where two hypotheses are nearly equal, and where a model
+# repeats itself without end. Fewer bits change about one translation in six of a good model, more of a weak one.
+REQUIRED, REQUIRED_ROUNDED = 0.95, 0.5
+
+
+def export(run: Run, output: Path, quantization: str) -> None:
+    """Write the evaluated `run` as a model into the folder `output`, complete or not at all.
+
+    Its translations of a sample of valid are compared with those of fairseq. Raises UserError if too few are the same,
+    the run is not evaluated, or `output` contains anything except an earlier export.
+    """
+    output = output.resolve()
+    check_output(output)
+    with locked(run.folder):
+        data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
+        if result.evaluation.data_sha256 != data.checksum:
+            raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
+        partial = output.with_name(f".{output.name}.{os.getpid()}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            print(f"{run.name}: converting to CTranslate2, then comparing its translations of valid with fairseq's")
+            convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
+            for path in data.folder.glob("subword.[cm]*"):
+                shutil.copy(path, partial)
+            options: Any = data.options
+            model = Model(
+                folder=partial,
+                name=run.name,
+                recipe=run.recipe,
+                source=data.source,
+                target=data.target,
+                preparation=Preparation.of_tests(data),
+                subword=options["subword"],
+                remove_bpe=data.remove_bpe,
+                byte_fallback=data.byte_fallback,
+                beam=result.evaluation.beam,
+                lenpen=result.evaluation.lenpen,
+                quantization=quantization,
+                checkpoint_sha256=file_hash(checkpoint),
+                files={path.name: file_hash(path) for path in sorted(partial.iterdir())},
+                versions=versions(),
+            )
+            model.write()  # because the translator reads it
+            agreement = verify(model, run, data, result)
+            model.model_copy(update={"agreement": agreement}).write()
+            (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
+            shutil.rmtree(output, ignore_errors=True)
+            partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    print(f"{output}: {agreement.describe()}")
+
+
+def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreement:
+    """Return how well `model` and fairseq agree on a sample of valid, evenly spaced.
+
+    The translations of fairseq are those that were scored, or new ones if CTranslate2 made them. Raises UserError if
+    too few are the same.
+    """
+    sources, references = (data.read_text("valid", language) for language in data.languages)
+    if result.evaluation.engine == "fairseq":
+        theirs = read_translation(run, "valid", data, references)
+    else:
+        run = run.model_copy(update={"beam": model.beam, "lenpen": model.lenpen})
+        lines = translate_sets(run, data, evaluated_checkpoint(run), "fairseq", ["valid"])["valid"]
+        theirs = [restore_text(line, model) for line in lines]
+    sample = slice(None, None, -(-len(sources) // SAMPLE))
+    sources, references, theirs = sources[sample], references[sample], theirs[sample]
+    translator, ours = Translator(model.folder), []
+    for start in tqdm(range(0, len(sources), 50), desc=f"{run.name} valid", unit="batch", leave=False):
+        ours += translator.translate(sources[start : start + 50])
+    scores = [scoring.score(lines, references, data.target, data.lowercase)[HEADLINE] for lines in (ours, theirs)]
+    agreement = Agreement(
+        sentences=len(ours),
+        identical=sum(a == b for a, b in zip(ours, theirs, strict=True)),
+        required=REQUIRED if model.quantization == "float32" else REQUIRED_ROUNDED,
+        bleu_ctranslate2=scores[0].score,
+        bleu_fairseq=scores[1].score,
+        signature=scores[0].signature,
+    )
+    if agreement.share < agreement.required:
+        raise UserError(f"not exported: only {agreement.describe()}")
+    return agreement
+
+
+def exported(run: Run) -> Path:
+    """Return the folder of a float32 export inside the run's, made if there is none of its present scores."""
+    output = run.folder / "export"
+    try:
+        model = Model.open(output)
+        evaluation = Result.read(run.folder).evaluation
+        if (model.checkpoint_sha256, model.beam, model.lenpen) == (
+            file_hash(evaluated_checkpoint(run)),
+            evaluation.beam,
+            evaluation.lenpen,
+        ):
+            return output
+    except UserError:  # missing, damaged, or of another version
+        pass
+    export(run, output, "float32")
+    return output
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError if `output` contains a file that is not part of an earlier export."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: is a file; choose another --output")
+    record = read_json(output / RECORD) if (output / RECORD).exists() else {}  # of any version
+    known = {RECORD, CARD, *(record.get("files") or {} if isinstance(record, dict) else {})}
+    foreign = sorted({path.name for path in output.iterdir()} - known)
+    if foreign:
+        raise UserError(f"{output}: not an earlier export (it has {foreign[0]}); choose another --output")

@@ -1,0 +1,116 @@
+"""Read and write model.json, the record of an exported model: how it prepares text and searches, and its files."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, JsonValue
+
+from ..data.manifest import PreparedData
+from ..errors import UserError
+from ..fields import SHA256, Count, Language, Name
+from ..files import Record, file_hash, read_record, write_record
+
+RECORD, CARD = "model.json", "README.md"
+AGAIN = "export the run again"
+
+
+class Preparation(Record):
+    """How a line of raw text is prepared before it is split into pieces: the arguments of `data.stages.text_steps`."""
+
+    tokenizer: Literal["none", "moses"]
+    aggressive_hyphens: bool
+    straight_apostrophes: bool
+    normalize_punctuation: bool
+    lowercase: bool
+
+    @classmethod
+    def of_tests(cls, data: PreparedData) -> "Preparation":
+        """Return how the test sets of `data` were prepared: like train only if they were held out of it."""
+        corpora: Any = data.options.get("data", [])
+        like_train = any(data.tests[0] in corpus.get("held_out", {}) for corpus in corpora)
+        return cls(
+            tokenizer=data.tokenizer,
+            aggressive_hyphens=bool(data.options.get("aggressive_hyphens")),
+            straight_apostrophes=bool(data.options.get("straight_apostrophes")) and not like_train,
+            normalize_punctuation=bool(data.options.get("normalize_punctuation")) and like_train,
+            lowercase=data.lowercase,
+        )
+
+
+class Agreement(Record):
+    """How the exported model and fairseq translated the same sentences of valid, with the model's beam.
+
+    identical: sentences whose translations are the same; required: the smallest share that passes; signature: of both
+    BLEU scores.
+    """
+
+    sentences: Count
+    identical: Count
+    required: float
+    bleu_fairseq: float
+    bleu_ctranslate2: float
+    signature: str
+
+    @property
+    def share(self) -> float:
+        return self.identical / self.sentences
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return (
+            f"{self.identical} of {self.sentences} sentences of valid are translated as by fairseq ({self.share:.1%}, "
+            f"required {self.required:.0%}); sacreBLEU {self.bleu_ctranslate2:.2f}, fairseq {self.bleu_fairseq:.2f} "
+            f"({self.signature})"
+        )
+
+
+class Model(Record):
+    """The content of model.json, and its folder, which also has a CTranslate2 model, a subword model and a model card.
+
+    subword has the recipe's options of the subword model. beam and lenpen are those the run was scored with.
+    checkpoint_sha256 is of the averaged checkpoint that was converted; files is {name: sha256} of the other files,
+    except the card.
+    """
+
+    remedy: ClassVar[str] = f"{AGAIN} with this version"
+
+    format: Literal[1] = 1
+    folder: Path = Field(exclude=True)
+    name: str
+    recipe: str
+    source: Language
+    target: Language
+    preparation: Preparation
+    subword: dict[str, JsonValue]
+    remove_bpe: Literal["@@ ", "sentencepiece"]
+    byte_fallback: bool
+    beam: int = Field(ge=1)
+    lenpen: float
+    quantization: str
+    agreement: Agreement | None = None  # None until it is checked, in `export`
+    checkpoint_sha256: SHA256
+    files: dict[Name, SHA256]
+    versions: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Model":
+        """Return the model in `folder`.
+
+        Raises UserError if it is not an export, another version wrote it, or a file is missing or was changed.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        if not (folder / RECORD).exists():
+            raise UserError(f"{folder}: not a model that `encourage-mt export` made (it has no {RECORD})")
+        model = read_record(folder / RECORD, cls, folder=folder)
+        for name, checksum in model.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: is missing; {AGAIN}")
+            if file_hash(path) != checksum:
+                raise UserError(f"{path}: is not the file that was exported, its checksum differs; {AGAIN}")
+        return model
+
+    def write(self) -> None:
+        """Write model.json into the folder."""
+        write_record(self.folder / RECORD, self)

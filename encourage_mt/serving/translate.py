@@ -1,0 +1,132 @@
+"""Translate raw text with an exported model: prepare and split each line, search with CTranslate2, restore text."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ..data.bitext import MAX_LINE, decode
+from ..data.stages import chunks, text_steps
+from ..data.subwords import encoder, join_pieces, restore_bytes
+from ..data.tokenization import detokenize
+from ..errors import UserError
+from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, translate_pieces
+from .model import Model
+
+logger = logging.getLogger(__name__)
+
+END_OF_SENTENCE = tuple(".!?。！？…")
+
+
+class Hypothesis(NamedTuple):
+    """A translation and its score, as fairseq-generate prints it: log2 p / (pieces + 1) ** length penalty."""
+
+    text: str
+    score: float
+
+
+class Translator:
+    """Translates raw text with the model that `encourage-mt export` wrote into a folder.
+
+    device: cpu, cuda or auto (a GPU if there is one). threads: of the CPU, default one per core. Raises UserError if
+    CTranslate2 is not installed, the folder is not a complete export, or there is no such device.
+    """
+
+    def __init__(self, model: str | Path, device: str = "auto", threads: int | None = None):
+        self.model = Model.open(Path(model))
+        self._steps = text_steps(self.model.source, **self.model.preparation.model_dump())
+        self._steps.append(encoder(self.model.subword, self.model.folder / "subword"))
+        self._engine = load_model(self.model.folder, device, threads)
+        self._has_split = False
+
+    def translate(self, lines: Iterable[str], beam: int | None = None) -> list[str]:
+        """Return the translation of each line. `beam` is the model's own by default."""
+        return [best.text for best, *_ in self.hypotheses(lines, beam)]
+
+    def hypotheses(self, lines: Iterable[str], beam: int | None = None, nbest: int = 1) -> list[list[Hypothesis]]:
+        """Return the `nbest` best translations of each line, best first; those of a line without text are empty.
+
+        A line of more than MAX_PIECES pieces is translated in parts; its score is the mean of theirs. Raises UserError
+        if `nbest` exceeds `beam`.
+        """
+        beam = beam or self.model.beam
+        if nbest > beam:
+            raise UserError(f"--nbest {nbest}: must be at most the beam size, {beam}")
+        parts = [self._split(self._pieces(line)) for line in lines]
+        pieces = [part for line in parts for part in line]
+        results = translate_pieces(self._engine, pieces, beam, self.model.lenpen, nbest)
+        return [self._combine([next(results) for _ in line], nbest) for line in parts]
+
+    def _pieces(self, line: str) -> list[str]:
+        for step in self._steps:
+            line = step(line)
+        return line.split()  # as fairseq-preprocess does
+
+    def _split(self, pieces: list[str]) -> list[list[str]]:
+        parts = []
+        while len(pieces) > MAX_PIECES:
+            if not self._has_split:
+                logger.warning("lines of more than %d pieces are translated in parts", MAX_PIECES)
+                self._has_split = True
+            cut = self._find_cut(pieces)
+            parts.append(pieces[:cut])
+            pieces = pieces[cut:]
+        return [*parts, pieces] if pieces else parts
+
+    def _find_cut(self, pieces: list[str]) -> int:
+        """Return how many pieces to cut off: up to the end of a sentence, otherwise of a word, otherwise MAX_PIECES."""
+        is_whole = [not pieces[i - 1].endswith("@@") for i in range(MAX_PIECES + 1)]
+        if self.model.remove_bpe == "sentencepiece":
+            is_whole = [pieces[i].startswith("▁") for i in range(MAX_PIECES + 1)]
+        ends = [i for i in range(MAX_PIECES // 2, MAX_PIECES + 1) if is_whole[i]]
+        sentences = [i for i in ends if pieces[i - 1].endswith(END_OF_SENTENCE)]
+        return (sentences or ends or [MAX_PIECES])[-1]
+
+    def _combine(self, parts: list[list[Translation]], nbest: int) -> list[Hypothesis]:
+        """Return the hypotheses of a line from those of its parts."""
+        if not parts:
+            return [Hypothesis("", 0.0)] * nbest
+        return [
+            Hypothesis(
+                " ".join(self._text(part.pieces) for part in ranked), sum(part.score for part in ranked) / len(ranked)
+            )
+            for ranked in zip(*parts, strict=True)
+        ]
+
+    def _text(self, pieces: list[str]) -> str:
+        return restore_text(join_pieces(pieces, self.model.remove_bpe), self.model)
+
+
+def restore_text(line: str, model: Model) -> str:
+    """Return a translation, whose pieces were joined, as plain text."""
+    line = restore_bytes(line) if model.byte_fallback else line
+    return detokenize([line], model.target)[0] if model.preparation.tokenizer != "none" else line
+
+
+def translate_stream(
+    translator: Translator,
+    source: BinaryIO,
+    output: BinaryIO,
+    beam: int | None = None,
+    nbest: int = 1,
+    scores: bool = False,
+    lines: int = 256,
+) -> None:
+    """Translate `source` line by line into `output`, in order; memory does not grow with the number of lines.
+
+    Writes `nbest` lines for each line, also if it is empty, with `scores` as SCORE tab TEXT. `lines` are read and
+    translated together. Raises UserError if the text is not UTF-8 or a line is longer than MAX_LINE bytes.
+    """
+    for chunk in chunks(read_stream(source), lines):
+        for hypotheses in translator.hypotheses((line for (line,) in chunk), beam, nbest):
+            for text, score in hypotheses:
+                output.write((f"{score:.4f}\t{text}\n" if scores else f"{text}\n").encode())
+        output.flush()
+
+
+def read_stream(source: BinaryIO) -> Iterator[tuple[str]]:
+    """Yield each line of a stream as soon as it arrives, as a tuple of one; lines end at \\n only."""
+    for number, line in enumerate(iter(lambda: source.readline(MAX_LINE + 1), b"")):
+        if len(line) > MAX_LINE:
+            raise UserError(f"standard input: line {number + 1}: longer than {MAX_LINE:,} bytes")
+        yield (decode("standard input", line.removesuffix(b"\n"), number)[0],)

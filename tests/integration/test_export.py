@@ -1,0 +1,127 @@
+"""Export a trained run, and translate raw text with the export: the same translations as `evaluate`, bad input."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import EL, refused, run
+
+from encourage_mt import processes
+from encourage_mt.cli import main
+from encourage_mt.evaluation.results import Result
+from encourage_mt.serving import export
+from encourage_mt.serving.model import Model
+from encourage_mt.serving.translate import Translator
+
+
+@pytest.fixture(scope="module")
+def evaluated(train, tmp_path_factory):
+    """Folder of an evaluated run that has learned something."""
+    folder = tmp_path_factory.mktemp("serving") / "el.seed1"
+    train(folder, *EL, "--max-epoch", 20, "--keep-last-epochs", 2)
+    main(["evaluate", str(folder), "--average", "2", "--beam", "3"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(evaluated):
+    """Folder of its export."""
+    folder = evaluated.parent / "model"
+    main(["export", str(evaluated), "--output", str(folder)])
+    return folder
+
+
+def source(tiny):
+    return (tiny[1] / "text" / "test.de").read_text(encoding="utf-8")
+
+
+def test_an_export_has_everything_and_says_how_it_was_checked(evaluated, model):
+    record = Model.open(model)
+    assert (record.source, record.target, record.beam, record.quantization) == ("de", "en", 3, "float32")
+    assert {"model.bin", "config.json", "subword.model"} <= set(record.files)
+    assert {path.name for path in model.iterdir()} == {*record.files, "model.json", "README.md"}
+    assert record.agreement.sentences == 20 and record.agreement.share >= record.agreement.required
+    card, result = (model / "README.md").read_text(encoding="utf-8"), Result.read(evaluated)
+    for score in (*result.scores["test"].values(), *result.scores["valid"].values()):
+        assert f"{score.score:.2f}" in card and score.signature in card
+    assert "train.tsv" in card and "licence" in card and record.agreement.describe() in card
+    assert [path.name for path in model.parent.iterdir() if path.name.startswith(".model")] == []
+
+
+def test_the_command_translates_a_raw_test_file_as_evaluate_does(evaluated, model, tiny):
+    done = run("encourage-mt", "translate", model, "--batch-size", 4, stdin=source(tiny))
+    assert done.stdout == (evaluated / "test.en").read_text(encoding="utf-8")
+    assert done.stderr.strip() == ""
+
+
+def test_a_moved_export_needs_neither_run_nor_fairseq(model, tiny, tmp_path):
+    shutil.copytree(model, tmp_path / "a copy")
+    code = "import sys\nsys.modules['torch'] = None\n"
+    code += "from encourage_mt.serving.translate import Translator\n"
+    code += f"print('\\n'.join(Translator({str(tmp_path / 'a copy')!r}).translate(sys.stdin.read().splitlines())))\n"
+    code += "assert 'fairseq' not in sys.modules"
+    expected = run("encourage-mt", "translate", model, stdin=source(tiny)).stdout
+    assert run(sys.executable, "-c", code, stdin=source(tiny)).stdout == expected
+
+
+def test_beam_and_several_translations(model, tiny):
+    translator = Translator(model, device="cpu", threads=1)
+    lines = source(tiny).splitlines()
+    best, greedy = translator.translate(lines), translator.translate(lines, beam=1)
+    several = translator.hypotheses(lines, beam=4, nbest=4)
+    assert best != greedy or several != [[h] for h in best]
+    assert all(a.score >= b.score for hypotheses in several for a, b in zip(hypotheses, hypotheses[1:], strict=False))
+    assert all(len({h.text for h in hypotheses}) > 1 for hypotheses in several)
+
+
+def test_an_evaluated_run_is_exported_once(evaluated, tiny, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source(tiny).encode())))
+        main(["translate", str(evaluated)])
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out == (evaluated / "test.en").read_text(encoding="utf-8")
+    assert "converting" in outputs[0].err and outputs[1].err == ""
+
+
+def test_an_earlier_export_is_replaced_and_other_folders_are_not(evaluated, model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    main(["export", str(evaluated), "--output", str(tmp_path / "model"), "--quantization", "int8"])
+    record = Model.open(tmp_path / "model")
+    assert record.quantization == "int8" and record.agreement.required < 0.95
+    assert (tmp_path / "model" / "model.bin").stat().st_size < 0.5 * (model / "model.bin").stat().st_size
+    (tmp_path / "model" / "mine").touch()
+    assert "mine" in refused(capsys, "export", evaluated, "--output", tmp_path / "model")
+    assert (tmp_path / "model" / "mine").exists()
+
+
+def test_an_export_that_disagrees_is_not_written(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "REQUIRED", 1.01)
+    error = refused(capsys, "export", evaluated, "--output", tmp_path / "model")
+    assert "of 20 sentences" in error and "required 101%" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_scores_is_refused(el_run, tmp_path, capsys):
+    assert "encourage-mt evaluate" in refused(capsys, "export", el_run, "--output", tmp_path / "model")
+
+
+def test_text_that_is_not_utf8_is_one_line(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gut\nschlecht \xff\n")))
+    assert "standard input: line 2, byte 10" in refused(capsys, "translate", model)
+
+
+def test_a_closed_pipe_ends_quietly(model, tiny):
+    argv = [processes.program_path("encourage-mt"), "translate", str(model), "--batch-size", "1"]
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, **pipe, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        process.stdin.write(source(tiny))
+        process.stdin.flush()
+        assert process.stdout.readline().strip(), "a line is answered before the input ends"
+        process.stdout.close()
+        process.stdin.write(source(tiny))
+        process.stdin.close()
+        assert process.stderr.read() == "" and process.wait() == 141
