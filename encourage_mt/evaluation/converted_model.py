@@ -99,5 +99,5 @@ def _import_ctranslate2():
     try:
         import ctranslate2
     except ImportError:
-        raise UserError("CTranslate2 is not installed: pip install 'encourage-mt[serving]'") from None
+        raise UserError("CTranslate2 is not installed (extra serving): pip install ctranslate2") from None
     return ctranslate2

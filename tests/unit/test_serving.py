@@ -82,14 +82,16 @@ def export(folder, preparation=RAW, **subword):
 
 
 @pytest.fixture(scope="module")
-def echo(tmp_path_factory):
-    """A translator of raw text whose engine repeats what it is given."""
+def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("echo") / "model"
     export(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translate, "load_model", lambda *options: None)
-        patch.setattr(translate, "translate_pieces", echo_pieces)
-        yield Translator(folder)
+    return folder
+
+
+@pytest.fixture
+def echo(model, no_engine):
+    """A translator of raw text whose engine repeats what it is given."""
+    return Translator(model)
 
 
 def stream(translator, text, **options):
@@ -173,7 +175,6 @@ def test_bytes_that_are_line_ends_do_not_end_a_line(echo):
     ids=["sentences", "words", "a word"],
 )
 def test_a_long_line_is_translated_in_parts(sentence, ends, echo, caplog):
-    echo._has_split = False
     line = (sentence * 500).strip()
     with caplog.at_level(logging.WARNING):
         short, *_, empty, again = stream(echo, f"short\n{line}\n\n{line}\n")
@@ -225,16 +226,19 @@ def test_bad_input_names_the_line(content, expected, echo):
 # --- the record
 
 
-def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, capsys):
-    export(tmp_path / "model")
+def test_a_missing_extra_says_how_to_install_it(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    error = refused(capsys, "translate", tmp_path / "model")
+    error = refused(capsys, "translate", model)
     assert "serving" in error and "pip install ctranslate2" in error
 
 
-def test_a_model_that_the_engine_cannot_load(tmp_path, capsys):
-    export(tmp_path / "model")
-    assert str(tmp_path / "model") in refused(capsys, "translate", tmp_path / "model", "--device", "cpu")
+def test_a_model_that_the_engine_cannot_load(model, capsys):
+    assert str(model) in refused(capsys, "translate", model, "--device", "cpu")
+
+
+def test_a_missing_gpu_is_one_line(model, monkeypatch, capsys):
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 0)
+    assert "--device cuda" in refused(capsys, "translate", model, "--device", "cuda")
 
 
 def other_format(folder):
