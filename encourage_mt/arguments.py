@@ -188,7 +188,7 @@ def add_translate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--scores",
         action="store_true",
-        help="write the log-probability and a tab before each translation (default: no)",
+        help="write the score, as fairseq-generate does, and a tab before each translation (default: no)",
     )
     command.add_argument(
         "--batch-size",

@@ -58,29 +58,34 @@ class Translator:
         return [self._combine([next(results) for _ in line], nbest) for line in parts]
 
     def _pieces(self, line: str) -> list[str]:
+        line = line.encode(errors="replace").decode()  # half of a surrogate pair is not a character
         for step in self._steps:
             line = step(line)
         return line.split()  # as fairseq-preprocess does
 
     def _split(self, pieces: list[str]) -> list[list[str]]:
-        parts = []
-        while len(pieces) > MAX_PIECES:
-            if not self._has_split:
-                logger.warning("lines of more than %d pieces are translated in parts", MAX_PIECES)
-                self._has_split = True
-            cut = self._find_cut(pieces)
-            parts.append(pieces[:cut])
-            pieces = pieces[cut:]
-        return [*parts, pieces] if pieces else parts
+        """Return the parts of a line, each of at most MAX_PIECES pieces; none if it has no pieces."""
+        if len(pieces) > MAX_PIECES and not self._has_split:
+            logger.warning("lines of more than %d pieces are translated in parts", MAX_PIECES)
+            self._has_split = True
+        parts, start = [], 0
+        while start < len(pieces):
+            parts.append(self._first_part(pieces[start : start + MAX_PIECES + 1]))
+            start += len(parts[-1])
+        return parts
 
-    def _find_cut(self, pieces: list[str]) -> int:
-        """Return how many pieces to cut off: up to the end of a sentence, otherwise of a word, otherwise MAX_PIECES."""
-        is_whole = [not pieces[i - 1].endswith("@@") for i in range(MAX_PIECES + 1)]
-        if self.model.remove_bpe == "sentencepiece":
-            is_whole = [pieces[i].startswith("▁") for i in range(MAX_PIECES + 1)]
-        ends = [i for i in range(MAX_PIECES // 2, MAX_PIECES + 1) if is_whole[i]]
+    def _first_part(self, pieces: list[str]) -> list[str]:
+        """Return `pieces`, or if they are too many their longest beginning of whole sentences, or of words."""
+        if len(pieces) <= MAX_PIECES:
+            return pieces
+        is_sentencepiece = self.model.remove_bpe == "sentencepiece"
+        ends = [
+            i
+            for i in range(MAX_PIECES // 2, MAX_PIECES + 1)
+            if (pieces[i].startswith("▁") if is_sentencepiece else not pieces[i - 1].endswith("@@"))
+        ]
         sentences = [i for i in ends if pieces[i - 1].endswith(END_OF_SENTENCE)]
-        return (sentences or ends or [MAX_PIECES])[-1]
+        return pieces[: (sentences or ends or [MAX_PIECES])[-1]]
 
     def _combine(self, parts: list[list[Translation]], nbest: int) -> list[Hypothesis]:
         """Return the hypotheses of a line from those of its parts."""

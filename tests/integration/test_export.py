@@ -12,6 +12,7 @@ from conftest import EL, refused, run
 from encourage_mt import processes
 from encourage_mt.cli import main
 from encourage_mt.evaluation.results import Result
+from encourage_mt.files import read_json, write_json
 from encourage_mt.serving import export
 from encourage_mt.serving.model import Model
 from encourage_mt.serving.translate import Translator
@@ -87,9 +88,15 @@ def test_an_evaluated_run_is_exported_once(evaluated, tiny, monkeypatch, capsys)
     assert "converting" in outputs[0].err and outputs[1].err == ""
 
 
-def test_an_earlier_export_is_replaced_and_other_folders_are_not(evaluated, model, tmp_path, capsys):
+def test_an_export_replaces_an_earlier_one_but_nothing_else(evaluated, model, tmp_path, capsys):
+    """The scores come from CTranslate2, so fairseq translates valid again."""
     shutil.copytree(model, tmp_path / "model")
-    main(["export", str(evaluated), "--output", str(tmp_path / "model"), "--quantization", "int8"])
+    shutil.copytree(evaluated, tmp_path / "run")
+    scores = read_json(evaluated / "scores.json")
+    scores["evaluation"]["engine"] = "ctranslate2"
+    write_json(tmp_path / "run" / "scores.json", scores)
+    (tmp_path / "run" / "valid.en").unlink()
+    main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model"), "--quantization", "int8"])
     record = Model.open(tmp_path / "model")
     assert record.quantization == "int8" and record.agreement.required < 0.95
     assert (tmp_path / "model" / "model.bin").stat().st_size < 0.5 * (model / "model.bin").stat().st_size
