@@ -24,16 +24,17 @@ from .model import CARD, RECORD, Agreement, Model, Preparation
 from .translate import Translator, restore_text
 
 SAMPLE = 1000  # sentences of valid whose translations are compared
-# The smallest share of identical translations. float32 differs where two hypotheses are nearly equal, and where a model
-# repeats itself without end. Fewer bits change about one translation in six of a good model, more of a weak one.
-REQUIRED, REQUIRED_ROUNDED = 0.95, 0.5
+# float32 differs only where two hypotheses are nearly equal, and where a weak model repeats itself without end. Other
+# types change many translations, nearly all of a weak model, for others of the same quality, so their BLEU counts.
+LEAST_SHARE = 0.95  # of identical translations, in float32
+LARGEST_LOSS = 1.0  # of sacreBLEU, with another type
 
 
 def export(run: Run, output: Path, quantization: str) -> None:
     """Write the evaluated `run` as a model into the folder `output`, complete or not at all.
 
-    Its translations of a sample of valid are compared with those of fairseq. Raises UserError if too few are the same,
-    the run is not evaluated, or `output` contains anything except an earlier export.
+    Its translations of a sample of valid are compared with those of fairseq. Raises UserError if they differ too
+    much, the run is not evaluated, or `output` contains anything except an earlier export.
     """
     output = output.resolve()
     check_output(output)
@@ -81,7 +82,7 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
     """Return how well `model` and fairseq agree on a sample of valid, evenly spaced.
 
     The translations of fairseq are those that were scored, or new ones if CTranslate2 made them. Raises UserError if
-    too few are the same.
+    they differ too much.
     """
     sources, references = (data.read_text("valid", language) for language in data.languages)
     if result.evaluation.engine == "fairseq":
@@ -96,16 +97,19 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
     for start in tqdm(range(0, len(sources), 50), desc=f"{run.name} valid", unit="batch", leave=False):
         ours += translator.translate(sources[start : start + 50])
     scores = [scoring.score(lines, references, data.target, data.lowercase)[HEADLINE] for lines in (ours, theirs)]
+    is_exact = model.quantization == "float32"
     agreement = Agreement(
         sentences=len(ours),
         identical=sum(a == b for a, b in zip(ours, theirs, strict=True)),
-        required=REQUIRED if model.quantization == "float32" else REQUIRED_ROUNDED,
+        required=f"{LEAST_SHARE:.0%} identical" if is_exact else f"sacreBLEU at most {LARGEST_LOSS} lower",
         bleu_ctranslate2=scores[0].score,
         bleu_fairseq=scores[1].score,
         signature=scores[0].signature,
     )
-    if agreement.share < agreement.required:
-        raise UserError(f"not exported: only {agreement.describe()}")
+    loss = agreement.bleu_fairseq - agreement.bleu_ctranslate2
+    differs = agreement.share < LEAST_SHARE if is_exact else loss > LARGEST_LOSS
+    if differs:
+        raise UserError(f"not exported, the models differ too much: {agreement.describe()}")
     return agreement
 
 

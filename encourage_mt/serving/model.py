@@ -40,13 +40,13 @@ class Preparation(Record):
 class Agreement(Record):
     """How the exported model and fairseq translated the same sentences of valid, with the model's beam.
 
-    identical: sentences whose translations are the same; required: the smallest share that passes; signature: of both
-    BLEU scores.
+    identical: sentences whose translations are the same; required: what an export must reach, in words; signature: of
+    both BLEU scores.
     """
 
     sentences: Count
     identical: Count
-    required: float
+    required: str
     bleu_fairseq: float
     bleu_ctranslate2: float
     signature: str
@@ -58,9 +58,9 @@ class Agreement(Record):
     def describe(self) -> str:
         """Return one line for people."""
         return (
-            f"{self.identical} of {self.sentences} sentences of valid are translated as by fairseq ({self.share:.1%}, "
-            f"required {self.required:.0%}); sacreBLEU {self.bleu_ctranslate2:.2f}, fairseq {self.bleu_fairseq:.2f} "
-            f"({self.signature})"
+            f"{self.identical} of {self.sentences} sentences of valid are translated as by fairseq ({self.share:.1%}), "
+            f"sacreBLEU {self.bleu_ctranslate2:.2f}, fairseq {self.bleu_fairseq:.2f} ({self.signature}); "
+            f"required: {self.required}"
         )
 
 

@@ -44,7 +44,7 @@ def test_an_export_has_everything_and_says_how_it_was_checked(evaluated, model):
     assert (record.source, record.target, record.beam, record.quantization) == ("de", "en", 3, "float32")
     assert {"model.bin", "config.json", "subword.model"} <= set(record.files)
     assert {path.name for path in model.iterdir()} == {*record.files, "model.json", "README.md"}
-    assert record.agreement.sentences == 20 and record.agreement.share >= record.agreement.required
+    assert record.agreement.sentences == 20 and record.agreement.share >= export.LEAST_SHARE
     card, result = (model / "README.md").read_text(encoding="utf-8"), Result.read(evaluated)
     for score in (*result.scores["test"].values(), *result.scores["valid"].values()):
         assert f"{score.score:.2f}" in card and score.signature in card
@@ -98,17 +98,19 @@ def test_an_export_replaces_an_earlier_one_but_nothing_else(evaluated, model, tm
     (tmp_path / "run" / "valid.en").unlink()
     main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model"), "--quantization", "int8"])
     record = Model.open(tmp_path / "model")
-    assert record.quantization == "int8" and record.agreement.required < 0.95
-    assert (tmp_path / "model" / "model.bin").stat().st_size < 0.5 * (model / "model.bin").stat().st_size
+    assert record.quantization == "int8" and "sacreBLEU" in record.agreement.required
+    assert record.agreement.bleu_fairseq == Model.open(model).agreement.bleu_fairseq
+    assert (tmp_path / "model" / "model.bin").stat().st_size < (model / "model.bin").stat().st_size
     (tmp_path / "model" / "mine").touch()
     assert "mine" in refused(capsys, "export", evaluated, "--output", tmp_path / "model")
     assert (tmp_path / "model" / "mine").exists()
 
 
-def test_an_export_that_disagrees_is_not_written(evaluated, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "REQUIRED", 1.01)
-    error = refused(capsys, "export", evaluated, "--output", tmp_path / "model")
-    assert "of 20 sentences" in error and "required 101%" in error
+@pytest.mark.parametrize("quantization, limit, value", [("float32", "LEAST_SHARE", 1.01), ("int8", "LARGEST_LOSS", -9)])
+def test_an_export_that_disagrees_is_not_written(quantization, limit, value, evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, limit, value)
+    error = refused(capsys, "export", evaluated, "--output", tmp_path / "model", "--quantization", quantization)
+    assert "of 20 sentences" in error and error.endswith("101% identical" if quantization == "float32" else "-9 lower")
     assert list(tmp_path.iterdir()) == []
 
 
