@@ -35,6 +35,16 @@ def model(evaluated):
     return folder
 
 
+@pytest.fixture
+def converted(model, monkeypatch):
+    """Take the files of `model` in place of a conversion, which takes seconds."""
+
+    def convert(checkpoint, data, output, *rest):
+        shutil.copytree(model, output, ignore=shutil.ignore_patterns("subword.*", "model.json", "README.md"))
+
+    monkeypatch.setattr(export, "convert_checkpoint", convert)
+
+
 def source(tiny):
     return (tiny[1] / "text" / "test.de").read_text(encoding="utf-8")
 
@@ -78,7 +88,7 @@ def test_beam_and_several_translations(model, tiny):
     assert all(len({h.text for h in hypotheses}) > 1 for hypotheses in several)
 
 
-def test_an_evaluated_run_is_exported_once(evaluated, tiny, monkeypatch, capsys):
+def test_an_evaluated_run_is_exported_once(evaluated, converted, tiny, monkeypatch, capsys):
     outputs = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source(tiny).encode())))
@@ -107,15 +117,19 @@ def test_an_export_replaces_an_earlier_one_but_nothing_else(evaluated, model, tm
 
 
 @pytest.mark.parametrize("quantization, limit, value", [("float32", "LEAST_SHARE", 1.01), ("int8", "LARGEST_LOSS", -9)])
-def test_an_export_that_disagrees_is_not_written(quantization, limit, value, evaluated, tmp_path, monkeypatch, capsys):
+def test_an_export_that_disagrees_is_not_written(
+    quantization, limit, value, evaluated, converted, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(export, limit, value)
     error = refused(capsys, "export", evaluated, "--output", tmp_path / "model", "--quantization", quantization)
     assert "of 20 sentences" in error and error.endswith("101% identical" if quantization == "float32" else "-9 lower")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_without_scores_is_refused(el_run, tmp_path, capsys):
-    assert "encourage-mt evaluate" in refused(capsys, "export", el_run, "--output", tmp_path / "model")
+def test_a_run_without_scores_is_refused(evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "run")
+    (tmp_path / "run" / "scores.json").unlink()
+    assert "encourage-mt evaluate" in refused(capsys, "export", tmp_path / "run", "--output", tmp_path / "model")
 
 
 def test_text_that_is_not_utf8_is_one_line(model, monkeypatch, capsys):
