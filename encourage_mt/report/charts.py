@@ -136,25 +136,27 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
 
 def length_charts(split: str, ranges: list[LengthRange]) -> list[Chart]:
     """Draw BLEU and gain by length of the reference, each with its interval over sentences."""
-    names = [f"{each.name}\n({each.sentences:,})" for each in ranges]
-    charts = []
-    for kind, ylabel in (("length", HEADLINE), ("length_gain", f"gain in {HEADLINE}")):
-        figure, ax = axes("tokens in the reference (number of sentences)", ylabel)
-        if kind == "length":
-            for shift, style, label in zip((-0.12, 0.12), STYLES, ranges[0].scores, strict=True):
-                draw_intervals(ax, [each.scores[label] for each in ranges], style, shift, label)
-            ax.set_ylim(bottom=0)
-            ax.legend()
-            title, lead = f"BLEU by sentence length, {split}", "BLEU of the sentences of each length"
-        else:
-            draw_intervals(ax, [each.gain for each in ranges], STYLES[1])
-            ax.axhline(0, color="#666666", linewidth=0.8)
-            title, lead = f"Gain by sentence length, {split}", f"{' minus '.join(reversed(ranges[0].scores))}"
-        ax.set_xticks(range(len(names)), names, fontsize=8)
-        ax.set_xlim(-0.5, len(names) - 0.5)
-        caption = f"{lead}, mean over seeds. Lines are 95% intervals of a bootstrap over the sentences."
-        charts.append(Chart(f"{kind}_{split}", title, caption, figure))
-    return charts
+    method = "mean over seeds. Lines are 95% intervals of a bootstrap over the sentences."
+    bleu, ax = length_axes(ranges, HEADLINE)
+    for shift, style, label in zip((-0.12, 0.12), STYLES, ranges[0].scores, strict=True):
+        draw_intervals(ax, [each.scores[label] for each in ranges], style, shift, label)
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    gain, ax = length_axes(ranges, f"gain in {HEADLINE}")
+    draw_intervals(ax, [each.gain for each in ranges], STYLES[1])
+    ax.axhline(0, color="#666666", linewidth=0.8)
+    caption = f"{' minus '.join(reversed(ranges[0].scores))}, {method}"
+    return [
+        Chart(f"length_{split}", f"BLEU by sentence length, {split}", f"BLEU of each length, {method}", bleu),
+        Chart(f"length_gain_{split}", f"Gain by sentence length, {split}", caption, gain),
+    ]
+
+
+def length_axes(ranges: list[LengthRange], ylabel: str):
+    figure, ax = axes("tokens in the reference (number of sentences)", ylabel)
+    ax.set_xticks(range(len(ranges)), [f"{each.name}\n({each.sentences:,})" for each in ranges], fontsize=8)
+    ax.set_xlim(-0.5, len(ranges) - 0.5)
+    return figure, ax
 
 
 def draw_intervals(ax, values: list[Interval], style: dict[str, str], shift: float = 0, label: str = "") -> None:

@@ -40,9 +40,9 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
     seeds = material.shown_seeds()
     scores = {split: comparison.table(split) for split in comparison.tests}
     everything = [result for side in results.values() for result in side]
-    sections.append(Section("The runs", tables=[runs(everything)]))
     for section in sections:
         section.arrange()
+    last = Section("The runs", tables=[runs(everything)])
     page = Environment(
         loader=PackageLoader("encourage_mt.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("page.html.j2")
@@ -52,6 +52,7 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         comparison=comparison,
         scores=scores,
         sections=sections,
+        runs=last,
         translations={split: disagree(texts, seeds) for split, texts in material.sets.items()},
         seed=" and ".join(map(str, dict.fromkeys(seeds))),
         results=everything,
@@ -62,9 +63,9 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         (partial / folder).mkdir(parents=True)
     try:
         (partial / "report.html").write_text(html, encoding="utf-8")
-        (partial / "report.md").write_text(markdown(title, setting, comparison, sections), encoding="utf-8")
+        (partial / "report.md").write_text(markdown(title, setting, comparison, [*sections, last]), encoding="utf-8")
         comparison.write(partial / "comparison.json")
-        for table in (*scores.values(), *(table for section in sections for table in section.tables)):
+        for table in (*scores.values(), *(table for section in [*sections, last] for table in section.tables)):
             table.save(partial / "tables")
         for chart in (chart for section in sections for chart in section.charts):
             chart.save(partial / "figures")
@@ -95,18 +96,18 @@ def check_output(output: Path) -> None:
             )
 
 
-def describe_report(material: Material, results: dict[str, list[Result]]) -> dict[str, str]:
-    """Return what was compared, {name: text}: both arms, then data, model, training, search and hardware."""
+def describe_report(material: Material, results: dict[str, list[Result]]) -> list[tuple[str, str]]:
+    """Return what was compared, (name, text): both arms, then data, model, training, search and hardware."""
     data, everything = material.data, [result for side in results.values() for result in side]
-    arms = {}
+    lines = []
     for label, side in results.items():
         seeds = f"seed{'s' if len(side) > 1 else ''} {', '.join(str(result.seed) for result in side)}"
-        arms[label] = f"{describe_options(criterion_options(side[0]))}; {seeds}"
+        lines.append((label, f"{describe_options(criterion_options(side[0]))}; {seeds}"))
     pairs = ", ".join(f"{split} {count:,}" for split, count in data.lines.items())
-    vocabulary = " and ".join(f"{size:,}" for size in dict.fromkeys(data.dictionary.values()))
-    own = {"data": f"{everything[0].recipe or data.folder}, {data.source} to {data.target}; pairs: {pairs}"}
-    own["data"] += f"; vocabulary {vocabulary}" if vocabulary else ""
-    return arms | describe_setting(everything) | own
+    vocabulary = " and ".join(f"{size:,}" for size in dict.fromkeys(data.dictionary.values())) or "unknown"
+    name = f"{everything[0].recipe or data.folder}, {data.source} to {data.target}"
+    setting = {**describe_setting(everything), "data": f"{name}; pairs: {pairs}; vocabulary {vocabulary}"}
+    return [*lines, *setting.items()]
 
 
 def runs(results: list[Result]) -> Table:
@@ -121,9 +122,9 @@ def runs(results: list[Result]) -> Table:
     return Table("runs", header, rows)
 
 
-def markdown(title: str, setting: dict[str, str], comparison: Comparison, sections: list[Section]) -> str:
+def markdown(title: str, setting: list[tuple[str, str]], comparison: Comparison, sections: list[Section]) -> str:
     """Return the report in Markdown; it shows the files in figures/."""
-    lines = [f"# {escape(title)}", "", *(f"- {escape(f'{name}: {text}')}" for name, text in setting.items()), ""]
+    lines = [f"# {escape(title)}", "", *(f"- {escape(f'{name}: {text}')}" for name, text in setting), ""]
     lines += [comparison.markdown(), ""]
     for section in sections:
         lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
