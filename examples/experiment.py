@@ -5,22 +5,28 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from tqdm import tqdm
 
 from encourage_mt.arguments import Parser, count
+from encourage_mt.atomic import atomic_write
 from encourage_mt.environment import describe_hardware, versions
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation.formatting import format_mean, format_p, markdown_table
-from encourage_mt.evaluation.significance import MetricComparison
+from encourage_mt.evaluation.significance import MetricComparison, holm
 from encourage_mt.files import Record, Scalar, read_record, write_record
 from encourage_mt.processes import locked
 from encourage_mt.report.charts import Chart, axes
 
 COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito (2008)
+NOTE = (
+    "± is the standard deviation over seeds. A change is against the first arm, over the seeds that both arms have, "
+    "with its 95% interval; p in tables is of the paired t-test and corrected for the number of arms (Holm), but not "
+    "for the number of measures. Verdicts are not corrected."
+)
 TUNING_SEED = 0  # the seeds of the experiment start at 1
 Options = dict[str, Scalar]  # of EncouragingLoss
 Runs = dict[str, dict[int, "Result"]]  # {arm: {seed: result}}, the baseline first
@@ -69,16 +75,17 @@ class Experiment:
     """Every arm with every seed in every setting. The first arm is the baseline.
 
     train(setting, options, seed, rate, tuning) returns the measures of a run; with `tuning`, those on a held-out part
-    of the training set. If there are several `rates`, each arm gets the one with the best headlines[0] there.
+    of the training set. If there are several `rates`, each arm gets the one with the best headline there.
     """
 
     title: str
     arguments: argparse.Namespace
     arms: dict[str, Options]
     rates: tuple[float, ...]
-    headlines: tuple[str, ...]
+    headline: str
     training: dict[str, Scalar]
     train: Callable[[str, Options, int, float, bool], dict[str, float]]
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # {setting: {arm: headline in the paper}}
 
     def __post_init__(self):
         baseline = next(iter(self.arms))
@@ -106,7 +113,7 @@ class Experiment:
         if len(self.rates) == 1:
             return self.rates[0]
         tried = [self.result(setting, arm, TUNING_SEED, rate, bar) for rate in self.rates]
-        return max(tried, key=lambda result: result.measures[self.headlines[0]]).rate
+        return max(tried, key=lambda result: result.measures[self.headline]).rate
 
     def result(self, setting: str, arm: str, seed: int, rate: float, bar: tqdm) -> Result:
         """Return a run, from its file if it is finished."""
@@ -124,16 +131,17 @@ class Experiment:
             )  # fmt: skip
             write_record(path, result)
         bar.update()
-        return self.read(path)
+        return self.read(path, arm)
 
     def path(self, setting: str, arm: str, seed: int, rate: float) -> Path:
         name = f"tuning/{arm}.rate{rate:g}" if seed == TUNING_SEED else f"{arm}.seed{seed}"
         return self.arguments.work_dir / setting / f"{name}.json"
 
-    def read(self, path: Path) -> Result:
+    def read(self, path: Path, arm: str) -> Result:
+        """Return the run in a file. Raises UserError if it is damaged, or of another arm or other settings."""
         result = read_record(path, Result)
-        recorded = {**result.training, **result.loss}
-        for name, value in {**self.training, **self.arms[result.arm]}.items():
+        recorded = {"arm": result.arm, **result.training, **result.loss}
+        for name, value in {"arm": arm, **self.training, **self.arms[arm]}.items():
             if recorded.get(name) != value:
                 remedy = "choose another --work-dir, or remove the file"
                 raise UserError(f"{path}: {name}: is {recorded.get(name)}, now {value}; {remedy}")
@@ -143,7 +151,7 @@ class Experiment:
         runs = {}
         for arm in self.chosen:
             paths = {seed: self.path(setting, arm, seed, 0) for seed in self.seeds}
-            runs[arm] = {seed: self.read(path) for seed, path in paths.items() if path.exists()}
+            runs[arm] = {seed: self.read(path, arm) for seed, path in paths.items() if path.exists()}
         return {arm: results for arm, results in runs.items() if results}
 
     def report(self) -> None:
@@ -155,19 +163,18 @@ class Experiment:
             runs = self.finished(setting)
             if baseline not in runs:
                 continue
-            lines += [f"## {setting}", "", table(runs), "", costs(runs), ""]
-            compared = [arm for arm in others if arm in runs]
-            for headline in self.headlines:
-                tests = {arm: compare(runs[baseline], runs[arm], headline) for arm in compared}
-                lines += [f"- {tests[arm].verdict(baseline, arm)}" for arm in compared]
-                charts = [changes_chart(setting, headline, tests)] if any(t.interval for t in tests.values()) else []
-                for chart in charts + (curve_charts(setting, runs) if headline == self.headlines[0] else []):
-                    chart.save(folder)
-                    lines += ["", f"![{chart.title}]({chart.name}.svg)", "", chart.caption, ""]
+            lines += [f"## {setting}", "", table(runs, self.published.get(setting, {})), "", costs(runs), ""]
+            tests = {arm: compare(runs[baseline], runs[arm], self.headline) for arm in others if arm in runs}
+            lines += [f"- {test.verdict(baseline, arm)}" for arm, test in tests.items()]
+            charts = [changes_chart(setting, self.headline, tests)] if tests else []
+            for chart in [*charts, *curve_charts(setting, runs)]:
+                chart.save(folder)
+                lines += ["", f"![{chart.title}]({chart.name}.svg)", "", chart.caption, ""]
         if len(lines) == 2:
             raise UserError(f"{folder}: has no finished run of {baseline}")
-        text = "\n".join([*lines, ""])
-        (folder / "report.md").write_text(text, encoding="utf-8")
+        text = "\n".join([*lines, NOTE, ""])
+        with atomic_write(folder / "report.md") as file:
+            file.write(text)
         print(text)
 
 
@@ -181,22 +188,28 @@ def compare(baseline: dict[int, Result], candidate: dict[int, Result], measure: 
     return MetricComparison(measure, *sides)
 
 
-def table(runs: Runs) -> str:
-    """Return a row for each measure: mean ± standard deviation of each arm, and below it the change with interval, p.
+def table(runs: Runs, published: dict[str, float]) -> str:
+    """Return two rows for each measure: mean ± standard deviation of each arm, and its change with interval and p.
 
-    A change is the arm's mean minus that of the first arm.
+    A change is the arm's mean minus that of the first arm. p is corrected for the number of arms (Holm). A row of the
+    `published` values, {arm: value}, precedes them.
     """
-    baseline = next(iter(runs))
-    rows = []
-    for measure in next(iter(runs[baseline].values())).measures:
-        means = [format_mean(run.measures[measure] for run in results.values()) for results in runs.values()]
-        rows.append([measure, *means])
-        tests = [compare(runs[baseline], results, measure) for arm, results in runs.items() if arm != baseline]
-        changes = [f"{test.format_gain()}{f' p {format_p(test.p)}' if test.p is not None else ''}" for test in tests]
-        rows.append(["", "", *changes])
-    seeds = ["seeds", *(str(len(results)) for results in runs.values())]
-    rates = ["learning rate", *(" or ".join(sorted({f"{r.rate:g}" for r in side.values()})) for side in runs.values())]
-    return markdown_table(["", *runs], [seeds, rates, *rows])
+    baseline, *others = runs
+    first = next(iter(runs[baseline].values()))
+    rows = [["seeds", *(str(len(results)) for results in runs.values())]]
+    rates = [sorted({run.rate for run in results.values()}) for results in runs.values()]
+    rows.append(["learning rate", *(" or ".join(f"{rate:g}" for rate in side) for side in rates)])
+    if published:
+        rows.append(["in the paper", *(f"{published[arm]:.2f}" if arm in published else "" for arm in runs)])
+    for measure in first.measures:
+        rows.append(
+            [measure, *(format_mean(r.measures[measure] for r in results.values()) for results in runs.values())]
+        )
+        tests = [compare(runs[baseline], runs[arm], measure) for arm in others]
+        corrected = holm([test.p for test in tests])
+        changes = [f"{test.format_gain()} p {format_p(p)}" for test, p in zip(tests, corrected, strict=True)]
+        rows.append(["change", "", *(change.removesuffix(" p ") for change in changes)])
+    return markdown_table(["", *runs], rows)
 
 
 def costs(runs: Runs) -> str:

@@ -21,9 +21,12 @@ SCORES = {  # of logits [N, C]; higher for inputs that the model knows
 
 @torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Return the logits [N, C], in float64, of pixels [N, 1, H, W] in 0 to 1."""
+    """Return the logits [N, C], in float64, of pixels [N, 1, H, W] in 0 to 1.
+
+    Logits that are not finite become 0, so a training that diverged counts as a network that knows nothing.
+    """
     model.eval()
-    return torch.cat([model(part) for part in pixels.split(1000)]).double()
+    return torch.cat([model(part) for part in pixels.split(1000)]).double().nan_to_num(0, 0, 0)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -115,7 +118,8 @@ def inside(logits: Tensor, labels: Tensor, options: LossOptions, weight: Tensor)
 
     They are defined in encourage_mt/evaluation/diagnostics.py. A token there is an image here.
     """
-    values = {name: tensor.numpy() for name, tensor in per_token(logits, labels, options, weight.detach()).items()}
+    weight = weight.detach().nan_to_num()
+    values = {name: tensor.numpy() for name, tensor in per_token(logits, labels, options, weight).items()}
     share = gradient_by_probability(values["p"], values["gradient"])
     error = calibrate(values["confidence"], values["guess"] == values["target"])["error"]
     return {

@@ -119,7 +119,12 @@ def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
     labels.write_bytes(gzip.compress(gzip.decompress((raw / labels.name).read_bytes())[:-1]))
     assert f"{labels}: has 599 values, its header says 600" in refused(folder=tmp_path)
     labels.write_bytes((raw / "t10k-labels-idx1-ubyte.gz").read_bytes())
-    assert "do not belong together" in refused(folder=tmp_path)
+    assert f"{labels}: must have one label below 10 for each of 600 images" in refused(folder=tmp_path)
+    labels.write_bytes((raw / labels.name).read_bytes())
+    (tmp_path / "digits.npz").write_bytes(b"PK")
+    assert f"{tmp_path / 'digits.npz'}: not a complete .npz file" in refused(folder=tmp_path)
+    np.savez(tmp_path / "digits.npz", images=np.zeros((2, 8, 8), dtype=np.uint8))
+    assert "has the shape [2, 8, 8]" in refused(folder=tmp_path)
 
 
 def test_without_bonus_all_steps_equal_those_of_torch(images, raw):
@@ -150,7 +155,7 @@ def test_the_tail_is_thinned_and_nothing_held_out_is_trained_on(images):
 
 
 def test_a_killed_experiment_continues(run, images, raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "RATES", (0.05, 0.1, 0.2))  # as in the process that is killed
+    monkeypatch.setattr(images, "RATES", (0.05, 0.1, 0.2, 0.4))  # as in the process that is killed
     options = ["--work-dir", tmp_path, "--settings", "long_tail_10", "--arms", "ce", "--seeds", "1", "--epochs", "3"]
     argv = [sys.executable, ROOT / "examples/images/train_images.py", "--raw-dir", raw, *options]
     process = subprocess.Popen([*map(str, argv), "--digits", raw / "digits.npz"], stderr=subprocess.PIPE)
@@ -162,7 +167,7 @@ def test_a_killed_experiment_continues(run, images, raw, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tuning.glob("*.json")}
     assert before and not (tmp_path / "report.md").exists()
     assert run(*options)[0] == 0
-    assert (tmp_path / "report.md").exists() and len(list(tuning.iterdir())) == 3
+    assert (tmp_path / "report.md").exists() and len(list(tuning.iterdir())) == 4
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
 
 
@@ -180,6 +185,11 @@ def test_attacks_and_scores_equal_their_definitions(images):
             assert (result - pictures).abs().max() <= eps + 1e-6 and 0 <= result.min() <= result.max() <= 1
             margins = [measures.margin(model(each), labels).mean().item() for each in (result, pictures)]
             assert margins[0] < margins[1]
+    nn.init.constant_(model[-1].weight, torch.nan)  # a training that diverged
+    logits = measures.predict(model, pictures)
+    assert not logits.any() and set(measures.under_attack(model, pictures, labels).values()) == {10}
+    diverged = measures.inside(logits, labels, images.LossOptions(), model[-1].weight)
+    assert np.isfinite(list(diverged.values())).all() and diverged["margin (nats)"] == 0
     known, unknown = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.5, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     scores = measures.unknown_inputs(known, unknown, "x")
     assert scores["AUROC x, logit"] == pytest.approx(100 * 5 / 6)
