@@ -3,7 +3,7 @@
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,14 @@ from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from . import scoring
-from .formatting import format_mean, format_p
+from .formatting import format_mean, format_p, markdown_table
 from .results import FiniteScore
 
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_SEEDS = 1000
+SAMPLES, BLOCK = 2000, 500  # of the bootstrap over sentences: all, and at once
+Statistic = Callable[[np.ndarray], np.ndarray]  # from sentences that were drawn [samples, sentences], [samples, rows]
 
 
 @dataclass
@@ -28,6 +30,8 @@ class MetricComparison:
     improvement (for TER the mean reduction), interval its 95% confidence interval and p the two-sided p-value of
     `test`, both None if a side has only one seed. seeds_needed is the number of seeds per side that would show a gain
     of this size with 80% power, None if it is above 1,000 or the spread is unknown.
+
+    `compare_resampled` adds bootstrap_interval and bootstrap_p over sentences, `correct` the p-values after Holm.
     """
 
     metric: str
@@ -39,13 +43,19 @@ class MetricComparison:
     p: float | None = None
     test: str = ""
     seeds_needed: int | None = None
+    lower_is_better: bool = False
+    bootstrap_interval: tuple[float, float] | None = None
+    bootstrap_p: float | None = None
+    holm_p: float | None = None
+    bootstrap_holm_p: float | None = None
 
     def __post_init__(self):
         if not (self.baseline and self.candidate):
             raise ValueError(f"{self.metric} needs a score on both sides")
         self.interval = self.p = self.seeds_needed = None
-        shared = sorted(set(self.baseline) & set(self.candidate))
-        if len(shared) > 1 or (shared and set(self.baseline) == set(self.candidate)):
+        self.lower_is_better |= self.metric == "TER"
+        shared = paired_seeds(self.baseline, self.candidate)
+        if shared:
             gains = [self.improvement(seed) for seed in shared]
             self.gain = statistics.mean(gains)
             self.test = f"paired t-test over {len(shared)} seeds"
@@ -65,7 +75,7 @@ class MetricComparison:
     @property
     def sign(self) -> int:
         """-1 if a lower score is better, otherwise 1."""
-        return -1 if self.metric == "TER" else 1
+        return -1 if self.lower_is_better else 1
 
     def improvement(self, seed: int) -> float:
         """Return the gain of a seed that both sides have; positive if the candidate is better."""
@@ -122,6 +132,84 @@ class MetricComparison:
         )
 
 
+def paired_seeds(*sides: dict[int, Any]) -> list[int]:
+    """Return the seeds of a paired test: those both sides have, if there are two of them or they are all; or none."""
+    shared = sorted(set(sides[0]) & set(sides[1]))
+    return shared if len(shared) > 1 or set(sides[0]) == set(sides[1]) else []
+
+
+def compare_resampled(
+    names: Sequence[str], sides: Sequence[dict[int, Statistic]], sentences: int, lower_is_better: bool = False
+) -> list[MetricComparison]:
+    """Compare measures of a test set that are computed from its sentences; those that are not defined are left out.
+
+    sides: {seed: statistic} of baseline and candidate; `names` are the rows of the statistics. Over sentences we draw
+    SAMPLES test sets with replacement, the same for all runs (Koehn 2004). The interval has 95% of the mean gains, over
+    the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain.
+    """
+    scores = [{seed: statistic(np.arange(sentences)[None])[0] for seed, statistic in side.items()} for side in sides]
+    seeds = [paired_seeds(*sides) or list(side) for side in sides]
+    rng = np.random.default_rng(12345)
+    sampled = []
+    for _ in range(SAMPLES // BLOCK):
+        drawn = rng.integers(sentences, size=(BLOCK, sentences))
+        means = [np.mean([side[seed](drawn) for seed in kept], axis=0) for side, kept in zip(sides, seeds, strict=True)]
+        sampled.append(means[1] - means[0])
+    compared = []
+    for row, name in enumerate(names):
+        first, second = ({seed: float(score[row]) for seed, score in side.items()} for side in scores)
+        if not np.isfinite([*first.values(), *second.values()]).all():
+            continue
+        result = MetricComparison(name, first, second, lower_is_better=lower_is_better)
+        gains = result.sign * np.concatenate(sampled)[:, row]
+        gains = gains[np.isfinite(gains)]
+        low, high = np.quantile(gains, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+        result.bootstrap_interval = float(low), float(high)
+        rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
+        result.bootstrap_p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
+        compared.append(result)
+    return compared
+
+
+def count_draws(drawn: np.ndarray) -> np.ndarray:
+    """Return how often each sentence was drawn, [samples, sentences]."""
+    samples, sentences = drawn.shape
+    positions = drawn + sentences * np.arange(samples)[:, None]
+    return np.bincount(positions.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+
+
+def correct(comparisons: Sequence[MetricComparison]) -> None:
+    """Set the p-values after Holm's correction for all of `comparisons`: over seeds, and over sentences."""
+    for result, p, bootstrap_p in zip(
+        comparisons, holm([c.p for c in comparisons]), holm([c.bootstrap_p for c in comparisons]), strict=True
+    ):
+        result.holm_p, result.bootstrap_holm_p = p, bootstrap_p
+
+
+def measures_table(comparisons: Sequence[MetricComparison], baseline: str, candidate: str) -> str:
+    """Return a row for each measure: both sides, the gain, its intervals and p-values, those after Holm in brackets."""
+
+    def interval(limits):
+        return f"{limits[0]:+.2f} to {limits[1]:+.2f}" if limits else ""
+
+    def p_values(p, corrected):
+        return f"{format_p(p)} ({format_p(corrected)})" if p is not None else ""
+
+    rows = [
+        [
+            result.metric,
+            *(format_mean(side.values()) for side in (result.baseline, result.candidate)),
+            f"{result.gain:+.2f}",
+            *map(interval, (result.interval, result.bootstrap_interval)),
+            p_values(result.p, result.holm_p),
+            p_values(result.bootstrap_p, result.bootstrap_holm_p),
+        ]
+        for result in comparisons
+    ]
+    header = ["measure", baseline, candidate, "gain", "95% over seeds", "95% over sentences", "p over seeds (Holm)"]
+    return markdown_table([*header, "p over sentences (Holm)"], rows)
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return p-values corrected for their number (Holm 1979), in the same order; None stays and is not counted.
 
@@ -144,13 +232,12 @@ def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
     """
     if spread == 0:
         return 2 if gain else None
-    for count in range(2, MAX_SEEDS + 1):
-        freedom = groups * (count - 1)
-        limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-        shift = abs(gain) / spread * math.sqrt(count)
-        if stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift) >= POWER:
-            return count
-    return None
+    counts = np.arange(2, MAX_SEEDS + 1)
+    freedom = groups * (counts - 1)
+    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    shift = abs(gain) / spread * np.sqrt(counts)
+    enough = counts[stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift) >= POWER]
+    return int(enough[0]) if len(enough) else None
 
 
 def paired_tests(

@@ -1,0 +1,124 @@
+"""Ask whether a model knows how good its translations are: selective translation, and calibration of its confidence.
+
+Selective translation keeps the most confident sentences and leaves the rest to others. Its risk-coverage curve
+(Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps of 5%. The area is
+the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the area above BLEU of
+all sentences, which is 0 on average for a random ranking, shows the ranking alone.
+
+The calibration error (Guo et al. 2017, equation 3, 15 bins) of pieces compares the probability of generated pieces with
+the share that is correct as `confidence` defines it (Wang et al. 2020); that of sentences compares a sentence's mean
+probability with its share of correct pieces, each sentence with weight 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics.base import Metric
+from tqdm import tqdm
+
+from ..training.run_folder import Run
+from .comparison import read_translation
+from .confidence import SCORES, Confidence, SetConfidence, measure_confidence
+from .diagnostics import CALIBRATION_EDGES, calibrate
+from .scoring import metrics
+from .significance import MetricComparison, Statistic, compare_resampled, count_draws
+
+COVERAGE = np.arange(1, 21) / 20
+AREAS = [f"area, {name}" for name in SCORES] + [f"area above all, {name}" for name in SCORES]
+CALIBRATIONS = ["calibration error of pieces", "calibration error of sentences"]
+
+
+class SelectiveRun:
+    """One run and test set: BLEU statistics of its sentences, its confidence in each, and whether it was right."""
+
+    def __init__(self, statistics: np.ndarray, confidence: SetConfidence):
+        self.statistics = statistics
+        self.orders = [np.argsort(-np.array(values), kind="stable") for values in confidence.scores.values()]
+        pieces = zip(confidence.probability, confidence.correct, strict=True)
+        self.pieces = [(np.array(probability), np.array(correct)) for probability, correct in pieces]
+        self.sentences = [(p.mean(keepdims=True), c.mean(keepdims=True)) if len(p) else (p, c) for p, c in self.pieces]
+
+    def curves(self, drawn: np.ndarray) -> np.ndarray:
+        """Return BLEU by COVERAGE for each of SCORES and sample of sentences: [scores, samples, coverages]."""
+        kept = np.ceil(COVERAGE * drawn.shape[1]).astype(int) - 1
+        curves = []
+        for order in self.orders:
+            rank = np.empty_like(order)
+            rank[order] = np.arange(len(order))
+            chosen = self.statistics[order[np.sort(rank[drawn], axis=1)]]
+            curves.append(bleu(chosen.cumsum(axis=1)[:, kept]))
+        return np.array(curves)
+
+    def areas(self, drawn: np.ndarray) -> np.ndarray:
+        """Return each of AREAS, in BLEU: [samples, rows]."""
+        curves = self.curves(drawn)
+        areas = curves.mean(axis=2)
+        return np.concatenate([areas, areas - curves[:, :, -1]]).T
+
+    def calibration(self) -> list[dict]:
+        """Return `diagnostics.calibrate` of pieces and of sentences."""
+        return [calibrate(*map(np.concatenate, zip(*pairs, strict=True))) for pairs in (self.pieces, self.sentences)]
+
+    def calibration_errors(self) -> Statistic:
+        """Return the statistic of CALIBRATIONS, in percent."""
+        tables = [np.stack([bin_sums(*pair) for pair in pairs]) for pairs in (self.pieces, self.sentences)]
+
+        def errors(drawn):
+            sums = [np.tensordot(count_draws(drawn), table, axes=1) for table in tables]
+            return np.stack([100 * np.abs(s[:, 1] - s[:, 2]).sum(axis=1) / s[:, 0].sum(axis=1) for s in sums], axis=1)
+
+        return errors
+
+
+def measure_runs(sides: list[list[Run]], splits: list[str]) -> dict[str, list[dict[int, SelectiveRun]]]:
+    """Return {test set: [{seed: SelectiveRun} of baseline and of candidate]}; the models' passes take a while."""
+    data = sides[0][0].prepared()
+    scorer = metrics(data.target, data.lowercase)["sacreBLEU"]
+    measured: dict[str, list[dict[int, SelectiveRun]]] = {split: [{}, {}] for split in splits}
+    for side, runs in enumerate(sides):
+        for run in tqdm(runs, desc="confidence", unit="run", leave=False):
+            confidence: Confidence = measure_confidence(run)
+            for split in splits:
+                references = data.read_text(split, data.target)
+                lines = read_translation(run, split, data, references)
+                statistics = bleu_statistics(lines, references, scorer)
+                measured[split][side][run.seed] = SelectiveRun(statistics, confidence.sets[split])
+    return measured
+
+
+def compare_selective(measured: dict[str, list[dict[int, SelectiveRun]]]) -> dict[str, list[MetricComparison]]:
+    """Return AREAS and CALIBRATIONS of each test set, from `measure_runs`."""
+    compared = {}
+    for split, sides in measured.items():
+        count = len(next(iter(sides[0].values())).statistics)
+        areas: list[dict[int, Statistic]] = [{seed: run.areas for seed, run in side.items()} for side in sides]
+        errors = [{seed: run.calibration_errors() for seed, run in side.items()} for side in sides]
+        compared[split] = compare_resampled(AREAS, areas, count)
+        compared[split] += compare_resampled(CALIBRATIONS, errors, count, lower_is_better=True)
+    return compared
+
+
+def bin_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return number, summed confidence and summed correctness in each bin of calibration: [3, bins]."""
+    size = len(CALIBRATION_EDGES) - 1
+    bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, size - 1)
+    return np.stack([np.bincount(bins, weights, minlength=size) for weights in (None, confidence, correct)])
+
+
+def bleu_statistics(translations: Sequence[str], references: Sequence[str], scorer: Metric) -> np.ndarray:
+    """Return for each sentence what BLEU is made of, [sentences, 2 + 4 + 4]: lengths, matched n-grams, all n-grams."""
+    rows = []
+    for translation, reference in zip(translations, references, strict=True):
+        score: Any = scorer.corpus_score([translation], [[reference]])
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return np.array(rows, dtype=float)
+
+
+def bleu(sums: np.ndarray) -> np.ndarray:
+    """Return BLEU of summed statistics [..., 10]; like sacreBLEU, with its exponential smoothing of zero counts."""
+    translated, wanted = np.maximum(sums[..., 0], 1e-9), sums[..., 1]
+    matched, totals = sums[..., 2:6], np.maximum(sums[..., 6:], 1)
+    zeros = np.cumsum(matched == 0, axis=-1)
+    precision = np.where(matched == 0, 0.5**zeros, matched) / totals
+    return 100 * np.exp(np.log(precision).mean(axis=-1) + np.minimum(0, 1 - wanted / translated))

@@ -1,0 +1,158 @@
+"""Compare translations by how often their words occur in train: unseen, rare and frequent words, names and numbers.
+
+The definitions are those of the word accuracy of compare-mt (Neubig et al. 2019):
+- a word of a translation is matched if the reference of its sentence has it too, a repeated word at most as often as
+  there; its frequency is how often it occurs in the target side of train, case included;
+- accuracy is the share of the reference's words that are matched (recall), F1 the harmonic mean of it and precision.
+Words are the Moses tokens of tokenized data, otherwise the tokens of sacreBLEU's tokenizer for the language.
+"All words" is the micro-average, "mean of frequencies" the macro-average: the mean over the ranges with words.
+A number is a word with a digit. A name is a capitalised word of two characters or more, not at the start of a sentence,
+that train never has in lower case; in German, which capitalises nouns, this includes most nouns.
+"""
+
+from collections import Counter
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from ..data.manifest import PreparedData
+from ..data.subwords import restore_bytes
+from ..environment import quiet_imports
+from ..files import Record, read_record, write_json
+from ..training.run_folder import Run
+from .comparison import read_translation
+from .scoring import metrics
+from .significance import MetricComparison, Statistic, compare_resampled, count_draws
+
+FREQUENCIES = (0, 1, 5, 10, 100, 1000)
+NAME, NUMBER = range(len(FREQUENCIES), len(FREQUENCIES) + 2)
+RANGES = [str(low) if low + 1 == high else f"{low}-{high - 1}" for low, high in pairwise(FREQUENCIES)]
+ROWS = [*(f"{name} times in train" for name in [*RANGES, f"{FREQUENCIES[-1]}+"]), "all words", "names", "numbers"]
+MACRO = "mean of frequencies"
+SENTENCE_END = frozenset(".!?:…\"“„«'")
+
+
+class WordCounts(Record):
+    """The content of words.json: how often each word occurs in the target side of train."""
+
+    remedy: ClassVar[str] = "remove it"
+
+    format: Literal[2] = 2
+    counts: dict[str, int]
+
+
+def compare_words(sides: list[list[Run]], splits: list[str]) -> dict[str, list[MetricComparison]]:
+    """Return F1 and accuracy, in percent, of each of ROWS and of their macro-average, for each test set.
+
+    sides: the runs of baseline and candidate. Empty if the binarized training data is not there any more. Raises
+    UserError if a translation is missing.
+    """
+    data = sides[0][0].prepared()
+    train = count_words(data)
+    if not train:
+        return {}
+    compared = {}
+    for split in splits:
+        lines = data.read_text(split, data.target)
+        references = words_of(data.read_tokenized(split, data.target) if data.is_tokenized else lines, data)
+        statistics: list[dict[int, Statistic]] = [{}, {}]
+        for side, runs in zip(statistics, sides, strict=True):
+            for run in runs:
+                name = f"{split}.tok" if data.is_tokenized else split
+                hypotheses = words_of(read_translation(run, name, data, lines), data)
+                table = match_words(hypotheses, references, train)
+                side[run.seed] = partial(word_statistic, table)
+        totals = table[:, :, 1].sum(axis=0)
+        sizes = [*totals[: len(FREQUENCIES)], totals[: len(FREQUENCIES)].sum(), *totals[len(FREQUENCIES) :]]
+        rows = [*(f"{row} ({size:,.0f})" for row, size in zip(ROWS, sizes, strict=True)), MACRO]
+        names = [f"{score}, {row}" for score in ("F1", "accuracy") for row in rows]
+        compared[split] = compare_resampled(names, statistics, len(references))
+    return compared
+
+
+def words_of(lines: list[str], data: PreparedData) -> list[list[str]]:
+    """Return the words of each line: tokens of tokenized data, otherwise raw text through sacreBLEU's tokenizer."""
+    scorer: Any = metrics(data.target)["sacreBLEU"]
+    split = str if data.is_tokenized else scorer.tokenizer
+    if data.lowercase:
+        lines = [line.lower() for line in lines]
+    return [split(line).split() for line in lines]
+
+
+def count_words(data: PreparedData) -> Counter[str]:
+    """Return how often each word occurs in the target side of train; kept in the data's folder, as words.json.
+
+    Empty if the binarized training data was removed. Counts what the model was trained on: cleaned, and with <unk> for
+    what the subword model cannot write.
+    """
+    path = data.folder / "words.json"
+    if path.exists():
+        return Counter(read_record(path, WordCounts).counts)
+    with quiet_imports():
+        from fairseq.data import Dictionary, data_utils
+
+        prefix = data.data_bin / f"train.{data.source}-{data.target}.{data.target}"
+        dictionary = Dictionary.load(str(data.data_bin / f"dict.{data.target}.txt"))
+        dataset = data_utils.load_indexed_dataset(str(prefix), dictionary)
+    if dataset is None:
+        return Counter()
+    symbols = np.array(dictionary.symbols, dtype=object)
+    counts: Counter[str] = Counter()
+    for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
+        rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]
+        lines = [data_utils.post_process(" ".join(symbols[row]), data.remove_bpe.strip()) for row in rows]
+        lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
+        for words in words_of(lines, data):
+            counts.update(words)
+    with suppress(PermissionError):  # data of another user
+        write_json(path, {"format": 2, "counts": counts})
+    return counts
+
+
+def match_words(translations: list[list[str]], references: list[list[str]], train: Counter[str]) -> np.ndarray:
+    """Return the words of each sentence by group: [sentences, groups, 3], matched, in reference, in translation.
+
+    The groups are those of FREQUENCIES, NAME and NUMBER; a name or number is also in the group of its frequency.
+    """
+    table = np.zeros((len(references), NUMBER + 1, 3))
+    for sentence, pair in enumerate(zip(references, translations, strict=True)):
+        reference, translation = (group_words(words, train) for words in pair)
+        for column, counted in enumerate((reference & translation, reference, translation)):
+            for (group, _), number in counted.items():
+                table[sentence, group, column] += number
+    return table
+
+
+def group_words(words: list[str], train: Counter[str]) -> Counter[tuple[int, str]]:
+    """Return how often a sentence has each (group, word)."""
+    counts: Counter[tuple[int, str]] = Counter()
+    before = "."
+    for word in words:
+        frequency = train.get(word, 0)
+        counts[sum(frequency >= low for low in FREQUENCIES) - 1, word] += 1
+        if any(character.isdigit() for character in word):
+            counts[NUMBER, word] += 1
+        elif len(word) > 1 and word[0].isupper() and before[-1] not in SENTENCE_END and word.lower() not in train:
+            counts[NAME, word] += 1
+        before = word
+    return counts
+
+
+def word_statistic(table: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return F1 of each of ROWS and their macro-average, then accuracy, in percent: [samples, 2 x rows].
+
+    table: of `match_words`; drawn: the sentences of each sample. A score is NaN if the reference has no such word.
+    """
+    sums = np.tensordot(count_draws(drawn), table, axes=1)  # [samples, groups, 3]
+    by_frequency = sums[:, : len(FREQUENCIES)]
+    rows = np.concatenate([by_frequency, by_frequency.sum(axis=1, keepdims=True), sums[:, len(FREQUENCIES) :]], axis=1)
+    matched, wanted, given = np.moveaxis(rows, 2, 0)
+    wanted = np.where(wanted > 0, wanted, np.nan)
+    scores = []
+    for score in (200 * matched / (wanted + given), 100 * matched / wanted):
+        scores += [score, np.nanmean(score[:, : len(FREQUENCIES)], axis=1, keepdims=True)]
+    return np.concatenate(scores, axis=1)
