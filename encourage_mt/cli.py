@@ -247,9 +247,20 @@ def translate_text(arguments) -> None:
 def compare_runs(arguments) -> None:
     """Carry out `encourage-mt compare`."""
     from .evaluation.comparison import compare
+    from .evaluation.significance import correct, describe_correction, measures_table
+    from .evaluation.words import compare_words
 
     baseline, candidate = open_sides(arguments)
-    print(compare(baseline, candidate, arguments.allow_differences).markdown())
+    comparison = compare(baseline, candidate, arguments.allow_differences)
+    print(comparison.markdown())
+    words = compare_words([baseline, candidate], list(comparison.tests))
+    compared = [each for rows in words.values() for each in rows]
+    correct(compared)
+    for split, rows in words.items():
+        table = measures_table(f"words_{split}", rows, comparison.baseline, comparison.candidate)
+        print(f"\n### Words of {split}\n\n{table.markdown()}")
+    if compared:
+        print(f"\n{describe_correction(compared)}")
 
 
 def report_runs(arguments) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from ..data.bitext import read_lines
@@ -25,6 +25,8 @@ NOT_COMPARED = ("checkpoints_sha256", "updates")
 class Comparison(Record):
     """Two groups of runs: {test set: {metric: MetricComparison}}, and settings that should be the same but differ.
 
+    A report adds measures, {kind: {test set: comparisons}}, of the kinds "words" and "confidence".
+
     Kept as comparison.json; everything that follows from the scores is computed again when it is read.
     """
 
@@ -37,6 +39,7 @@ class Comparison(Record):
     signatures: dict[str, str]
     differences: list[str]
     alarms: list[str] = []  # "RUN: reasons why its scores mean nothing"; there is no verdict then
+    measures: dict[str, dict[str, list[MetricComparison]]] = Field(default_factory=dict)
 
     explanation: ClassVar[str] = (
         "p (bootstrap) and p (randomization) come from sacreBLEU's paired tests over the sentences of one seed's test "

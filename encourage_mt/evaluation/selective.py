@@ -10,17 +10,18 @@ the share that is correct as `confidence` defines it (Wang et al. 2020); that of
 probability with its share of correct pieces, each sentence with weight 1.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
-from sacrebleu.metrics.base import Metric
+from sacrebleu.metrics.bleu import BLEU
 from tqdm import tqdm
 
 from ..training.run_folder import Run
 from .comparison import read_translation
 from .confidence import SCORES, Confidence, SetConfidence, measure_confidence
 from .diagnostics import CALIBRATION_EDGES, calibrate
+from .lengths import count
+from .results import HEADLINE
 from .scoring import metrics
 from .significance import MetricComparison, Statistic, compare_resampled, count_draws
 
@@ -33,7 +34,7 @@ class SelectiveRun:
     """One run and test set: BLEU statistics of its sentences, its confidence in each, and whether it was right."""
 
     def __init__(self, statistics: np.ndarray, confidence: SetConfidence):
-        self.statistics = statistics
+        self.statistics = statistics.astype(np.float32)  # whole numbers, exact
         self.orders = [np.argsort(-np.array(values), kind="stable") for values in confidence.scores.values()]
         pieces = zip(confidence.probability, confidence.correct, strict=True)
         self.pieces = [(np.array(probability), np.array(correct)) for probability, correct in pieces]
@@ -41,13 +42,14 @@ class SelectiveRun:
 
     def curves(self, drawn: np.ndarray) -> np.ndarray:
         """Return BLEU by COVERAGE for each of SCORES and sample of sentences: [scores, samples, coverages]."""
-        kept = np.ceil(COVERAGE * drawn.shape[1]).astype(int) - 1
+        ends, coverages = np.unique(np.ceil(COVERAGE * drawn.shape[1]).astype(int), return_inverse=True)
+        starts = [0, *ends[:-1]]
         curves = []
         for order in self.orders:
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
             chosen = self.statistics[order[np.sort(rank[drawn], axis=1)]]
-            curves.append(bleu(chosen.cumsum(axis=1)[:, kept]))
+            curves.append(bleu(np.add.reduceat(chosen, starts, axis=1).cumsum(axis=1)[:, coverages]))
         return np.array(curves)
 
     def areas(self, drawn: np.ndarray) -> np.ndarray:
@@ -74,7 +76,7 @@ class SelectiveRun:
 def measure_runs(sides: list[list[Run]], splits: list[str]) -> dict[str, list[dict[int, SelectiveRun]]]:
     """Return {test set: [{seed: SelectiveRun} of baseline and of candidate]}; the models' passes take a while."""
     data = sides[0][0].prepared()
-    scorer = metrics(data.target, data.lowercase)["sacreBLEU"]
+    scorer = cast(BLEU, metrics(data.target, data.lowercase)[HEADLINE])
     measured: dict[str, list[dict[int, SelectiveRun]]] = {split: [{}, {}] for split in splits}
     for side, runs in enumerate(sides):
         for run in tqdm(runs, desc="confidence", unit="run", leave=False):
@@ -82,7 +84,7 @@ def measure_runs(sides: list[list[Run]], splits: list[str]) -> dict[str, list[di
             for split in splits:
                 references = data.read_text(split, data.target)
                 lines = read_translation(run, split, data, references)
-                statistics = bleu_statistics(lines, references, scorer)
+                statistics = np.array(count(lines, references, scorer), dtype=float)
                 measured[split][side][run.seed] = SelectiveRun(statistics, confidence.sets[split])
     return measured
 
@@ -91,11 +93,11 @@ def compare_selective(measured: dict[str, list[dict[int, SelectiveRun]]]) -> dic
     """Return AREAS and CALIBRATIONS of each test set, from `measure_runs`."""
     compared = {}
     for split, sides in measured.items():
-        count = len(next(iter(sides[0].values())).statistics)
+        sentences = len(next(iter(sides[0].values())).statistics)
         areas: list[dict[int, Statistic]] = [{seed: run.areas for seed, run in side.items()} for side in sides]
         errors = [{seed: run.calibration_errors() for seed, run in side.items()} for side in sides]
-        compared[split] = compare_resampled(AREAS, areas, count)
-        compared[split] += compare_resampled(CALIBRATIONS, errors, count, lower_is_better=True)
+        compared[split] = compare_resampled(AREAS, areas, sentences)
+        compared[split] += compare_resampled(CALIBRATIONS, errors, sentences, lower_is_better=True)
     return compared
 
 
@@ -106,19 +108,10 @@ def bin_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(bins, weights, minlength=size) for weights in (None, confidence, correct)])
 
 
-def bleu_statistics(translations: Sequence[str], references: Sequence[str], scorer: Metric) -> np.ndarray:
-    """Return for each sentence what BLEU is made of, [sentences, 2 + 4 + 4]: lengths, matched n-grams, all n-grams."""
-    rows = []
-    for translation, reference in zip(translations, references, strict=True):
-        score: Any = scorer.corpus_score([translation], [[reference]])
-        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
-    return np.array(rows, dtype=float)
-
-
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """Return BLEU of summed statistics [..., 10]; like sacreBLEU, with its exponential smoothing of zero counts."""
-    translated, wanted = np.maximum(sums[..., 0], 1e-9), sums[..., 1]
-    matched, totals = sums[..., 2:6], np.maximum(sums[..., 6:], 1)
+    """Return BLEU from sums of `lengths.count`, [..., 10]; like sacreBLEU, with its smoothing of zero counts."""
+    matched, totals = sums[..., :4], np.maximum(sums[..., 4:8], 1)
+    translated, wanted = np.maximum(sums[..., 8], 1e-9), sums[..., 9]
     zeros = np.cumsum(matched == 0, axis=-1)
     precision = np.where(matched == 0, 0.5**zeros, matched) / totals
     return 100 * np.exp(np.log(precision).mean(axis=-1) + np.minimum(0, 1 - wanted / translated))

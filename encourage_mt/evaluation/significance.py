@@ -12,7 +12,7 @@ from sacrebleu.significance import PairedTest
 from scipy import stats
 
 from . import scoring
-from .formatting import format_mean, format_p, markdown_table
+from .formatting import Table, format_mean, format_p
 from .results import FiniteScore
 
 CONFIDENCE = 0.95
@@ -186,7 +186,17 @@ def correct(comparisons: Sequence[MetricComparison]) -> None:
         result.holm_p, result.bootstrap_holm_p = p, bootstrap_p
 
 
-def measures_table(comparisons: Sequence[MetricComparison], baseline: str, candidate: str) -> str:
+def describe_correction(comparisons: Sequence[MetricComparison]) -> str:
+    """Return how many measures are compared, how many of them chance alone would show, and how p is corrected."""
+    count = len(comparisons)
+    return (
+        f"These are {count} comparisons: if nothing differed, about {count / 20:.0f} of them would have p < 0.05. "
+        f"The p-values in brackets are corrected for all {count} (Holm 1979); only they are evidence. p over sentences "
+        "comes from a paired bootstrap and says nothing about other seeds."
+    )
+
+
+def measures_table(name: str, comparisons: Sequence[MetricComparison], baseline: str, candidate: str) -> Table:
     """Return a row for each measure: both sides, the gain, its intervals and p-values, those after Holm in brackets."""
 
     def interval(limits):
@@ -207,7 +217,7 @@ def measures_table(comparisons: Sequence[MetricComparison], baseline: str, candi
         for result in comparisons
     ]
     header = ["measure", baseline, candidate, "gain", "95% over seeds", "95% over sentences", "p over seeds (Holm)"]
-    return markdown_table([*header, "p over sentences (Holm)"], rows)
+    return Table(name, [*header, "p over sentences (Holm)"], rows)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.manifest import PreparedData
-from ..data.subwords import restore_bytes
+from ..data.subwords import join_pieces, restore_bytes
 from ..environment import quiet_imports
 from ..files import Record, read_record, write_json
 from ..training.run_folder import Run
@@ -104,7 +104,7 @@ def count_words(data: PreparedData) -> Counter[str]:
     counts: Counter[str] = Counter()
     for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
         rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]
-        lines = [data_utils.post_process(" ".join(symbols[row]), data.remove_bpe.strip()) for row in rows]
+        lines = [join_pieces(list(symbols[row]), data.remove_bpe) for row in rows]
         lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
         for words in words_of(lines, data):
             counts.update(words)

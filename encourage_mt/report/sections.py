@@ -14,8 +14,12 @@ from ..evaluation.diagnostics import analyse
 from ..evaluation.formatting import Table
 from ..evaluation.lengths import bleu_by_length
 from ..evaluation.results import HEADLINE
+from ..evaluation.selective import compare_selective, measure_runs
+from ..evaluation.significance import correct, describe_correction, measures_table
+from ..evaluation.words import compare_words
 from ..training.run_folder import Run
 from .charts import Chart, diagnostic_charts, learning_curves, length_charts, seed_scores
+from .measure_charts import coverage, gains, reliability
 
 SHOWN = 10  # translations on each side
 DIAGNOSTICS_NOTE = (
@@ -23,6 +27,13 @@ DIAGNOSTICS_NOTE = (
     "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
     "relative to that of other types, and the margin grows."
 )
+WHERE_NOTE = (
+    "Words: F1 and accuracy of the translations by how often a word occurs in train, as compare-mt defines them "
+    "(Neubig et al. 2019); the number of words in the references is in brackets. Confidence: a model that knows when "
+    "it is right ranks its good translations first, so BLEU of the most confident sentences is above that of all; the "
+    "area is the mean over the shares kept. Calibration errors are in percent, and their gain is a reduction."
+)
+SELECTION = "Selecting by confidence", "gain in area above BLEU of all"
 
 
 @dataclass
@@ -99,8 +110,29 @@ def diagnostics(material: Material) -> Section:
     return Section("Diagnostics", DIAGNOSTICS_NOTE, charts=diagnostic_charts(analyses))
 
 
+def where(material: Material) -> Section:
+    """Compare words, selective translation and calibration; the comparison's record then has them too."""
+    runs, splits = list(material.groups.values()), list(material.comparison.tests)
+    selective = measure_runs(runs, splits)
+    measures = {"words": compare_words(runs, splits), "confidence": compare_selective(selective)}
+    compared = [each for sets in measures.values() for rows in sets.values() for each in rows]
+    correct(compared)
+    material.comparison.measures.update(measures)
+    tables, charts = [], []
+    for kind, sets in measures.items():
+        for split, rows in sets.items():
+            tables.append(measures_table(f"{kind}_{split}", rows, *material.groups))
+            shown = [row for row in rows if row.metric.startswith("F1" if kind == "words" else "area above")]
+            title, xlabel = ("F1 by frequency in train", "gain in F1") if kind == "words" else SELECTION
+            charts.append(gains(f"gains_{kind}_{split}", f"{title}, {split}", shown, xlabel))
+    for split, sides in selective.items():
+        by_label = {label: list(side.values()) for label, side in zip(material.groups, sides, strict=True)}
+        charts += [coverage(split, by_label), *reliability(split, by_label)]
+    return Section("Where does it help?", f"{WHERE_NOTE} {describe_correction(compared)}", tables, charts)
+
+
 # in the order of the page; the scores precede them, translations and runs follow
-SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, curves, diagnostics)
+SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, where, curves, diagnostics)
 
 
 def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,8 @@ from samples import corrupt, draw_references
 
 from encourage_mt.evaluation import significance
 from encourage_mt.evaluation.confidence import SCORES, SetConfidence
-from encourage_mt.evaluation.selective import AREAS, COVERAGE, SelectiveRun, bleu, bleu_statistics, compare_selective
+from encourage_mt.evaluation.lengths import count
+from encourage_mt.evaluation.selective import AREAS, COVERAGE, SelectiveRun, bleu, compare_selective
 
 COUNT = 100
 ABOVE = AREAS.index("area above all, mean log-probability")
@@ -31,9 +32,9 @@ def test_bleu_of_sums_is_sacrebleus():
     references, translations = texts(rng)
     for chosen in (slice(None), slice(50, 60), slice(50, 51), slice(0, 3)):
         lines, wanted = translations[chosen], references[chosen]
-        sums = bleu_statistics(lines, wanted, BLEU()).sum(axis=0)
+        sums = np.array(count(lines, wanted, BLEU()), dtype=float).sum(axis=0)
         assert bleu(sums) == pytest.approx(BLEU().corpus_score(lines, [wanted]).score, abs=1e-9)
-    short = bleu_statistics(["w1 x y z", ""], ["w1 w2 w3 w4 w5", "w1"], BLEU()).sum(axis=0)
+    short = np.array(count(["w1 x y z", ""], ["w1 w2 w3 w4 w5", "w1"], BLEU()), dtype=float).sum(axis=0)
     assert bleu(short) == pytest.approx(
         BLEU().corpus_score(["w1 x y z", ""], [["w1 w2 w3 w4 w5", "w1"]]).score, abs=1e-9
     )
@@ -42,7 +43,7 @@ def test_bleu_of_sums_is_sacrebleus():
 def test_a_perfect_ranking_gains_a_random_one_does_not_and_a_reversed_one_loses():
     rng = np.random.default_rng(2)
     references, translations = texts(rng)
-    statistics = bleu_statistics(translations, references, BLEU())
+    statistics = np.array(count(translations, references, BLEU()), dtype=float)
     everything = np.arange(COUNT)[None]
     perfect = a_run(statistics, -np.arange(COUNT))
     curve = perfect.curves(everything)[0, 0]
@@ -68,7 +69,7 @@ def test_a_better_ranking_is_found_and_equal_ones_differ_at_the_nominal_rate(mon
 
         def noisy(noise, references=references, quality=quality):
             lines = [corrupt(rng, [line], 0.7 * (1 - q))[0] for line, q in zip(references, quality, strict=True)]
-            statistics = bleu_statistics(lines, references, BLEU())
+            statistics = np.array(count(lines, references, BLEU()), dtype=float)
             return a_run(statistics, quality + noise * rng.normal(size=40))
 
         found = compare_selective({"test": [{1: noisy(0.5)}, {1: noisy(0.5)}]})["test"]
@@ -102,3 +103,11 @@ def test_confidence_that_is_right_as_often_as_it_says_has_the_lower_calibration_
 def test_an_empty_translation_has_no_pieces_to_calibrate():
     run = a_run(np.ones((2, 10)), [1, 2], ([[], [0.75]], [[], [True]]))
     assert run.calibration_errors()(np.array([[0, 1], [1, 1]])).tolist() == [[25, 25], [25, 25]]
+
+
+def test_few_sentences_have_a_curve_of_steps():
+    references = ["w1 w2 w3 w4 w5", "w6 w7 w8 w9", "w1 w2 w3 w4"]
+    translations = [*references[:2], "x y z"]
+    run = a_run(np.array(count(translations, references, BLEU()), dtype=float), [3, 2, 1])
+    curve = run.curves(np.arange(3)[None])[0, 0]
+    assert curve[:13] == pytest.approx(100) and curve[13:] == pytest.approx(curve[-1]) and curve[-1] < 90
