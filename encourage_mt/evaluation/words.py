@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -92,14 +93,14 @@ def count_words(data: PreparedData) -> Counter[str]:
     path = data.folder / "words.json"
     if path.exists():
         return Counter(read_record(path, WordCounts).counts)
+    prefix = str(data.data_bin / f"train.{data.source}-{data.target}.{data.target}")
+    if not Path(f"{prefix}.idx").exists():
+        return Counter()
     with quiet_imports():
         from fairseq.data import Dictionary, data_utils
 
-        prefix = data.data_bin / f"train.{data.source}-{data.target}.{data.target}"
         dictionary = Dictionary.load(str(data.data_bin / f"dict.{data.target}.txt"))
-        dataset = data_utils.load_indexed_dataset(str(prefix), dictionary)
-    if dataset is None:
-        return Counter()
+        dataset = data_utils.load_indexed_dataset(prefix, dictionary)
     symbols = np.array(dictionary.symbols, dtype=object)
     counts: Counter[str] = Counter()
     for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):

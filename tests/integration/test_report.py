@@ -5,17 +5,21 @@ import html
 import re
 import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import refused
+from conftest import PAIRS, refused
 from matplotlib.figure import Figure
 
 from encourage_mt import processes
 from encourage_mt.cli import main
+from encourage_mt.data.manifest import PreparedData
 from encourage_mt.evaluation import scoring
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.results import Result
+from encourage_mt.evaluation.significance import holm
+from encourage_mt.evaluation.words import count_words, words_of
 from encourage_mt.files import read_json, write_json
 from encourage_mt.report.charts import Chart, learning_curves
 from encourage_mt.report.page import FILE_LIST
@@ -23,19 +27,11 @@ from encourage_mt.report.sections import Section, TranslatedSet, disagree, mark_
 from encourage_mt.training.run_folder import open_run, render_options
 
 CHARTS = {
-    *(
-        "seeds_test",
-        "length_test",
-        "length_gain_test",
-        "valid_bleu",
-        "valid_nll",
-        "representation",
-        "energy",
-        "margin",
-        "probability",
-    ),
-    *("calibration", "frequency_accuracy", "frequency_f1"),
+    *"seeds_test length_test length_gain_test valid_bleu valid_nll representation energy margin probability".split(),
+    *"calibration frequency_accuracy frequency_f1 gains_words_test gains_confidence_test coverage_test".split(),
+    *"calibration_pieces_test calibration_sentences_test".split(),
 }
+TABLES = ("scores_test", "words_test", "confidence_test", "runs")
 NASTY = '<script>document.title = "gone"</script> & <b>"bold"</b> ' + "long" * 100
 
 
@@ -120,8 +116,28 @@ def test_the_scores_on_the_page_are_those_of_the_runs(reported):
     assert "paired t-test over 2 seeds" in page and "paired t-test over 2 seeds" in markdown
 
 
+def test_where_it_helps_is_measured_corrected_and_counted(reported, capsys):
+    measures = Comparison.read(reported / "comparison.json").measures
+    everything = [each for sets in measures.values() for each in sets["test"]]
+    assert set(measures) == {"words", "confidence"} and len({each.metric for each in everything}) == len(everything)
+    assert holm([each.p for each in everything]) == [each.holm_p for each in everything]
+    assert all(each.bootstrap_interval and each.bootstrap_holm_p >= each.bootstrap_p for each in everything)
+    for name in ("report.md", "report.html"):
+        assert f"{len(everything)} comparisons" in (reported / name).read_text(encoding="utf-8")
+
+    data = PreparedData.open(reported.parent / "data")
+    counts = count_words(data)
+    assert counts == Counter(word for line in words_of([text for _, text in PAIRS["train"]], data) for word in line)
+    folders = [reported.parent / f"{arm}.seed{seed}" for arm in ("ce", "el") for seed in (1, 2)]
+    main([str(word) for word in ["compare", "--baseline", *folders[:2], "--candidate", *folders[2:]]])
+    printed = capsys.readouterr().out
+    assert "### Words of test" in printed and f"{len(measures['words']['test'])} comparisons" in printed
+    for each in measures["words"]["test"]:
+        assert each.metric in printed
+
+
 def test_tables_are_beside_the_page_as_latex_and_csv(reported):
-    names = {f"{name}.{kind}" for name in ("scores_test", "runs") for kind in ("csv", "tex")}
+    names = {f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")}
     assert {path.name for path in (reported / "tables").iterdir()} == names
     with open(reported / "tables" / "scores_test.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
