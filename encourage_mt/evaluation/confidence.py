@@ -74,8 +74,8 @@ class Confidence(Record):
 def measure_confidence(run: Run) -> Confidence:
     """Return how confident the model of an evaluated run is of its translations; kept in its confidence.json.
 
-    The model sees the translation's text in the pieces of the subword model, which are nearly always those it
-    generated. Raises UserError if the run is not evaluated, or a file is missing or damaged.
+    The model sees the translation's text in the pieces of the subword model. It may have generated other pieces that
+    make the same text; those are not kept. Raises UserError if the run is not evaluated or a file is damaged.
     """
     path, data = run.folder / "confidence.json", run.prepared()
     checkpoint = evaluated_checkpoint(run)

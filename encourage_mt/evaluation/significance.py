@@ -82,6 +82,8 @@ class MetricComparison:
         return self.sign * (self.candidate[seed] - self.baseline[seed])
 
     def _test(self, test, *samples, spread, **options):
+        if self.bootstrap_p is not None and np.isclose(spread, 0):
+            return  # a measure of few words often has the same gain in every seed, which is no proof
         if spread == 0:  # t is infinite or undefined if all gains are equal
             self.p, self.interval = (0.0 if self.gain else 1.0), (self.gain, self.gain)
             return
@@ -160,14 +162,13 @@ def compare_resampled(
         first, second = ({seed: float(score[row]) for seed, score in side.items()} for side in scores)
         if not np.isfinite([*first.values(), *second.values()]).all():
             continue
-        result = MetricComparison(name, first, second, lower_is_better=lower_is_better)
-        gains = result.sign * np.concatenate(sampled)[:, row]
+        gains = np.concatenate(sampled)[:, row] * (-1 if lower_is_better else 1)
         gains = gains[np.isfinite(gains)]
         low, high = np.quantile(gains, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        result.bootstrap_interval = float(low), float(high)
         rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
-        result.bootstrap_p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
-        compared.append(result)
+        p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
+        over_sentences: dict[str, Any] = {"bootstrap_interval": (float(low), float(high)), "bootstrap_p": p}
+        compared.append(MetricComparison(name, first, second, lower_is_better=lower_is_better, **over_sentences))
     return compared
 
 

@@ -86,13 +86,21 @@ def test_equal_systems_differ_at_the_nominal_rate(monkeypatch):
     monkeypatch.setattr(significance, "BLOCK", 300)
     monkeypatch.setattr(significance, "SAMPLES", 300)
     rng = np.random.default_rng(2)
-    p = np.array(
-        [
-            [each.bootstrap_p for each in compare_resampled(list("abcdefg"), planted(rng, 40, [0.3] * 6), 40)]
-            for _ in range(40)
-        ]
-    )
+    compared = [compare_resampled(list("abcdefg"), planted(rng, 40, [0.3] * 6), 40) for _ in range(40)]
+    p = np.array([[each.bootstrap_p for each in rows] for rows in compared])
     assert p.size == 280 and 0.02 < (p < 0.05).mean() < 0.1 and 0.4 < (p < 0.5).mean() < 0.6
+    over_seeds = np.array([each.p for rows in compared for each in rows if each.p is not None])
+    assert 0.01 < (over_seeds < 0.05).mean() < 0.1
+
+
+def test_the_same_gain_of_a_few_words_in_every_seed_is_no_proof_over_seeds():
+    references = [["rare"]] * 4 + [["frequent"]] * 20
+    better = match_words(references, references, Counter(frequent=5000, rare=1))
+    worse = match_words([["x"], *references[1:]], references, Counter(frequent=5000, rare=1))
+    sides = [{seed: partial(word_statistic, table) for seed in (1, 2, 3)} for table in (worse, better)]
+    rare = compare_resampled(list("abcdefg"), sides, 24)[0]
+    assert rare.gain == pytest.approx(100 - 600 / 7) and rare.p is None and rare.interval is None
+    assert rare.bootstrap_p > 0.3
 
 
 def test_a_word_that_only_one_sentence_has_proves_nothing():
