@@ -63,7 +63,7 @@ def test_a_better_ranking_is_found_and_equal_ones_differ_at_the_nominal_rate(mon
     monkeypatch.setattr(significance, "SAMPLES", 500)
     rng = np.random.default_rng(3)
     p = []
-    for _ in range(30):
+    for _ in range(20):
         references = draw_references(rng, 40)
         quality = rng.random(40)
 
