@@ -54,6 +54,8 @@ def extract(archive: Path, members: list[str], folder: Path) -> None:
                 some = islice(file, MAX_MEMBERS + 1)
                 entries = [(i.name, i.isdir(), not (i.isfile() or i.isdir()), i) for i in some]
                 _write(archive, entries, members, folder, file.extractfile)
+                while file.fileobj and file.fileobj.read(BLOCK):  # to the end, where .gz has its checksum
+                    pass
     except UNSUPPORTED as error:
         raise UserError(f"{archive}: cannot be read ({error}); extract it yourself and use --raw-dir") from None
     except (*DAMAGED, EOFError, ValueError, OSError) as error:

@@ -82,6 +82,8 @@ class Sources:
             raise UserError(f"{path}: is not the published file ({' or '.join(checksums)}); download it again")
         digest = file_hash(path)
         checked = " or ".join(checksums) if checksums else "no checksum is published"
+        if self.corpus.urls and not checksums:
+            print(f"{name}: no checksum in the recipe; to accept only this file from now on, add sha256:{digest}")
         self.used[name] = {"path": str(path), "bytes": path.stat().st_size, "sha256": digest, "checked": checked}
         return path
 

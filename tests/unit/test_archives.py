@@ -140,3 +140,22 @@ def test_damaged_archive_is_extracted_or_refused_in_one_line(kind, tmp_path):
             refused += 1
             assert kind in str(error) and str(error).isprintable()
     assert refused > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_never_gives_another_text(kind, tmp_path):
+    if kind.endswith(".tar"):
+        pytest.skip("an uncompressed .tar has no checksum of its members")
+    text, rng = "".join(map(str, random.Random(1).choices(range(10**9), k=999))), random.Random(2)
+    path = archive(tmp_path / kind, ("x/a.en", text), ("x/b.en", text))
+    good, refused = path.read_bytes(), 0
+    for _ in range(40):
+        content = bytearray(good)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            extract(path, ["x/a.en"], tmp_path / "out")
+            assert (tmp_path / "out" / "x" / "a.en").read_text() == text
+        except UserError:
+            refused += 1
+    assert refused > 10

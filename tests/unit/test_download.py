@@ -17,6 +17,7 @@ from test_archives import archive
 from encourage_mt import processes
 from encourage_mt.data import download as downloads
 from encourage_mt.data.download import download
+from encourage_mt.data.sizing import choose
 from encourage_mt.data.sources import Sources
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
@@ -315,11 +316,33 @@ def test_downloads_are_reused_by_both_directions(server, tmp_path, capsys):
     assert "v.de: reused" in capsys.readouterr().out
 
 
+def test_a_file_without_a_checksum_is_kept_if_it_is_whole_and_its_sha256_is_printed(server, tmp_path, capsys):
+    """As the files of a site that adds to them: the second version is half an archive, with the right length."""
+    content = archive(tmp_path / "a.zip", ("x.tsv", "eins\tone\n" * 99)).read_bytes()
+    data = {"urls": [server.url], **dict.fromkeys(("train", "valid", "test"), ["a.zip:x.tsv"])}
+    for served in (content, content[:-30]):
+        server.files["/a.zip"] = served
+        sources = sources_of(tmp_path, **data)
+        if served == content:
+            sources.collect(["a.zip:x.tsv"], tmp_path / "out")
+        else:
+            with pytest.raises(UserError, match="a.zip: damaged archive .*remove it"):
+                sources.collect(["a.zip:x.tsv"], tmp_path / "out")
+        digest = hashlib.sha256(served).hexdigest()
+        out = capsys.readouterr().out
+        assert "a.zip: no checksum in the recipe; " in out and f"sha256:{digest}" in out
+        assert sources.used["a.zip"]["sha256"] == digest
+        (tmp_path / "downloads" / "tiny" / "a.zip").unlink()
+    pinned = sources_of(tmp_path, **data, checksums={"a.zip": f"sha256:{hashlib.sha256(content).hexdigest()}"})
+    with pytest.raises(UserError, match="but the recipe says sha256"):
+        pinned.collect(["a.zip:x.tsv"], tmp_path / "out")
+
+
 def test_files_of_a_recipe_are_beside_it_not_in_the_current_folder(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "test.tsv").write_text("eins\tone\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Sources(recipe, None, tmp_path).find_local("test.tsv") == tmp_path / "test.tsv"
-    own = load_recipe(ROOT / "examples/own/recipe.yaml", "de", "en", ["test.tsv"])
+    own = load_recipe(ROOT / "examples/own/recipe.yaml", "de", "en", ["test.tsv"], choose(0, 0))
     assert Sources(own, None, tmp_path).find_local("test.tsv").resolve() == tmp_path / "elsewhere" / "test.tsv"
