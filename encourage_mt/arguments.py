@@ -96,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="arms of the recipe; the others, and added ones, are compared with the first (default: ce el)",
     )
     command.add_argument(
-        "--parallel", type=count, metavar="N", help="trainings at a time (default: 1 on a GPU, otherwise one per core)"
+        "--parallel",
+        type=count,
+        metavar="N",
+        help="trainings at a time (default: one per GPU or core, or per --gpus of them)",
     )
     add_engine(command)
 
@@ -120,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("evaluate", "average the last checkpoints of each run, translate and score; writes scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")
-    command.add_argument("--data", type=Path, help="folder of the prepared data (default: the data it was trained on)")
+    add_data_option(command)
     for name, kind, meaning in (
         ("average", count, "number of last epoch checkpoints to average"),
         ("beam", count, "beam size"),
@@ -163,12 +166,15 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar="RUN",
                 help=f"evaluated runs of the {side}, one per seed (required)",
             )
+        add_data_option(command)
         command.add_argument(
             "--allow-differences",
             action="store_true",
             help="compare even if the runs differ in more than the criterion (default: refuse, naming them)",
         )
     command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
+
+    add("user-dir", 'print the folder for the --user-dir of fairseq\'s commands: --user-dir "$(encourage-mt user-dir)"')
     return parser
 
 
@@ -214,6 +220,11 @@ def add_engine(command: argparse.ArgumentParser) -> None:
         default="fairseq",
         help="program that translates; ctranslate2 is faster and needs the extra serving (default: %(default)s)",
     )
+
+
+def add_data_option(command: argparse.ArgumentParser) -> None:
+    """Add --data, for runs whose data is not where it was when they were trained."""
+    command.add_argument("--data", type=Path, help="folder of the prepared data (default: the data of the training)")
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:

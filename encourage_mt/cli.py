@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from .arguments import parse_arguments
-from .environment import Precision, cores
+from .environment import USER_DIR, Precision, cores, describe_hardware, visible_gpus
 from .errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -96,10 +96,8 @@ def prepare_recipe(arguments) -> None:
 
 def run_recipe(arguments) -> None:
     """Carry out `encourage-mt run`."""
-    import torch
-
     from .evaluation.comparison import compare
-    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluate import evaluate_all
     from .report.page import write_report
     from .report.tables import arms_table, published_table, runs_table
     from .training.launch import Cluster
@@ -111,19 +109,20 @@ def run_recipe(arguments) -> None:
     added = [text.partition("=")[0] for text in arguments.add_arm]
     arms, seeds = list(dict.fromkeys([*arguments.arms, *added])), list(dict.fromkeys(arguments.seeds))
     check_arms("--arms", arms, recipe)
-    gpu = torch.cuda.is_available()
-    parallel = min(arguments.parallel or (1 if gpu else max(1, cores() // arguments.gpus)), len(arms) * len(seeds))
+    gpus = visible_gpus()
+    at_a_time = arguments.parallel or max(1, (len(gpus) or cores()) // arguments.gpus)
+    parallel = min(at_a_time, len(arms) * len(seeds))
     cluster = Cluster(choose_precision(arguments), arguments.gpus)
     data = work_dir / "data"
     runs = [make_run(recipe, arm, seed, data, work_dir, cluster.precision) for seed in seeds for arm in arms]
     if not start_trainings(arguments, recipe, runs, cluster, parallel):
         return
-    print(f"{recipe.name} on {torch.cuda.get_device_name() if gpu else 'CPU'}, {parallel} trainings at a time")
+    print(f"{recipe.name} on {describe_hardware()}, {parallel} trainings at a time")
     prepare_data(arguments, recipe, work_dir)
     print_schedules(runs, cluster)
     train(runs, cluster, parallel)
     runs = [open_run(run.folder) for run in runs]  # with the provenance that was recorded
-    results = [evaluate(run, engine=arguments.engine) for run in runs]
+    results = evaluate_all(runs, engine=arguments.engine)
     print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
     comparisons = []
@@ -209,14 +208,13 @@ def print_schedules(runs: list["Run"], cluster: "Cluster") -> None:
 
 def evaluate_runs(arguments) -> None:
     """Carry out `encourage-mt evaluate`."""
-    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluate import evaluate_all
     from .report.tables import runs_table
     from .training.run_folder import open_run
 
     changes = {name: getattr(arguments, name) for name in ("data", "average", "beam", "lenpen")}
     runs = [open_run(folder, **changes) for folder in arguments.runs]
-    results = [evaluate(run, arguments.comet, arguments.engine) for run in runs]
-    print(f"\n{runs_table(results)}")
+    print(f"\n{runs_table(evaluate_all(runs, arguments.comet, arguments.engine))}")
 
 
 def export_run(arguments) -> None:
@@ -278,7 +276,13 @@ def open_sides(arguments) -> list[list["Run"]]:
     """Return the runs of the baseline and those of the candidate."""
     from .training.run_folder import open_run
 
-    return [[open_run(folder) for folder in side] for side in (arguments.baseline, arguments.candidate)]
+    sides = arguments.baseline, arguments.candidate
+    return [[open_run(folder, data=arguments.data) for folder in side] for side in sides]
+
+
+def print_user_dir(arguments) -> None:
+    """Carry out `encourage-mt user-dir`."""
+    print(USER_DIR)
 
 
 COMMANDS = {
@@ -290,4 +294,5 @@ COMMANDS = {
     "translate": translate_text,
     "compare": compare_runs,
     "report": report_runs,
+    "user-dir": print_user_dir,
 }

@@ -2,10 +2,12 @@
 
 import fcntl
 import os
+import queue
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
@@ -37,6 +39,24 @@ def start(argv: list[str], **options) -> subprocess.Popen:
     program_path(argv[0])
     argv = [sys.executable, str(WORKER), f"--parent={os.getpid()}", *argv]
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options)
+
+
+def run_on_gpus(commands: list[list[str]], gpus: list[str]) -> list[int]:
+    """Run each command on the next GPU that is free, without its standard output; return their exit codes in order."""
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def run(argv: list[str]) -> int:
+        gpu = free.get()
+        try:
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+            return start(argv, stdout=subprocess.DEVNULL, env=environment).wait()
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(len(gpus)) as threads:
+        return list(threads.map(run, commands))
 
 
 def run_quietly(argv: list[str], log: Path) -> None:

@@ -11,11 +11,11 @@ from ..data.bitext import read_lines
 from ..data.manifest import PreparedData
 from ..data.subwords import restore_bytes
 from ..data.tokenization import detokenize
-from ..environment import Engine, describe_hardware, versions
+from ..environment import Engine, describe_hardware, versions, visible_gpus
 from ..errors import UserError
 from ..files import atomic_write, file_hash
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
-from ..processes import locked
+from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
 from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
@@ -25,6 +25,24 @@ from .engines import translate_sets
 from .results import HEADLINE, Evaluation, Result, Score
 
 UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier translations when all are scored
+
+
+def evaluate_all(runs: list[Run], comet: Path | None = None, engine: Engine = "fairseq") -> list[Result]:
+    """Score runs as `evaluate` does, one after the other, or on a machine with several GPUs one on each at a time."""
+    gpus = visible_gpus()[: len(runs)]
+    if len(gpus) > 1:
+        codes = run_on_gpus([evaluate_command(run, comet, engine) for run in runs], gpus)
+        failed = [run.name for run, code in zip(runs, codes, strict=True) if code]
+        if failed:
+            raise UserError(f"{', '.join(failed)}: could not be scored, the reason is above")
+    return [evaluate(run, comet, engine) for run in runs]  # what was scored on a GPU is only read
+
+
+def evaluate_command(run: Run, comet: Path | None, engine: Engine) -> list[str]:
+    """Return the command that scores a run as `evaluate` does."""
+    settings = [f"--{name}={getattr(run, name)}" for name in ("data", "average", "beam", "lenpen")]
+    settings += [f"--engine={engine}", *([f"--comet={comet}"] if comet else [])]
+    return ["encourage-mt", "evaluate", str(run.folder), *settings]
 
 
 def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") -> Result:

@@ -1,11 +1,10 @@
 """Make the command that starts a training on GPUs and machines, with the same tokens per update on any number."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..environment import USER_DIR, Precision, quiet_imports
+from ..environment import USER_DIR, Precision, quiet_imports, visible_gpus
 from ..errors import UserError
 from ..files import Scalar
 from ..processes import WORKER
@@ -35,18 +34,13 @@ class Cluster:
 
     def check_machine(self, parallel: int = 1) -> None:
         """Raise UserError if this machine has too few GPUs for `parallel` trainings."""
-        import torch
-
-        here = torch.cuda.device_count()
+        here = len(visible_gpus())
         if here and self.gpus * parallel > here and self.gpus > 1:
             raise UserError(f"--gpus {self.gpus} for {parallel} trainings at a time: this machine has {here} GPUs")
 
     def devices(self, slot: int) -> dict[str, str]:
         """Return the environment that gives the training in `slot` (from 0) its share of the machine's GPUs."""
-        import torch
-
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        here = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        here = visible_gpus()
         if not here:
             return {}
         return {"CUDA_VISIBLE_DEVICES": ",".join(here[(slot * self.gpus + k) % len(here)] for k in range(self.gpus))}

@@ -78,6 +78,21 @@ def test_a_lock_names_its_holder_and_is_free_once_the_holder_was_killed(tmp_path
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_waiting_command_gets_the_gpu_of_the_one_that_ended(monkeypatch, tmp_path):
+    """The first command ends after the others."""
+    started = []
+
+    def start(argv, env, **options):
+        started.append((argv[0], env["CUDA_VISIBLE_DEVICES"]))
+        return subprocess.Popen(["sh", "-c", argv[1]], env=env, cwd=tmp_path, **options)
+
+    monkeypatch.setattr(processes, "start", start)
+    scripts = ["while [ ! -e last ]; do sleep 0.05; done", "sleep 0.1", "exit 2", "touch last"]
+    codes = processes.run_on_gpus([[str(number), script] for number, script in enumerate(scripts)], ["4", "7"])
+    assert codes == [0, 0, 2, 0]
+    assert sorted(started) == [("0", "4"), ("1", "7"), ("2", "7"), ("3", "7")]
+
+
 def test_a_program_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="fairseq-train is not installed"):

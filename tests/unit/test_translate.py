@@ -6,6 +6,7 @@ import sys
 import pytest
 from samples import sample_data, sample_run
 
+from encourage_mt.arguments import parse_arguments
 from encourage_mt.data.subwords import join_pieces
 from encourage_mt.environment import USER_DIR
 from encourage_mt.errors import UserError
@@ -111,3 +112,23 @@ def test_without_ctranslate2_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(UserError, match="serving.*pip install ctranslate2"):
         engines.load_model(tmp_path)
+
+
+def test_on_several_gpus_each_run_is_scored_by_a_process_of_its_own(tmp_path, monkeypatch):
+    data = sample_data(tmp_path / "data", {"de": ["a"], "en": ["b"]})
+    runs = [sample_run(tmp_path / f"ce.seed{seed}", data.folder, seed=seed) for seed in (1, 2)]
+    calls, codes = [], [0, 0]
+    monkeypatch.setattr(evaluate, "visible_gpus", lambda: ["4", "7", "8"])
+    monkeypatch.setattr(evaluate, "run_on_gpus", lambda commands, gpus: calls.append((commands, gpus)) or codes)
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, comet, engine: run.name)
+    assert evaluate.evaluate_all(runs, tmp_path / "comet", "ctranslate2") == ["ce.seed1", "ce.seed2"]
+    ((commands, gpus),) = calls
+    assert gpus == ["4", "7"]
+    arguments = parse_arguments(commands[1][1:])
+    assert arguments.runs == [runs[1].folder] and arguments.data == data.folder and arguments.comet.name == "comet"
+    assert (arguments.average, arguments.beam, arguments.lenpen, arguments.engine) == (10, 5, 1.0, "ctranslate2")
+    codes[1] = 2
+    with pytest.raises(UserError, match="ce.seed2: "):
+        evaluate.evaluate_all(runs)
+    evaluate.evaluate_all(runs[:1])
+    assert len(calls) == 2, "one run needs no other process"

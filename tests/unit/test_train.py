@@ -1,0 +1,91 @@
+"""Train with a stand-in for fairseq-train: the progress bars, and which training gets which GPU."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY, write_recipe
+from samples import sample_data
+
+from encourage_mt.environment import visible_gpus
+from encourage_mt.errors import UserError
+from encourage_mt.recipe import load_recipe
+from encourage_mt.training import train as training
+from encourage_mt.training.launch import Cluster
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """make(seeds, **length): the runs of both arms with each seed."""
+
+    def make(seeds, **length):
+        train = {name: value for name, value in TINY["train"].items() if name != "max-epoch"}
+        recipe = load_recipe(write_recipe(tmp_path, average=1, train={**train, **length}))
+        data = sample_data(tmp_path / "data", {"de": ["a"], "en": ["b"]}).folder
+        arms = [(seed, arm) for seed in seeds for arm in ("ce", "el")]
+        return [training.make_run(recipe, arm, seed, data, tmp_path, "fp32") for seed, arm in arms]
+
+    return make
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """stand_in(script): a shell script in place of fairseq-train; returns the [(run, GPUs)] it is started with."""
+
+    def install(script):
+        started = []
+
+        def start(words, env, **options):
+            folder = next(word for word in words if word.startswith("--save-dir=")).split("/")[-2]
+            started.append((folder, env.get("CUDA_VISIBLE_DEVICES")))
+            return subprocess.Popen(["sh", "-c", script, "sh", folder], env=env, **options)
+
+        monkeypatch.setattr(training, "start", start)
+        monkeypatch.setattr(training, "program_path", lambda name: name)
+        return started
+
+    pause = training.time.sleep
+    monkeypatch.setattr(training.time, "sleep", lambda seconds: pause(0.02))
+    return install
+
+
+@pytest.mark.parametrize("unit, total", [("max-epoch", 4), ("max-update", 40)])
+def test_the_bars_of_a_crashed_training_stay_at_what_it_reached(unit, total, runs, stand_in, monkeypatch):
+    """Two trainings crash, each at half of its length."""
+    bars, make_bar = {}, training.progress_bar
+    monkeypatch.setattr(training, "progress_bar", lambda name, *rest: bars.setdefault(name, make_bar(name, *rest)))
+    stand_in('echo \'{"epoch": 3, "update": 2.0, "num_updates": "20"}\'; echo "RuntimeError: broken"; exit 1')
+    with pytest.raises(UserError, match="broken.*; .*broken"):
+        training.train(runs([1], **{unit: total}), Cluster("fp32"), 2)
+    reached = {name: (bar.n, bar.total) for name, bar in bars.items()}
+    half = (total / 2, total)
+    assert reached == {"all trainings": (1, 2), "ce.seed1": half, "el.seed1": half}
+
+
+@pytest.mark.parametrize(
+    "visible, gpus, expected",
+    [(None, 1, ["0", "1", "1", "1"]), ("4,7", 1, ["4", "7", "7", "7"]), ("4,5,6,7", 2, ["4,5", "6,7", "6,7", "6,7"])],
+)
+def test_a_waiting_training_gets_the_gpus_of_the_one_that_ended(
+    visible, gpus, expected, runs, stand_in, monkeypatch, tmp_path
+):
+    """The first training ends after the others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len((visible or "0,1").split(",")))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    script = f"cd {tmp_path}; case $1 in ce.seed1) while [ ! -e last ]; do sleep 0.05; done;; "
+    started = stand_in(script + "el.seed2) touch last;; esac")
+    training.train(runs([1, 2], **{"update-freq": 2, "max-epoch": 2}), Cluster("fp32", gpus), 2)
+    names = ["ce.seed1", "el.seed1", "ce.seed2", "el.seed2"]
+    assert started == list(zip(names, expected, strict=True))
+    assert all((tmp_path / name / "train.done").exists() for name in names)
+
+
+@pytest.mark.parametrize("named, count, expected", [("", 2, ["0", "1"]), ("GPU-a, GPU-b", 2, ["GPU-a", "GPU-b"])])
+def test_gpus_are_named_as_cuda_names_them(named, count, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus() == [], "on a machine without a GPU"
