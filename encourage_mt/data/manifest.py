@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, computed_field, model_validator
+from tabulate import tabulate
 
 from ..errors import UserError
 from ..fields import SHA256, Count, Language, Name, Split
@@ -83,7 +84,8 @@ class PreparedData(Record):
 
     @classmethod
     def upgrade(cls, content: dict) -> dict:
-        """Return a manifest of version 0.1 as format 2 has it."""
+        """Return a manifest of version 0.1 as format 2 has it, and without what follows from other fields."""
+        content = {key: value for key, value in content.items() if key != "subsets"}
         match content:
             case {"text": dict() as text, "subword": dict() as subword, "duplicates": dict() as duplicates, **rest} if (
                 "format" not in content
@@ -117,9 +119,10 @@ class PreparedData(Record):
         """{split: number of pairs} of the binarized data."""
         return {split: self.counts[split]["kept"] for split in ("train", "valid", *self.tests)}
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know that pydantic takes a property
     @property
     def subsets(self) -> dict[str, str]:
-        """{split: name of its binarized subset}: valid, and the test sets as test, test1, ..."""
+        """{split: name of its binarized subset}: valid, and the test sets as test, test1, ...; kept in the file."""
         return {"valid": "valid", **{split: f"test{number or ''}" for number, split in enumerate(self.tests)}}
 
     @property
@@ -140,24 +143,19 @@ class PreparedData(Record):
         return read_lines(self.folder / "tokenized" / f"{split}.{language}")
 
     def describe(self) -> str:
-        """Return a few lines for people: pairs of each split, dropped pairs, unknown pieces, repetitions, warnings."""
-        lines = []
-        for split, counts in self.counts.items():
-            dropped = describe_dropped(counts)
-            line = f"{split}: {counts['kept']:,} pairs" + (f" (dropped: {dropped})" if dropped else "")
-            shares = self.percent_unknown.get(split, {})
-            line += "; unknown pieces " + ", ".join(f"{language} {share:g}%" for language, share in shares.items())
-            if split in self.leakage:
-                leaked = self.leakage[split]
-                line += f"; in train too: {leaked.pairs_in_train:,} pairs, {leaked.sources_in_train:,} sources, "
-                line += f"{leaked.targets_in_train:,} targets"
-            else:
-                line += f"; {self.duplicate_train_pairs:,} repeat another pair"
-            lines.append(line)
+        """Return a table for people (splits, their names in data-bin, pairs dropped and leaked), and the warnings."""
+        rows = []
+        for split, subset in {"train": "train", **self.subsets}.items():
+            counts, shares, leaked = self.counts[split], self.percent_unknown.get(split, {}), self.leakage.get(split)
+            unknown = ", ".join(f"{language} {share:g}%" for language, share in shares.items())
+            names = ("pairs", "sources", "targets")
+            shared = ", ".join(f"{getattr(leaked, f'{name}_in_train'):,} {name}" for name in names if leaked)
+            rows.append([split, subset, f"{counts['kept']:,}", describe_dropped(counts), unknown, shared])
+        header = ["split", "in data-bin", "pairs", "dropped", "unknown pieces", "in train too"]
         sizes = ", ".join(f"{language} {size:,}" for language, size in self.dictionary.items())
-        lines.append(f"dictionary: {sizes} types")
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        lines = [tabulate(rows, header, tablefmt="github", disable_numparse=True)]
+        lines += [f"train: {self.duplicate_train_pairs:,} pairs repeat another", f"dictionary: {sizes} types"]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def _drop_addresses(corpus: Any) -> Any:

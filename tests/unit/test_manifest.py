@@ -65,9 +65,12 @@ def test_both_formats_are_read(content, tmp_path):
     # of version 0.1, which run.json files name
     assert data.checksum == "e1203fe6535e01338fe81d7e1a6165c89b8d155ee8e29ebc72de76a3012414dd"
     assert data.options["data"] == [{"train": ["train.tsv"]}], "addresses are not an option of the preparation"
-    for part in ("train: 7 pairs (dropped: too_long 2)", "1 repeat", "de 8, en 8", "warning: tst: a warning"):
-        assert part in data.describe()
+    lines = [" ".join(line.split()) for line in data.describe().splitlines()]
+    assert "| train | train | 7 | too_long 2 | de 0% | |" in lines
+    assert "| tst | test | 3 | too_long 2 | de 1% | 0 pairs, 0 sources, 1 targets |" in lines
+    assert "1 pairs repeat" in lines[-3] and "de 8, en 8" in lines[-2] and lines[-1] == "warning: tst: a warning"
     data.write()
+    assert json.loads((tmp_path / "manifest.json").read_text())["subsets"] == {"valid": "valid", "tst": "test"}
     assert PreparedData.open(tmp_path) == data
 
 
