@@ -17,6 +17,7 @@ from encourage_mt import processes
 from encourage_mt.cli import main
 from encourage_mt.data.prepare import prepare
 from encourage_mt.environment import USER_DIR
+from encourage_mt.plugin.worker import die_with_parent
 from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -67,14 +68,15 @@ def write_recipe(folder, **changes):
 
 
 def run(*argv, code=0, stdin=None, **options):
-    """Run a command of this environment and check its exit code.
+    """Run a command of this environment, which ends with the tests, and check its exit code.
 
     Returns the finished process with stdout, stderr and output (both) as text.
     """
     argv = [str(word) for word in argv]
     if (Path(sys.executable).parent / argv[0]).exists():
         argv[0] = processes.program_path(argv[0])
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, encoding="utf-8", **options)
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "preexec_fn": die_with_parent, **options}
+    done = subprocess.run(argv, input=stdin, **options)
     done.output = done.stdout + done.stderr
     assert done.returncode == code, done.output[-6000:]
     return done
@@ -136,6 +138,12 @@ def work(tmp_path_factory):
     return SimpleNamespace(folder=folder / "work", recipe=recipe, interrupted=interrupted, done=done)
 
 
+def with_ctrl_c():
+    """Set up a child: it ends with the tests, and Ctrl-C interrupts it even where the tests ignore it."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt(argv, log):
     """Start a command, press Ctrl-C after `log` has the first epoch; return the finished process."""
     process = subprocess.Popen(
@@ -144,7 +152,7 @@ def interrupt(argv, log):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where the tests ignore it
+        preexec_fn=with_ctrl_c,
     )
     while process.poll() is None and not (log.exists() and "train_loss" in log.read_text()):
         time.sleep(0.05)

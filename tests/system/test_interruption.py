@@ -6,8 +6,10 @@ KILLS=20 in the environment sets how often the tests at random moments kill (def
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import EL, EVAL_BLEU, TINY, refused, run, write_recipe
 from encourage_mt import processes
 from encourage_mt.environment import USER_DIR
 from encourage_mt.plugin import checkpoints, fault_tolerance
+from encourage_mt.plugin.worker import die_with_parent
 from encourage_mt.training.run_folder import read_log
 
 KILLS = int(os.environ.get("KILLS", "1"))
@@ -37,7 +40,7 @@ def command(data, folder, *options):
 
 def start(argv, log):
     with open(log, "a") as out:
-        return subprocess.Popen(argv, stdout=out, stderr=out)
+        return subprocess.Popen(argv, stdout=out, stderr=out, preexec_fn=die_with_parent)
 
 
 def wait_for(condition, process, seconds=500):
@@ -169,15 +172,23 @@ def is_running(pid):
         return False
 
 
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def kill_and_look_for_children(process):
-    """SIGKILL a command; assert that a second later none of its children runs."""
+    """SIGKILL a command; assert that a second later none of its children runs.
+
+    A child that was just started ends as its first act, so the second begins after the time Python takes to start.
+    """
     below = descendants(process.pid)
     process.kill()
     process.wait()
+    subprocess.run([sys.executable, "-c", "import ctypes"], check=True)
     end = time.monotonic() + 1
     while any(map(is_running, below)) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not list(filter(is_running, below))
+    assert [command_of(pid) for pid in below if is_running(pid)] == []
     return below
 
 
@@ -220,24 +231,49 @@ def test_a_training_stopped_and_killed_through_encourage_mt_resumes_without_help
     assert process.wait(120) == 143
 
 
-def test_kills_of_a_whole_run_do_not_change_scores(tmp_path):
-    """SIGKILL at random moments of preparing, training, translating and reporting."""
-    recipe, dice = write_recipe(tmp_path), random.Random(2)
-    run("encourage-mt", "run", recipe, "--work-dir", tmp_path / "whole")
-    argv = [processes.program_path("encourage-mt"), "run", str(recipe), "--work-dir", str(tmp_path / "work")]
-    log, kills = tmp_path / "log", 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The recipe and the work directory of a run that nothing disturbed, and how many seconds it took."""
+    folder, started = tmp_path_factory.mktemp("whole"), time.monotonic()
+    recipe = write_recipe(folder)
+    run("encourage-mt", "run", recipe, "--work-dir", folder / "work")
+    return recipe, folder / "work", time.monotonic() - started
+
+
+RUNS = ["--baseline", "{work}/ce.seed1", "--candidate", "{work}/el.seed1", "--output", "{work}/report-ce-el"]
+COMMANDS = {  # options; about which share of a whole run it takes; what it makes; the record of its result
+    "prepare": (["{recipe}", "--work-dir", "{work}"], 0.15, ["data"], "data/manifest.json"),
+    "run": (["{recipe}", "--work-dir", "{work}"], 1, ["data", "ce.seed1", "el.seed1"], "el.seed1/scores.json"),
+    "evaluate": (["{work}/el.seed1"], 0.3, ["el.seed1/scores.json", "el.seed1/average.pt"], "el.seed1/scores.json"),
+    "report": (RUNS, 0.25, ["report-ce-el", "el.seed1/analysis.json"], "report-ce-el/comparison.json"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_kills_of_a_command_do_not_change_its_result(command, whole, tmp_path):
+    """SIGKILL at random moments; each start finds what the one before left, except after one that reached its end."""
+    options, share, made, result = COMMANDS[command]
+    recipe, undisturbed, seconds = whole
+    work, log, dice, kills = tmp_path / "work", tmp_path / "log", random.Random(2), 0
+    argv = [processes.program_path("encourage-mt"), command]
+    argv += [word.format(recipe=recipe, work=work) for word in options]
+
+    def remove_what_it_makes():
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(undisturbed, work)
+        subprocess.run(["rm", "-r", *(work / name for name in made)], check=True)
+
+    remove_what_it_makes()
     while kills < KILLS:
         process = start(argv, log)
-        time.sleep(dice.uniform(0.5, 15))
-        if process.poll() is not None:
+        time.sleep(dice.uniform(0, share * seconds))
+        if process.poll() is None:
+            kill_and_look_for_children(process)
+            kills += 1
+        else:
             assert process.returncode == 0, log.read_text()[-3000:]
-            subprocess.run(["rm", "-r", tmp_path / "work"], check=True)
-            continue
-        kill_and_look_for_children(process)
-        kills += 1
+            remove_what_it_makes()
     run(*argv)
-    for arm in ("ce", "el"):
-        scores = [
-            json.loads((tmp_path / w / f"{arm}.seed1" / "scores.json").read_text())["scores"] for w in ("whole", "work")
-        ]
-        assert scores[0] == scores[1]
+    before, after = (json.loads((folder / result).read_text()) for folder in (undisturbed, work))
+    for key in {"scores", "tests", "checksums", "counts"} & set(before):
+        assert before[key] == after[key]
