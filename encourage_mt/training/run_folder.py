@@ -17,7 +17,9 @@ from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
 from ..recipe import AVERAGE, BEAM, LENPEN, Name
 
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
-WATCHING = {"eval-bleu-args", "log-format", "log-interval", "keep-last-epochs"}  # do not change what is trained
+WATCHING = {  # options that do not change what is trained
+    *("eval-bleu-args", "log-format", "log-interval", "keep-last-epochs", "tensorboard-logdir", "wandb-project"),
+}
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -107,8 +109,13 @@ class Run(Record):
         return ["fairseq-train", *self.arguments(**changes), f"--user-dir={USER_DIR}"]
 
     def arguments(self, **changes: Scalar) -> list[str]:
-        """Return data, checkpoint folder and options, with `changes`, as fairseq-train takes them."""
+        """Return data, checkpoint folder and options, with `changes`, as fairseq-train takes them.
+
+        TensorBoard's folder is one in the run's, whatever path the option has.
+        """
         options = {**self.options, **{name.replace("_", "-"): value for name, value in changes.items()}}
+        if "tensorboard-logdir" in options:
+            options["tensorboard-logdir"] = str(self.folder / Path(str(options["tensorboard-logdir"])).name)
         return [str(self.data / "data-bin"), f"--save-dir={self.folder / 'checkpoints'}", *render_options(options)]
 
     def earlier_starts(self) -> list[Start]:
@@ -186,6 +193,10 @@ def open_run(folder: Path, **changes) -> Run:
     else:
         run = run_by_hand(folder)
     run = run.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    if not run.data.is_dir():
+        raise UserError(
+            f"{folder}: its data {run.data} does not exist; name the folder of the prepared data with --data"
+        )
     run.prepared()
     return run
 
@@ -201,7 +212,7 @@ def run_by_hand(folder: Path) -> Run:
             recipe="",
             arm=options["criterion"]["_name"],
             seed=options["common"]["seed"],
-            data=Path(options["task"]["data"]).parent,
+            data=(training_cwd(path.parent, options["checkpoint"]["save_dir"]) / options["task"]["data"]).parent,
             options={"criterion": options["criterion"]["_name"]},
             average=AVERAGE,
             beam=BEAM,
@@ -209,6 +220,17 @@ def run_by_hand(folder: Path) -> Run:
             precision=precision_of(options),
             provenance={},
         )
+
+
+def training_cwd(checkpoints: Path, save_dir: str) -> Path:
+    """Return the folder in which a training by hand was started, to which the paths of its options are relative.
+
+    It follows from a relative --save-dir and where the checkpoints are. Otherwise it is the current folder.
+    """
+    parts = Path(save_dir).parts
+    start = len(checkpoints.parts) - len(parts)
+    is_inside = start > 0 and checkpoints.parts[start:] == parts
+    return Path(*checkpoints.parts[:start]) if is_inside else Path.cwd()
 
 
 @contextmanager

@@ -180,7 +180,8 @@ class Training:
         self.run, self.slot = run, slot
         words = launch_command(run, cluster)
         program_path("fairseq-train")
-        environment = {**environment, **cluster.devices(slot - 1)}
+        watching = {"WANDB_NAME": run.name, "WANDB_DIR": str(run.folder)}  # for --wandb-project
+        environment = {**watching, **environment, **cluster.devices(slot - 1)}
         with locked(run.folder, cluster.node) as lock, open(run.log, "a", encoding="utf-8") as log:
             if cluster.node == 0:
                 with_provenance(run, cluster).save()

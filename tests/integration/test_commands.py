@@ -3,12 +3,12 @@
 import json
 import math
 import pickle
+import re
 import sys
 
 import numpy
 import pytest
 import torch
-import yaml
 from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
 from encourage_mt.environment import USER_DIR
@@ -173,36 +173,25 @@ def test_a_users_bonus_with_schedule_and_rdrop_continues_after_a_resume(train, t
 
 
 def hydra_train(data, save_dir, *options, code=0):
-    """fairseq-hydra-train with a YAML of the tiny model, in the form of those in fairseq's examples."""
-    side = {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 32, "attention_heads": 2}
-    config = {
-        "common": {"user_dir": str(USER_DIR), "cpu": True, "log_format": "json"},
-        "task": {"_name": "translation", "data": str(data / "data-bin"), "source_lang": "de", "target_lang": "en"},
-        "model": {
-            "_name": "transformer",
-            "encoder": side,
-            "decoder": side,
-            "share_all_embeddings": True,
-            "base_layers": 0,
-        },
-        "criterion": {"_name": "label_smoothed_encouraging_loss", "label_smoothing": 0.1, "log_end": 0.75},
-        "optimizer": {"_name": "adam"},
-        "lr_scheduler": {"_name": "fixed"},
-        "optimization": {"lr": [0.003], "max_epoch": 1},
-        "dataset": {"max_tokens": 1000},
-        "checkpoint": {"save_dir": str(save_dir)},
-    }
-    (save_dir / "tiny.yaml").write_text("# @package _group_\n" + yaml.safe_dump(config))
+    """fairseq-hydra-train with the file of docs/fairseq.md, and a tiny model."""
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/fairseq.md").read_text(), re.DOTALL | re.MULTILINE)
+    (save_dir / "train.yaml").write_text(config)
+    words = [f"common.user_dir={USER_DIR}", f"task.data={data / 'data-bin'}", f"checkpoint.save_dir={save_dir}"]
+    for side in ("encoder", "decoder"):
+        for name, value in {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 32, "attention_heads": 2}.items():
+            words.append(f"model.{side}.{name}={value}")
+    words += ["common.cpu=true", "optimization.max_epoch=1", "dataset.max_tokens=1000", *options]
     return run(
-        *("fairseq-hydra-train", "--config-dir", save_dir, "--config-name", "tiny", *options), code=code, cwd=save_dir
+        "fairseq-hydra-train", "--config-dir", save_dir, "--config-name", "train", *words, code=code, cwd=save_dir
     )
 
 
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
     _, data = tiny
-    hydra_train(data, tmp_path)
+    hydra_train(data, tmp_path, "criterion.log_end=0.75")
     state = checkpoints.load(tmp_path / "checkpoint_last.pt")
-    assert state["cfg"]["criterion"]["log_end"] == 0.75
+    criterion = state["cfg"]["criterion"]
+    assert (criterion["_name"], criterion["log_end"], criterion["label_smoothing"]) == (EL[1], 0.75, 0.1)
     generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout
     assert len(hypotheses(generated)) == 21
 

@@ -60,7 +60,8 @@ def test_wheel_has_template_sources_and_types(installed):
 
 
 def test_installed_package_is_a_user_dir(installed, tmp_path):
-    package = Path(installed["PYTHONPATH"]) / "encourage_mt"
+    package = run("encourage-mt", "user-dir", env=installed, cwd=tmp_path).stdout.rstrip("\n")
+    assert package == str(Path(installed["PYTHONPATH"]) / "encourage_mt")
     argv = ("fairseq-train", tmp_path, "--user-dir", package, "--criterion", "label_smoothed_encouraging_loss")
     error = run(*argv, "--arch", "transformer", "--log-end", "2", code=2, env=installed, cwd=tmp_path).stderr
     assert "--log-end" in error

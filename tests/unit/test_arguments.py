@@ -7,6 +7,7 @@ import pytest
 from conftest import refused
 
 from encourage_mt.arguments import build_parser
+from encourage_mt.environment import USER_DIR
 
 COMMANDS = ["prepare", "run", "train", "evaluate", "export", "translate", "compare", "report"]
 HEAVY = ["torch", "fairseq", "matplotlib", "sacrebleu", "pydantic", "numpy", "yaml", "scipy", "sentencepiece"]
@@ -17,6 +18,14 @@ def test_help_imports_nothing_heavy():
     code += f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--arms" in done.stdout and done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_user_dir_is_printed_at_once_from_any_folder(tmp_path):
+    """Without heavy imports, in the package that is imported."""
+    code = "import sys; from encourage_mt.cli import main; main(['user-dir'])\n"
+    code += f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(USER_DIR), "HEAVY []"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -60,6 +60,13 @@ def test_the_processes_share_the_tokens_per_update(run, machines, frequency, lau
     assert words[-1] == f"--user-dir={USER_DIR}"
 
 
+def test_tensorboard_writes_into_the_folder_of_the_run(tmp_path):
+    for name in ("tensorboard", ".."):
+        recipe = load_recipe(write_recipe(tmp_path, train={**TRAIN, "tensorboard-logdir": name, "wandb-project": "mt"}))
+        words = make_run(recipe, "el", 3, Path("/w/data"), Path("/w"), "fp32").command_line()
+        assert f"--tensorboard-logdir=/w/el.seed3/{name}" in words and "--wandb-project=mt" in words
+
+
 def test_bf16_goes_through_hydra_with_a_file_for_each_machine(run):
     words = launch_command(run, Cluster("bf16", gpus=2, nodes=2, node=1, master="n0:1"))
     assert words[words.index("fairseq-hydra-train") :][1:4] == [

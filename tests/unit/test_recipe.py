@@ -84,6 +84,8 @@ def refusal(path, **options):
         ("train.user-dir=evil: ", {"train": {**TRAIN, "user-dir=evil": 1}}),
         ("train.dropout: ", {"train": {**TRAIN, "dropout": "--user-dir=evil"}}),
         ("train.adam-betas: ", {"train": {**TRAIN, "adam-betas": "__import__('os').system('x')"}}),
+        ("train.adam-betas: ", {"train": {**TRAIN, "adam-betas": "(0.9, 0.98"}}),
+        ("train.tensorboard-logdir: ", {"train": {**TRAIN, "tensorboard-logdir": "/home/u"}}),
         ("arms: ", {"arms": {}}),
         ("arms.a|b: ", {"arms": {"a|b": CE}}),
         ("arms.el: ", {"arms": {"el": {**EL, "lr": 1}}}),

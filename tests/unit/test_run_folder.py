@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def run(tmp_path, monkeypatch):
     """A saved run whose data counts as prepared."""
     monkeypatch.setattr(PreparedData, "open", lambda folder: None)
     folder = tmp_path / "el.seed1"
+    (tmp_path / "data").mkdir()
     fields = {"recipe": "r", "arm": "el", "seed": 1, "average": 2, "beam": 5, "lenpen": 1.0, "precision": "fp32"}
     provenance = {"data_sha256": "d", "starts": []}
     run = Run(folder=folder, data=tmp_path / "data", options=OPTIONS, provenance=provenance, **fields)
@@ -54,7 +56,8 @@ def test_a_run_is_read_as_it_was_written(run):
 
 
 def test_a_moved_work_directory_finds_its_data(run, tmp_path):
-    (tmp_path / "elsewhere" / "data").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").rename(tmp_path / "elsewhere" / "data")
     shutil.copytree(run.folder, tmp_path / "elsewhere" / "el.seed1")
     moved = open_run(tmp_path / "elsewhere" / "el.seed1")
     assert moved.data == tmp_path / "elsewhere" / "data"
@@ -151,3 +154,36 @@ def test_a_checkpoint_without_its_options_is_refused(state, tmp_path):
     with pytest.raises(UserError, match="checkpoint_last.pt") as error:
         open_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+BY_HAND = {"criterion": {"_name": "x"}, "common": {"seed": 1, "fp16": 0, "bf16": 0, "amp": 0}}
+
+
+@pytest.mark.parametrize(
+    "save_dir, data, expected",
+    [
+        ("runs/el", "d/data-bin", "{tmp}/d"),
+        ("runs/el", "{tmp}/elsewhere/data-bin", "{tmp}/elsewhere"),
+        ("./runs/el/", "d/data-bin", "{tmp}/d"),
+        (".", "d/data-bin", "{tmp}/runs/el/d"),
+        ("another/name", "d/data-bin", "{here}/d"),
+        ("{tmp}/runs/el", "d/data-bin", "{here}/d"),
+    ],
+)
+def test_a_relative_path_of_the_data_begins_where_the_training_was_started(
+    save_dir, data, expected, tmp_path, monkeypatch
+):
+    """Or, where --save-dir does not say where that was, in the current folder."""
+    here, folder = tmp_path / "here", tmp_path / "runs" / "el"
+    here.mkdir()
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(PreparedData, "open", lambda folder: None)
+    save_dir, data, expected = (path.format(tmp=tmp_path, here=here) for path in (save_dir, data, expected))
+    options = {**BY_HAND, "task": {"data": data}, "checkpoint": {"save_dir": save_dir}}
+    torch.save({"model": {"w": torch.zeros(1)}, "cfg": options}, folder / "checkpoint_last.pt")
+    with pytest.raises(UserError, match=f"{expected} does not exist; .*--data"):
+        open_run(folder)
+    Path(expected).mkdir(parents=True)
+    assert open_run(folder).data.resolve() == Path(expected)
+    assert open_run(folder, data=tmp_path).data == tmp_path
