@@ -2,6 +2,8 @@
 
 import math
 import os
+import tempfile
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,19 +33,38 @@ def convert_checkpoint(
     """Write the model of a fairseq checkpoint to a new folder `output`, as CTranslate2 reads it.
 
     quantization: the type of the weights, such as float32, float16 or int8. Raises UserError, naming `log`, if the
-    conversion fails, or if CTranslate2 is missing.
+    conversion fails, or if the checkpoint is damaged or CTranslate2 missing.
     """
     _import_ctranslate2()
-    options = {
-        "model_path": checkpoint,
-        "data_dir": data.data_bin,
-        "source_lang": data.source,
-        "target_lang": data.target,
-        "output_dir": output,
-        "quantization": quantization,
-        "user_dir": USER_DIR,  # it lists the types that torch may load; fairseq imports the last one on the line
-    }
-    run_quietly(["ct2-fairseq-converter", *(f"--{name}={value}" for name, value in options.items())], log)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        options = {
+            "model_path": _with_flat_options(checkpoint, Path(folder)),
+            "data_dir": data.data_bin,
+            "source_lang": data.source,
+            "target_lang": data.target,
+            "output_dir": output,
+            "quantization": quantization,
+            "user_dir": USER_DIR,  # it lists the types that torch may load; fairseq imports the last one on the line
+        }
+        run_quietly(["ct2-fairseq-converter", *(f"--{name}={value}" for name, value in options.items())], log)
+
+
+def _with_flat_options(checkpoint, folder):
+    """Return `checkpoint` or, if fairseq-hydra-train wrote it, a copy in `folder` with options as fairseq-train's."""
+    import torch
+
+    from ..plugin.checkpoints import load_checkpoint
+
+    state = load_checkpoint(checkpoint)
+    model, task = state["cfg"]["model"], state["cfg"]["task"]
+    if not isinstance(model, dict):
+        return checkpoint
+    parts = {part: options for part, options in model.items() if isinstance(options, dict)}
+    nested = {f"{part}_{name}": value for part, options in parts.items() for name, value in options.items()}
+    # the nested options win: beside them are flat ones that keep their defaults
+    options = {**task, **model, **nested, "task": task["_name"], "arch": model["_name"]}
+    torch.save({**state, "cfg": {**state["cfg"], "model": Namespace(**options)}}, folder / checkpoint.name)
+    return folder / checkpoint.name
 
 
 def load_model(folder: Path, device: str = "auto", threads: int | None = None) -> "ctranslate2.Translator":
@@ -73,7 +94,8 @@ def translate_pieces(
     """Yield the `nbest` translations of each list of pieces, best first, in the order of the sources.
 
     The search is that of fairseq-generate with its defaults: up to MAX_PIECES pieces, scores divided by
-    (pieces + 1) ** lenpen. Only a few batches are in memory at a time.
+    (pieces + 1) ** lenpen. An empty source has an empty translation. Only a few batches are in memory at a time. Raises
+    UserError if a source is longer than the model's positions, or memory is short.
     """
     results = model.translate_iterable(
         sources,
@@ -87,12 +109,15 @@ def translate_pieces(
         max_decoding_length=MAX_PIECES + 1,
         return_end_token=True,  # so that the end counts as a piece when scores are normalized, as in fairseq
     )
-    for result in results:
-        # the last piece is the end, or one too many
-        yield [
-            Translation(pieces[:-1], score / math.log(2))
-            for pieces, score in zip(result.hypotheses, result.scores, strict=True)
-        ]
+    try:
+        for result in results:
+            # the last piece is the end, or one too many
+            yield [
+                Translation(pieces[:-1], score / math.log(2))
+                for pieces, score in zip(result.hypotheses, result.scores, strict=True)
+            ]
+    except RuntimeError as error:
+        raise UserError(f"CTranslate2: {first_line(error)}") from None
 
 
 def _import_ctranslate2():

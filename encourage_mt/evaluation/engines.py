@@ -35,11 +35,19 @@ def _bar(run, data, split, translations=None):
 
 
 def _with_fairseq(run, data, checkpoint, splits):
+    command = generate_command(run, data, checkpoint, splits)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that output and errors arrive in order
+    with start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment) as process:
+        return {split: _read_set(process, run, data, split) for split in splits}
+
+
+def generate_command(run: Run, data: PreparedData, checkpoint: Path, splits: list[str]) -> list[str]:
+    """Return the words of the fairseq-generate that translates `splits` one after the other."""
     options = {
         "path": checkpoint,
         "source-lang": data.source,
         "target-lang": data.target,
-        "gen-subset": ",".join(data.subsets[split] for split in splits),  # our plugin translates one after the other
+        "gen-subset": ",".join(data.subsets[split] for split in splits),  # our plugin allows several
         "beam": run.beam,
         "lenpen": run.lenpen,
         "max-tokens": 8000,
@@ -50,10 +58,7 @@ def _with_fairseq(run, data, checkpoint, splits):
         "user-dir": USER_DIR,  # last, because fairseq imports the last one on the line
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    command = ["fairseq-generate", str(data.data_bin), "--no-progress-bar", *words]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that output and errors arrive in order
-    with start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment) as process:
-        return {split: _read_set(process, run, data, split) for split in splits}
+    return ["fairseq-generate", str(data.data_bin), "--no-progress-bar", *words]
 
 
 def _read_set(process, run, data, split):
