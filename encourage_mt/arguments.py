@@ -50,6 +50,22 @@ def whole_number(text: str, least: int) -> int:
     return value
 
 
+def percentage(text: str) -> int:
+    """Parse a whole number from 1 to 100."""
+    value = count(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"must be a percentage from 1 to 100, got {text!r}")
+    return value
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """Parse NAME=FILE."""
+    name, equals, path = text.partition("=")
+    if not (name.strip() and equals and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {text!r}")
+    return name.strip(), Path(path)
+
+
 def finite_number(text: str) -> float:
     try:
         value = float(text)
@@ -152,6 +168,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_translate(add("translate", "translate standard input, line by line, to standard output"))
 
+    add_robustness(
+        add(
+            "robustness",
+            "measure how translations change under noise, and whether a model's confidence shows that a text is "
+            "foreign to it; runs are grouped by arm and compared with the first; finished steps are skipped",
+        )
+    )
+
     for name, help in (
         ("compare", "compare runs: scores of each seed, tests over sentences and over seeds, a verdict"),
         ("report", "compare runs and write one HTML page with charts, diagnostics and translations"),
@@ -167,11 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
                 help=f"evaluated runs of the {side}, one per seed (required)",
             )
         add_data_option(command)
-        command.add_argument(
-            "--allow-differences",
-            action="store_true",
-            help="compare even if the runs differ in more than the criterion (default: refuse, naming them)",
-        )
+        add_allow_differences(command)
     command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
 
     add("user-dir", 'print the folder for the --user-dir of fairseq\'s commands: --user-dir "$(encourage-mt user-dir)"')
@@ -225,6 +245,41 @@ def add_engine(command: argparse.ArgumentParser) -> None:
 def add_data_option(command: argparse.ArgumentParser) -> None:
     """Add --data, for runs whose data is not where it was when they were trained."""
     command.add_argument("--data", type=Path, help="folder of the prepared data (default: the data of the training)")
+
+
+def add_allow_differences(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-differences",
+        action="store_true",
+        help="compare even if the runs differ in more than the criterion (default: refuse, naming them)",
+    )
+
+
+def add_robustness(command: argparse.ArgumentParser) -> None:
+    """Add the options of `encourage-mt robustness`."""
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated training")
+    add_data_option(command)
+    command.add_argument(
+        "--strength",
+        type=percentage,
+        nargs="+",
+        default=[10, 20],
+        metavar="PERCENT",
+        help="percentages of the words with an error, each measured (default: 10 20)",
+    )
+    command.add_argument("--seed", type=index, default=1, help="seed of the noise (default: %(default)s)")
+    command.add_argument("--tests", nargs="+", default=[], metavar="SET", help="test sets to measure (default: all)")
+    command.add_argument(
+        "--ood",
+        type=named_file,
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="foreign text in place of the source, one sentence a line (default: only shuffled words and text in the "
+        "target language, both made from the test set)",
+    )
+    command.add_argument("--output", type=Path, metavar="FILE", help="write the summary as JSON (default: print only)")
+    add_allow_differences(command)
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:

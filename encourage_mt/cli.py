@@ -242,6 +242,26 @@ def translate_text(arguments) -> None:
     translate_stream(translator, sys.stdin.buffer, sys.stdout.buffer, *options)
 
 
+def measure_robustness(arguments) -> None:
+    """Carry out `encourage-mt robustness`."""
+    from .robustness.measure import choose, measure
+    from .robustness.summary import group, summarize
+    from .robustness.tables import markdown
+    from .training.run_folder import open_run
+
+    runs = [open_run(folder, data=arguments.data) for folder in arguments.runs]
+    arms, differences = group(runs, arguments.allow_differences)
+    options = (arguments.tests, arguments.strength, arguments.seed, dict(arguments.ood))
+    choices = {run.folder: choose(run.prepared(), *options) for run in runs}
+    measured = {
+        arm: {seed: measure(run, choices[run.folder]) for seed, run in side.items()} for arm, side in arms.items()
+    }
+    summary = summarize(measured, differences)
+    if arguments.output:
+        summary.write(arguments.output)
+    print(f"\n{markdown(summary)}")
+
+
 def compare_runs(arguments) -> None:
     """Carry out `encourage-mt compare`."""
     from .evaluation.comparison import compare
@@ -292,6 +312,7 @@ COMMANDS = {
     "evaluate": evaluate_runs,
     "export": export_run,
     "translate": translate_text,
+    "robustness": measure_robustness,
     "compare": compare_runs,
     "report": report_runs,
     "user-dir": print_user_dir,

@@ -1,14 +1,15 @@
-"""Write the tables of docs/results.md and README.md from the runs in results/.
+"""Write the tables of README.md, docs/results.md and docs/robustness.md from the runs in results/.
 
     python scripts/results.py                  write the tables
     python scripts/results.py --add FOLDER     first copy the results of `encourage-mt run` in FOLDER: scores,
-                                               diagnostics, learning curves and comparisons
+                                               diagnostics, learning curves, comparisons, and robustness.json if
+                                               `encourage-mt robustness --output` wrote it there
     ... --into NAME                            copy them to results/NAME instead of the recipe's name, for runs that
                                                were evaluated in another way
 
-A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve, or
-published (the figures of a paper with ours); NAME is the folder in results/; without ARM all arms are shown, baselines
-first.
+A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
+robustness, or published (the figures of a paper with ours); NAME is the folder in results/; without ARM all arms are
+shown, baselines first.
 """
 
 import argparse
@@ -31,14 +32,16 @@ from encourage_mt.report.tables import (
     published_table,
     runs_table,
 )
+from encourage_mt.robustness.summary import Summary
+from encourage_mt.robustness.tables import markdown
 from encourage_mt.training.run_folder import Run, open_run, read_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
 TABLES = {"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table}
 TABLE = re.compile(
-    rf"<!-- (arms|published|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
+    rf"<!-- (arms|published|robustness|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
 )
 CURVE = "valid_bleu.svg"
 
@@ -57,13 +60,15 @@ def add(folder: Path, name: str | None) -> None:
         if not run.recipe or run.recipe != recipe:
             raise UserError(f"{run.folder}: is not a run of the recipe {recipe or 'that has a name'}")
     results = [read_result(run) for run in runs]
-    records = {result.name: result for result in results}
+    records: dict[str, Result | Comparison | Summary] = {result.name: result for result in results}
     for path in sorted(folder.glob("report-*/comparison.json")):
         comparison = Comparison.read(path)
         for compared, score, run_name in scores_of(comparison, results):
             if compared != score:
                 raise UserError(f"{path}: is not of the present scores of {run_name}; make the report again")
         records[f"{path.parent.name.removeprefix('report-')}.comparison"] = comparison
+    if (folder / "robustness.json").exists():
+        records["robustness"] = Summary.read(folder / "robustness.json")
     target = RESULTS / (name or recipe)
     target.mkdir(parents=True, exist_ok=True)
     for stem, record in records.items():
@@ -114,7 +119,9 @@ def table(match: re.Match) -> str:
     folder = RESULTS / recipe
     results = [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
     comparisons = [Comparison.read(path) for path in sorted(folder.glob("*.comparison.json"))]
-    if kind == "published":
+    if kind == "robustness":
+        lines = markdown(Summary.read(folder / "robustness.json"))
+    elif kind == "published":
         lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
     else:
         baselines = list(dict.fromkeys(comparison.baseline for comparison in comparisons))

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -15,6 +16,7 @@ from ..files import atomic_write
 
 SAMPLED_LINES = 4_000_000  # SentencePiece keeps all lines it learns from in memory
 CACHED_WORDS = 2**16
+SAMPLING = 0.1
 
 
 def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> dict:
@@ -77,6 +79,28 @@ class BPEEncoder:
 def encoder(options: dict, prefix: Path) -> Callable[[str], str]:
     """Return the encoder of the model that `learn` wrote with these options."""
     return BPEEncoder(prefix) if "merges" in options else SentencePieceEncoder(prefix)
+
+
+def sample(lines: list[str], prefix: Path, seed: int) -> list[str] | None:
+    """Return lines in pieces that are drawn at random; None if the model has only one way to split a word.
+
+    BPE leaves out each merge with probability SAMPLING (Provilkov et al. 2020, BPE-dropout); a unigram model draws
+    segmentations with their probabilities to the power of SAMPLING (Kudo 2018).
+    """
+    if Path(f"{prefix}.codes").exists():
+        with open(f"{prefix}.codes", encoding="utf-8", newline="\n") as codes:
+            bpe = apply_bpe.BPE(codes)
+        state = random.getstate()
+        random.seed(seed)  # subword-nmt uses the generator of the process
+        sampled = [bpe.segment(line, SAMPLING) for line in lines]
+        random.setstate(state)
+        return sampled
+    model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        return [" ".join(model.encode(line, out_type=str, enable_sampling=True, alpha=SAMPLING)) for line in lines]
+    except RuntimeError:  # a model of characters or words
+        return None
 
 
 def pieces(prefix: Path) -> Iterator[str]:

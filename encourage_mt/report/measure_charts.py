@@ -20,6 +20,7 @@ def gains(name: str, title: str, compared: Sequence[MetricComparison], xlabel: s
     The label of a row is what follows the comma in the name of its measure.
     """
     figure, ax = axes(xlabel, "")
+    figure.set_figheight(max(3.1, 0.9 + 0.2 * len(compared)))
     rows = np.arange(len(compared))
     for shift, color, label, intervals in (
         (-0.12, STYLES[1]["color"], "95% over sentences", [each.bootstrap_interval for each in compared]),

@@ -17,6 +17,9 @@ from ..evaluation.results import HEADLINE
 from ..evaluation.selective import compare_selective, measure_runs
 from ..evaluation.significance import correct, describe_correction, measures_table
 from ..evaluation.words import compare_words
+from ..robustness.measure import read_measured
+from ..robustness.summary import summarize
+from ..robustness.tables import FOREIGN_NOTE, NOISE_NOTE, foreign_table, noise_table
 from ..training.run_folder import Run
 from .charts import Chart, diagnostic_charts, learning_curves, length_charts, seed_scores
 from .measure_charts import coverage, gains, reliability
@@ -89,7 +92,7 @@ class Section:
         pairs = {0: 0, 1: 2, 2: 1}[len(self.charts) % 3]  # rows of two
         for chart in self.charts[-2 * pairs :] if pairs else ():
             chart.width = 3 if len(self.charts) > 1 else 6
-            chart.figure.set_size_inches(5.4, 3.1)
+            chart.figure.set_size_inches(5.4, chart.figure.get_figheight())
 
 
 def seeds_and_lengths(material: Material) -> Section:
@@ -131,8 +134,27 @@ def where(material: Material) -> Section:
     return Section("Where does it help?", f"{WHERE_NOTE} {describe_correction(compared)}", tables, charts)
 
 
+def robustness(material: Material) -> Section:
+    """Show what `encourage-mt robustness` measured, if it has measured all runs."""
+    measured = {label: {run.seed: read_measured(run) for run in runs} for label, runs in material.groups.items()}
+    known = {label: {seed: record for seed, record in side.items() if record} for label, side in measured.items()}
+    if known != measured:
+        return Section("Noise and foreign text")
+    summary = summarize(known, [])
+    baseline, candidate = summary.arms
+    tables, charts = [], []
+    for test, by_measure in summary.comparisons[candidate].items():
+        tables += [table for make in (noise_table, foreign_table) if (table := make(summary, test)).rows]
+        for measure, compared in by_measure.items():
+            name = f"{measure.split()[0].replace('+', '')}_{test}"
+            tables.append(measures_table(f"gains_{name}", compared, baseline, candidate))
+            charts.append(gains(f"gains_{name}", f"{measure}, {test}", compared, f"gain in {measure}"))
+    correction = describe_correction(list(summary.gains(candidate).values()))
+    return Section("Noise and foreign text", f"{NOISE_NOTE} {FOREIGN_NOTE} {correction}", tables, charts)
+
+
 # in the order of the page; the scores precede them, translations and runs follow
-SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, where, curves, diagnostics)
+SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, where, robustness, curves, diagnostics)
 
 
 def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:

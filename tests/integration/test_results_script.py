@@ -16,6 +16,13 @@ from encourage_mt.files import read_json, write_json
 PAGES = ("README.md", "docs/results.md")
 
 
+ROBUSTNESS = {
+    **{"format": 1, "arms": ["ce"], "clean": {"test": {"ce": {"1": 30.0}}}, "comparisons": {}, "signatures": {}},
+    "rows": [{"test": "test", "name": "upper case", "values": {"sacreBLEU change": {"ce": {"1": -7.5}}}}],
+    "differences": [],
+}
+
+
 def rows_of(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
 
@@ -129,3 +136,11 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     shutil.copy(folder / "el.seed1" / "average.pt", folder / "ce.seed1")
     assert "of another average" in project.run("--add", folder)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_page_shows_the_summary_of_robustness(project):
+    write_json(project.folder / "results" / "multi30k_de_en" / "robustness.json", ROBUSTNESS)
+    page = project.folder / "docs" / "robustness.md"
+    page.write_text("# Page\n\n<!-- robustness: multi30k_de_en -->\n<!-- end -->\n", encoding="utf-8")
+    assert project.run() == ""
+    assert ["upper case", "", "-7.50"] in rows_of(page.read_text(encoding="utf-8"))

@@ -25,7 +25,9 @@ recipe
 data
 training
 evaluation integrations
-serving report
+serving
+robustness
+report
 cli
 """
 LEVELS = {unit: level for level, line in enumerate(LAYERS.split("\n")) for unit in line.split()}

@@ -1,0 +1,64 @@
+"""Measure how well a confidence separates sentences inside a distribution from those outside: AUROC and FPR95.
+
+- AUROC: the probability that a random sentence inside has a higher confidence than a random one outside; ties count one
+  half (Hendrycks and Gimpel 2017). It is the statistic of Mann and Whitney, divided by the number of pairs.
+- AUROC of equal length: the same over pairs with equally long sources, so that a confidence that depends on the length
+  alone gets 0.5.
+- FPR95: the share of sentences outside that are accepted by the threshold that accepts 95% of those inside (Liu et al.
+  2020).
+"""
+
+import numpy as np
+
+from ..evaluation.significance import Statistic, count_draws
+
+Pair = tuple[np.ndarray, np.ndarray]  # of the sentences inside and of those outside
+
+
+def auroc(confidence: Pair, lengths: Pair | None = None, weights: Pair | None = None) -> np.ndarray:
+    """Return the AUROC of confidences [n] inside and [m] outside: one for each row of `weights`.
+
+    lengths, [n] and [m]: compare only pairs with equal ones. weights, [rows, n] and [rows, m]: how often each sentence
+    counts, by default once in a single row. An AUROC without pairs is NaN.
+    """
+    size = len(confidence[0])
+    values, strata = np.concatenate(confidence), np.concatenate(lengths or [np.zeros(len(side)) for side in confidence])
+    order = np.lexsort((values, strata))
+    values, strata = values[order], strata[order]
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(values) != 0) | (np.diff(strata) != 0)]))
+    weight = np.concatenate(weights, axis=1) if weights else np.ones((1, len(values)))
+    weight = weight[:, order]
+    inside, outside = (np.add.reduceat(weight * side, starts, axis=1) for side in (order < size, order >= size))
+    strata = strata[starts]  # from here on, one column for each pair of length and confidence
+    below = np.cumsum(outside, axis=1) - outside
+    below -= below[:, np.searchsorted(strata, strata)]
+    last = np.searchsorted(strata, strata, side="right") - 1
+    pairs = (inside * (below + outside)[:, last]).sum(axis=1)
+    wins = (inside * (below + outside / 2)).sum(axis=1)
+    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def fpr95(confidence: Pair) -> float:
+    """Return the share of sentences outside whose confidence is that of 95% of those inside, or higher."""
+    threshold = np.sort(confidence[0])[len(confidence[0]) // 20]
+    return float(np.mean(confidence[1] >= threshold))
+
+
+def resampled_auroc(pairs: list[Pair], lengths: Pair, paired: bool) -> Statistic:
+    """Return the statistic of the AUROC of equal length, in percent, of each pair of confidences.
+
+    paired: a sentence outside is made from the one inside with its number, so both are drawn together. Otherwise those
+    outside are drawn too, by a generator that depends on the sentences drawn inside, and so is the same for all runs.
+    """
+    size = len(lengths[1])
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        outside = drawn
+        if not paired:
+            is_whole = drawn.shape[0] == 1
+            rng = np.random.default_rng(int(drawn.sum()))
+            outside = np.arange(size)[None] if is_whole else rng.integers(size, size=(len(drawn), size))
+        weights = count_draws(drawn), count_draws(outside)
+        return 100 * np.stack([auroc(pair, lengths, weights) for pair in pairs], axis=1)
+
+    return statistic

@@ -1,0 +1,245 @@
+"""Measure a run: translate its test sets under noise, and score its confidence in them and in foreign text.
+
+Everything is kept in the run's folder, in robustness.json and robustness/, and measured again only if the checkpoint,
+the search or the text has changed.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from tqdm import tqdm
+
+from ..data import subwords
+from ..data.bitext import read_lines
+from ..data.manifest import PreparedData, hash_text
+from ..data.stages import text_steps
+from ..errors import UserError
+from ..evaluation import scoring
+from ..evaluation.confidence import encode, score_pairs, sentence_scores
+from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, translate_pieces
+from ..evaluation.diagnostics import load
+from ..evaluation.evaluate import evaluated_checkpoint, write_lines
+from ..evaluation.results import HEADLINE, FiniteScore, Result
+from ..files import Record, file_hash, read_record, write_record
+from ..processes import locked
+from ..serving.export import exported
+from ..serving.model import Model
+from ..serving.translate import restore_text
+from ..training.run_folder import Run
+from .perturbations import perturb, perturbations, shuffle_words
+
+FOLDER, RECORD = "robustness", "robustness.json"
+CLEAN, SEGMENTATION = "clean", "other segmentation"
+SHUFFLED, REVERSED = "shuffled words", "wrong direction"  # foreign sets that are made from the test set
+LENGTH = "source length"
+Pieces = tuple[str, ...]
+
+
+@dataclass
+class Choice:
+    """What to measure: the test sets, with noise in these percentages of the words, and {name: foreign sentences}."""
+
+    tests: list[str]
+    percentages: list[int]
+    seed: int
+    foreign: dict[str, list[str]]
+
+
+class Noise(Record):
+    """The translation of one perturbed test set. Consistency: chrF++ of it against the translation of the clean text.
+
+    changed is the share of sentences whose pieces differ from the clean ones. chrf and consistency have a value for
+    each sentence; sacreBLEU is of the whole set.
+    """
+
+    source_sha256: str
+    changed: float
+    bleu: FiniteScore
+    chrf: list[FiniteScore]
+    consistency: list[FiniteScore]
+
+
+class Foreign(Record):
+    """The confidence in the translations of a set: {score: value of each sentence}, LENGTH among them."""
+
+    source_sha256: str
+    scores: dict[str, list[float]]
+
+
+class Robustness(Record):
+    """The content of robustness.json: {test set: {name: values}}; CLEAN is the test set as it is."""
+
+    remedy: ClassVar[str] = "remove it"
+
+    format: Literal[1] = 1
+    checkpoint_sha256: str
+    beam: int
+    lenpen: float
+    signatures: dict[str, str]
+    noise: dict[str, dict[str, Noise]]
+    foreign: dict[str, dict[str, Foreign]]
+
+
+class Measurement:
+    """Measures one evaluated run, whose folder must be locked, with the model that it was exported to."""
+
+    def __init__(self, run: Run, model: Model, choice: Choice):
+        self.run, self.model, self.choice, self.data = run, model, choice, run.prepared()
+        self.steps = text_steps(model.source, **model.preparation.model_dump())
+        self.encode = subwords.encoder(model.subword, model.folder / "subword")
+        self.engine = load_model(model.folder)
+        self.metrics = scoring.metrics(self.data.target, self.data.lowercase)
+        self.record = self._open()
+        self.fairseq: tuple[Any, Any] | None = None  # model and task
+        self.has_worked = False
+
+    def _open(self) -> Robustness:
+        """Return what was measured before with this checkpoint and search, otherwise an empty record."""
+        settings: dict[str, Any] = {name: getattr(self.model, name) for name in ("checkpoint_sha256", "beam", "lenpen")}
+        signatures = Result.read(self.run.folder).signatures
+        settings["signatures"] = {name: signatures[name] for name in (HEADLINE, "chrF++")}
+        if (self.run.folder / RECORD).exists():
+            record = read_record(self.run.folder / RECORD, Robustness)
+            if all(getattr(record, name) == value for name, value in settings.items()):
+                return record
+        return Robustness(**settings, noise={}, foreign={})
+
+    def measure(self, test: str) -> None:
+        """Measure noise and foreign text on one test set."""
+        source, references = (self.data.read_text(test, language) for language in self.data.languages)
+        clean: dict[Pieces, str] = {}
+        translation: list[str] = []
+        for name, pieces in self._noisy(source):
+            changed = sum(line not in clean for line in pieces) / len(pieces)
+            if name != CLEAN and not changed:
+                continue  # for example upper case where the data is lowercased
+            lines = self._measure_noise(test, name, pieces, changed, references, clean, translation)
+            if name == CLEAN:
+                clean, translation = dict(zip(pieces, lines, strict=True)), lines
+        shuffled = perturb(source, shuffle_words, SHUFFLED, self.choice.seed)
+        sets = {CLEAN: source, SHUFFLED: shuffled, REVERSED: references, **self.choice.foreign}
+        for name, lines in sets.items():
+            self._measure_foreign(test, name, list(map(self._pieces, lines)))
+
+    def _noisy(self, source: list[str]) -> Iterator[tuple[str, list[Pieces]]]:
+        """Yield (name, source in pieces) of the clean test set and of each perturbation."""
+        yield CLEAN, list(map(self._pieces, source))
+        for name, perturbation in perturbations(self.choice.percentages).items():
+            yield name, list(map(self._pieces, perturb(source, perturbation, name, self.choice.seed)))
+        prefix = self.model.folder / "subword"
+        sampled = subwords.sample(list(map(self._prepare, source)), prefix, self.choice.seed)
+        if sampled:
+            yield SEGMENTATION, [tuple(line.split()) for line in sampled]
+
+    def _prepare(self, line: str) -> str:
+        for step in self.steps:
+            line = step(line)
+        return line
+
+    def _pieces(self, line: str) -> Pieces:
+        return tuple(self.encode(self._prepare(line)).split())
+
+    def _measure_noise(self, test, name, pieces, changed, references, clean, translation) -> list[str]:
+        """Return the translation of a noisy set. clean: {pieces: translation}; translation: that of the clean set."""
+        noise, checksum = self.record.noise.setdefault(test, {}), hash_text([pieces, references])
+        file = f"{test}.{name.replace(' ', '_').replace('%', '')}.{self.data.target}"
+        path = self.run.folder / FOLDER / file
+        if name in noise and noise[name].source_sha256 == checksum and path.exists():
+            return read_lines(path)
+        new = list(dict.fromkeys(line for line in pieces if line not in clean))
+        texts = (self._text(found.pieces) for found in self._translate(new, f"{self.run.name} {test}, {name}"))
+        known = clean | dict(zip(new, texts, strict=True))
+        lines = [known[line] for line in pieces]
+        path.parent.mkdir(exist_ok=True)
+        write_lines(path, lines)
+        chrf, bleu = self.metrics["chrF++"], self.metrics[HEADLINE]
+        scores = [
+            [round(chrf.sentence_score(line, [other]).score, 2) for line, other in zip(lines, side, strict=True)]
+            for side in (references, translation or lines)
+        ]
+        if name == CLEAN:
+            noise.clear()  # what was measured before is of another text
+        noise[name] = Noise(
+            source_sha256=checksum,
+            changed=changed,
+            bleu=bleu.corpus_score(lines, [references]).score,
+            chrf=scores[0],
+            consistency=scores[1],
+        )
+        self._save()
+        return lines
+
+    def _measure_foreign(self, test: str, name: str, pieces: list[Pieces]) -> None:
+        foreign, checksum = self.record.foreign.setdefault(test, {}), hash_text(pieces)
+        if name in foreign and foreign[name].source_sha256 == checksum:
+            return
+        description = f"{self.run.name} {test}, {name} for detection"
+        translations = [found.pieces for found in self._translate(pieces, description)]
+        self.fairseq = self.fairseq or load(evaluated_checkpoint(self.run), self.run.data)
+        model, task = self.fairseq
+        sources = encode([" ".join(line[:MAX_PIECES]) for line in pieces], task.source_dictionary)
+        targets = encode([" ".join(line) for line in translations], task.target_dictionary)
+        values = sentence_scores(score_pairs(model, task, sources, targets, description))
+        scores = {score: of_score.round(6).tolist() for score, of_score in values.items()}
+        scores[LENGTH] = [-float(len(line)) for line in pieces]
+        if name == CLEAN:
+            foreign.clear()
+        foreign[name] = Foreign(source_sha256=checksum, scores=scores)
+        self._save()
+
+    def _translate(self, sources: list[Pieces], description: str) -> Iterable[Translation]:
+        found = translate_pieces(self.engine, map(list, sources), self.model.beam, self.model.lenpen)
+        bar = tqdm(found, desc=description, total=len(sources), unit="sentence", leave=False)
+        return (best for (best,) in bar)
+
+    def _text(self, pieces: list[str]) -> str:
+        return restore_text(subwords.join_pieces(pieces, self.model.remove_bpe), self.model)
+
+    def _save(self) -> None:
+        self.has_worked = True
+        write_record(self.run.folder / RECORD, self.record)
+
+
+def read_measured(run: Run) -> Robustness | None:
+    """Return what was measured on the run's present checkpoint, None if nothing was. Raises UserError if damaged."""
+    path, checkpoint = run.folder / RECORD, run.folder / "average.pt"
+    record = read_record(path, Robustness) if path.exists() and checkpoint.exists() else None
+    return record if record and record.checkpoint_sha256 == file_hash(checkpoint) else None
+
+
+def choose(data: PreparedData, tests: list[str], percentages: list[int], seed: int, files: dict[str, Path]) -> Choice:
+    """Return what to measure on runs with this data: by default all its test sets. files: of foreign text, one a line.
+
+    Raises UserError if the data has no such test set, or a file has fewer than two sentences or is a test set.
+    """
+    for test in tests:
+        if test not in data.tests:
+            raise UserError(f"--tests {test}: the data has no such test set; it has {', '.join(data.tests)}")
+    tests, foreign = tests or data.tests, {}
+    for name, path in files.items():
+        if name in (CLEAN, SHUFFLED, REVERSED):
+            raise UserError(f"--ood {name}: is the name of a set that is always measured; choose another name")
+        foreign[name] = [line for line in read_lines(path) if line.strip()]
+        if len(foreign[name]) < 2:
+            raise UserError(f"--ood {name}: {path} has {len(foreign[name])} sentences; at least 2 are needed")
+        for test in tests:
+            if foreign[name] == [line for line in data.read_text(test, data.source) if line.strip()]:
+                raise UserError(f"--ood {name}: {path} is the source of {test} itself; choose text from elsewhere")
+    return Choice(tests, percentages, seed, foreign)
+
+
+def measure(run: Run, choice: Choice) -> Robustness:
+    """Return what was chosen, measured on an evaluated run; other measurements in its robustness.json are kept.
+
+    Raises UserError if the run is not evaluated, a file is missing or damaged, or CTranslate2 is not installed.
+    """
+    model = Model.open(exported(run))  # it locks the run itself
+    with locked(run.folder):
+        measurement = Measurement(run, model, choice)
+        for test in choice.tests:
+            measurement.measure(test)
+    if not measurement.has_worked:
+        print(f"{run.name}: measured already")
+    return measurement.record

@@ -1,0 +1,269 @@
+"""Test perturbations, measures of detection and the comparison of arms on texts and scores with known answers."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from samples import sample_data, sample_result, sample_run
+from scipy import stats
+
+from encourage_mt.data import subwords
+from encourage_mt.errors import UserError
+from encourage_mt.evaluation.confidence import SCORES
+from encourage_mt.evaluation.significance import compare_resampled
+from encourage_mt.robustness import measure, summary, tables
+from encourage_mt.robustness.detection import auroc, fpr95, resampled_auroc
+from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose
+from encourage_mt.robustness.perturbations import CHARACTER_ERRORS, NEIGHBOURS, perturb, perturbations
+
+LINES = ["Der kleine Hund läuft über die Straße, schnell!", "Sie liest ein Buch (oder zwei).", "Ja."] * 40
+RNG = random.Random(1)
+
+
+# --- perturbations
+
+
+def test_errors_of_characters_change_one_letter():
+    assert CHARACTER_ERRORS["swapped characters"]("aab-c") == ["aba-c"]
+    assert CHARACTER_ERRORS["dropped characters"]("Ab.") == ["b.", "A."]
+    assert CHARACTER_ERRORS["dropped characters"]("a.") == []
+    assert CHARACTER_ERRORS["doubled characters"]("ab1") == ["aab1", "abb1"]
+    assert set(CHARACTER_ERRORS["neighbouring keys"]("Q")) == {"W", "A"}
+    assert set(NEIGHBOURS["g"]) == set("tyfhvb") and CHARACTER_ERRORS["neighbouring keys"]("ß9") == []
+
+
+def test_perturbations_do_what_they_say():
+    every = perturbations([10])
+    changed = {name: perturb(LINES, perturbation, name, 1)[0] for name, perturbation in every.items()}
+    assert changed["no diacritics"] == "Der kleine Hund lauft uber die Straße, schnell!"
+    assert changed["lower case"] == LINES[0].lower() and changed["upper case"] == LINES[0].upper()
+    assert changed["no punctuation"] == "Der kleine Hund läuft über die Straße schnell"
+    assert re.fullmatch(r"[a-z]{3} [a-z]{6} [a-z]{4} .*, [a-z]{7}!", changed["total noise"])
+    for number in range(1, 9):
+        attacked = changed[f"attack {number}"].split()
+        assert sum(a != b for a, b in zip(attacked, LINES[0].split(), strict=True)) == 1
+
+
+@pytest.mark.parametrize("percent", [10, 20, 100])
+def test_the_percentage_is_that_of_the_words(percent):
+    words = [" ".join(["abc"] * 20)] * 200
+    for name, perturbation in perturbations([percent]).items():
+        if name.endswith("%"):
+            lines = perturb(words, perturbation, name, 1)
+            if name.startswith("dropped words"):
+                share = 1 - sum(len(line.split()) for line in lines) / 4000 if percent < 100 else 1
+            elif name.startswith("repeated words"):
+                share = sum(len(line.split()) for line in lines) / 4000 - 1
+            else:
+                share = sum(word != "abc" for line in lines for word in line.split()) / 4000
+            assert share == pytest.approx(percent / 100, abs=0.02), name
+
+
+def test_a_line_depends_on_seed_name_and_number_alone_and_is_never_empty():
+    every = perturbations([50])
+    for name, perturbation in every.items():
+        lines = perturb(LINES, perturbation, name, 1)
+        assert lines == perturb(LINES, perturbation, name, 1) and all(lines)
+        assert lines[:5] == perturb(LINES[:5], perturbation, name, 1)
+    swapped = every["swapped characters 50%"]
+    assert perturb(LINES, swapped, "a", 1) != perturb(LINES, swapped, "a", 2) != perturb(LINES, swapped, "b", 2)
+    assert perturb(["!?", ""], every["no punctuation"], "a", 1) == ["!?", ""]
+
+
+@pytest.mark.parametrize(
+    "options", [{"merges": 30}, {"vocab_size": 60, "model_type": "bpe"}, {"vocab_size": 40, "model_type": "unigram"}]
+)
+def test_other_segmentations_have_the_same_text(tmp_path, options):
+    pairs = [(line, line) for line in LINES]
+    subwords.learn(pairs, len(pairs), options, tmp_path / "subword")
+    lines = ["kleine Straße", "Der Hund"] * 20
+    sampled = subwords.sample(lines, tmp_path / "subword", 1)
+    assert sampled == subwords.sample(lines, tmp_path / "subword", 1) != subwords.sample(lines, tmp_path / "subword", 2)
+    joined = [line.replace("@@ ", "").replace(" ", "" if "merges" not in options else " ") for line in sampled]
+    assert [line.replace("▁", " ").strip() for line in joined] == lines
+
+
+def test_a_model_of_characters_has_no_other_segmentation(tmp_path):
+    subwords.learn(
+        [(line, line) for line in LINES],
+        len(LINES),
+        {"model_type": "char", "vocab_size": 40, "hard_vocab_limit": False},
+        tmp_path / "x",
+    )
+    assert subwords.sample(["der"], tmp_path / "x", 1) is None
+
+
+# --- detection
+
+
+def test_auroc_of_scores_with_known_answers():
+    high, low = np.array([3.0, 4, 5]), np.array([0.0, 1])
+    assert auroc((high, low)) == [1.0] and auroc((low, high)) == [0.0] and auroc((high, high)) == [0.5]
+    assert auroc((np.array([1.0, 2]), np.array([1.0, 0]))) == [0.875]
+    assert fpr95((high, low)) == 0 and fpr95((low, high)) == 1 and fpr95((high, high)) == 1
+    assert fpr95((np.arange(100.0), np.array([4.0, 5, 6, 200]))) == 0.75
+
+
+def test_auroc_is_the_statistic_of_mann_and_whitney():
+    rng = np.random.default_rng(1)
+    pair = rng.integers(0, 20, 300).astype(float), rng.integers(0, 15, 200).astype(float)
+    expected = stats.mannwhitneyu(*pair).statistic / (300 * 200)
+    assert auroc(pair)[0] == pytest.approx(expected)
+    weights = tuple(rng.integers(0, 4, (2, len(side))).astype(float) for side in pair)
+    for row, value in enumerate(auroc(pair, weights=weights)):
+        repeated = [np.repeat(side, weight[row].astype(int)) for side, weight in zip(pair, weights, strict=True)]
+        assert value == pytest.approx(stats.mannwhitneyu(*repeated).statistic / np.prod(list(map(len, repeated))))
+
+
+def test_equal_length_removes_what_length_alone_explains():
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(5, 15, 500).astype(float), rng.integers(10, 20, 400).astype(float)
+    assert auroc(lengths)[0] < 0.2 and auroc(lengths, lengths)[0] == 0.5
+    pair = tuple(side + rng.normal(0, 0.1, len(side)) + shift for side, shift in zip(lengths, (0.5, 0), strict=True))
+    assert auroc(pair, lengths)[0] > 0.99
+    equal = lengths[0][:, None] == lengths[1]
+    assert auroc(pair, lengths)[0] == pytest.approx((pair[0][:, None] > pair[1])[equal].mean())
+    assert np.isnan(auroc(pair, (lengths[0], lengths[1] + 100))[0])
+
+
+def test_sets_of_one_kind_give_half_within_the_interval():
+    rng = np.random.default_rng(1)
+    length, covered = np.ones(80), []
+    drawn = rng.integers(80, size=(400, 80))
+    for _ in range(40):
+        pair = rng.normal(size=80), rng.normal(size=80)
+        low, high = np.quantile(resampled_auroc([pair], (length, length), paired=False)(drawn), [0.025, 0.975])
+        covered.append(low <= 50 <= high)
+    assert np.mean(covered) > 0.85
+    same = resampled_auroc([(pair[0], pair[0])], (length, length), paired=True)
+    assert same(np.arange(80)[None]) == 50 and np.allclose(same(drawn).mean(), 50, atol=0.5)
+
+
+def test_two_models_that_separate_equally_well_are_not_told_apart():
+    rng = np.random.default_rng(2)
+    alarms = []
+    for _ in range(30):
+        base = rng.normal(size=(2, 60)) + np.array([[1.0], [0]])
+        length = np.ones(60)
+        sides = [
+            {1: resampled_auroc([tuple(base + rng.normal(0, 1, base.shape))], (length, length), paired=False)}
+            for _ in range(2)
+        ]
+        alarms.append(compare_resampled(["x"], sides, 60)[0].bootstrap_p < 0.05)
+    assert np.mean(alarms) < 0.2
+
+
+# --- comparison of arms
+
+
+def record(rng, loss, shift):
+    """What a run would measure whose chrF++ falls by `loss` and whose scores are `shift` lower on shuffled text."""
+    clean = rng.uniform(60, 80, 200)
+    noise = {CLEAN: (40.0, clean, np.full(200, 100.0))}
+    for name in ("upper case", "total noise", *(f"attack {number}" for number in range(1, 9))):
+        noise[name] = 40.0 - loss, clean - loss + rng.normal(0, 1, 200), np.full(200, 90.0)
+    lengths = rng.integers(5, 8, 200).astype(float)
+    inside = {score: rng.normal(0, 1, 200) for score in SCORES} | {LENGTH: -lengths}
+    outside = {score: rng.normal(-shift, 1, 200) for score in SCORES} | {LENGTH: -lengths}
+    return Robustness(
+        **{"checkpoint_sha256": "c", "beam": 5, "lenpen": 1.0, "signatures": {"sacreBLEU": "s"}},
+        noise={
+            "test": {
+                name: Noise(source_sha256=name, changed=0.5, bleu=bleu, chrf=chrf.tolist(), consistency=same.tolist())
+                for name, (bleu, chrf, same) in noise.items()
+            }
+        },
+        foreign={
+            "test": {
+                name: Foreign(source_sha256=name, scores={k: v.tolist() for k, v in scores.items()})
+                for name, scores in ((CLEAN, inside), (SHUFFLED, outside))
+            }
+        },
+    )
+
+
+@pytest.fixture
+def arms():
+    """What three seeds of two arms measure: noise costs el less, and its scores see more."""
+    losses = {"ce": (10, 1), "el": (5, 3)}
+    return {
+        arm: {seed: record(np.random.default_rng(seed), loss + seed * loss / 100, shift) for seed in (1, 2, 3)}
+        for arm, (loss, shift) in losses.items()
+    }
+
+
+def test_arms_are_compared_over_seeds_and_sentences(arms, tmp_path):
+    found = summary.summarize(arms, [])
+    rows = {(row.name, row.score): row.values for row in found.rows}
+    worst, mean = (rows[f"attack, {kind} of 8", ""]["chrF++ change"]["ce"][1] for kind in ("worst", "mean"))
+    assert worst < mean - 1 and ("attack 1", "") not in rows
+    auroc = rows[SHUFFLED, "maximum logit"]["AUROC"]
+    expected = [100 * stats.norm.cdf(shift / np.sqrt(2)) for shift in (1, 3)]
+    assert [np.mean(list(side.values())) for side in auroc.values()] == pytest.approx(expected, abs=4)
+    assert set(rows[SHUFFLED, LENGTH]["AUROC of equal length"]["el"].values()) == {50.0}
+    upper = found.gains("el")["test, chrF++ change, upper case"]
+    assert upper.gain == pytest.approx(5.1, abs=0.01) and upper.p < 0.01 and upper.bootstrap_p < 0.01
+    assert 5 < upper.bootstrap_interval[0] < 5.1 < upper.bootstrap_interval[1] < 5.2
+    found.write(tmp_path / "summary.json")
+    assert summary.Summary.read(tmp_path / "summary.json") == found
+
+
+def test_the_tables_count_the_comparisons_and_correct_p(arms):
+    found = summary.summarize(arms, ["lr: 1 or 2"])
+    gains = found.gains("el")
+    assert len(gains) == 3 + len(SCORES) - 1 and not any("total noise" in name for name in gains)
+    assert all(gain.holm_p >= gain.p for gain in gains.values())
+    text = tables.markdown(found)
+    assert f"These are {len(gains)} comparisons" in text and "el against ce, test, chrF++ change:" in text
+    assert "| upper case " in text and "50%" in text and SHUFFLED in text and "lr: 1 or 2" in text
+    one_seed = summary.summarize({arm: {1: side[1]} for arm, side in arms.items()}, [])
+    assert "el against ce" in tables.markdown(one_seed)
+    assert "against ce" not in tables.markdown(summary.summarize({"ce": arms["ce"]}, []))
+
+
+def test_what_runs_have_not_measured_alike_is_left_out(arms):
+    noise = dict(arms["ce"][1].noise["test"])
+    noise["upper case"] = noise["upper case"].model_copy(update={"source_sha256": "other"})
+    arms["ce"][1] = arms["ce"][1].model_copy(update={"noise": {"test": noise}, "foreign": {}})
+    found = summary.summarize(arms, [])
+    assert not {"upper case", SHUFFLED} & {row.name for row in found.rows} and found.rows
+    only_clean = {
+        arm: {1: side[2].model_copy(update={"noise": {"test": {CLEAN: side[2].noise["test"][CLEAN]}}})}
+        for arm, side in arms.items()
+    }
+    assert {row.name for row in summary.summarize(only_clean, []).rows} == {SHUFFLED}
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    data = sample_data(tmp_path / "data", {"de": ["x"], "en": ["x"]}).folder
+    runs = [sample_run(tmp_path / arm, data, arm) for arm in ("ce", "el")]
+    for run, training in zip(runs, ({"lr": 1}, {"lr": 2}), strict=True):
+        sample_result(run.arm, training=training).write(run.folder)
+    with pytest.raises(UserError, match="ce: seed 1 appears twice"):
+        summary.group([*runs, runs[0]])
+    with pytest.raises(UserError, match="lr.*--allow-differences"):
+        summary.group(runs)
+    arms, unequal = summary.group(runs, allow_differences=True)
+    assert arms == {"ce": {1: runs[0]}, "el": {1: runs[1]}} and unequal == ["lr: 1 or 2"]
+
+
+# --- what to measure
+
+
+def test_bad_files_and_names_are_refused(tmp_path):
+    data = sample_data(tmp_path / "data", {"de": ["eins", "zwei"], "en": ["one", "two"]})
+    files = {"empty": "", "blank": "\n\n", "single": "eins\n", "same": "eins\n\nzwei\n", "fine": "drei\nvier\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for name, words in (("empty", "empty file"), ("blank", "at least 2"), ("single", "1 sentence"), ("same", "test")):
+        with pytest.raises(UserError, match=words) as refusal:
+            choose(data, [], [10], 1, {"own": tmp_path / name})
+        assert str(tmp_path / name) in str(refusal.value)
+    with pytest.raises(UserError, match="--ood clean"):
+        choose(data, [], [10], 1, {CLEAN: tmp_path / "fine"})
+    with pytest.raises(UserError, match="--tests other.*test"):
+        choose(data, ["other"], [10], 1, {})
+    assert choose(data, [], [10], 1, {"own": tmp_path / "fine"}) == measure.Choice(
+        ["test"], [10], 1, {"own": ["drei", "vier"]}
+    )
