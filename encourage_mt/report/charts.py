@@ -161,10 +161,10 @@ def length_axes(ranges: list[LengthRange], ylabel: str):
 
 def draw_intervals(ax, values: list[Interval], style: dict[str, str], shift: float = 0, label: str = "") -> None:
     """Draw points at 0, 1, ... (plus `shift`), with lines from the lower to the upper end of their intervals."""
+    x = np.arange(len(values)) + shift
     middle, low, high = np.array(values).T
-    reach = np.abs([middle - low, high - middle])
-    look = {"color": style["color"], "marker": style["marker"], "linestyle": "none", "capsize": 3, "markersize": 5}
-    ax.errorbar(np.arange(len(values)) + shift, middle, reach, label=label or None, **look)
+    ax.vlines(x, low, high, color=style["color"], linewidth=1.5)
+    ax.plot(x, middle, color=style["color"], marker=style["marker"], linestyle="none", label=label or None)
 
 
 def diagnostic_charts(groups: dict[str, list[Analysis]]) -> list[Chart]:
