@@ -10,9 +10,11 @@ A number is a word with a digit. A name is a capitalised word of two characters 
 that train never has in lower case; in German, which capitalises nouns, this includes most nouns.
 """
 
+import logging
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,6 +31,7 @@ from .comparison import read_translation
 from .scoring import metrics
 from .significance import MetricComparison, Statistic, compare_resampled, count_draws
 
+logger = logging.getLogger(__name__)
 FREQUENCIES = (0, 1, 5, 10, 100, 1000)
 NAME, NUMBER = range(len(FREQUENCIES), len(FREQUENCIES) + 2)
 RANGES = [str(low) if low + 1 == high else f"{low}-{high - 1}" for low, high in pairwise(FREQUENCIES)]
@@ -49,8 +52,8 @@ class WordCounts(Record):
 def compare_words(sides: list[list[Run]], splits: list[str]) -> dict[str, list[MetricComparison]]:
     """Return F1 and accuracy, in percent, of each of ROWS and of their macro-average, for each test set.
 
-    sides: the runs of baseline and candidate. Empty if the binarized training data is not there any more. Raises
-    UserError if a translation is missing.
+    sides: the runs of baseline and candidate. Empty if the words of train cannot be counted. Raises UserError if a
+    translation is missing.
     """
     data = sides[0][0].prepared()
     train = count_words(data)
@@ -87,14 +90,15 @@ def words_of(lines: list[str], data: PreparedData) -> list[list[str]]:
 def count_words(data: PreparedData) -> Counter[str]:
     """Return how often each word occurs in the target side of train; kept in the data's folder, as words.json.
 
-    Empty if the binarized training data was removed. Counts what the model was trained on: cleaned, and with <unk> for
+    Empty, with a warning, if that was removed or fairseq is not installed. Counts what the model was trained on: cleaned, and with <unk> for
     what the subword model cannot write.
     """
     path = data.folder / "words.json"
     if path.exists():
         return Counter(read_record(path, WordCounts).counts)
     prefix = str(data.data_bin / f"train.{data.source}-{data.target}.{data.target}")
-    if not Path(f"{prefix}.idx").exists():
+    if not (Path(f"{prefix}.idx").exists() and find_spec("fairseq")):
+        logger.warning("words by frequency in train are left out: they need fairseq and the files %s.*", prefix)
         return Counter()
     with quiet_imports():
         from fairseq.data import Dictionary, data_utils

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import draw_references
+from samples import draw_references, sample_data
 
+from encourage_mt.errors import UserError
 from encourage_mt.evaluation import significance
 from encourage_mt.evaluation.significance import compare_resampled
-from encourage_mt.evaluation.words import FREQUENCIES, NAME, NUMBER, ROWS, match_words, word_statistic
+from encourage_mt.evaluation.words import FREQUENCIES, NAME, NUMBER, ROWS, count_words, match_words, word_statistic
+from encourage_mt.files import write_json
 
 GOLDEN = Path(__file__).with_name("compare_mt.json")
 TRAIN = Counter(the=5000, cat=120, sat=12, mat=7, zebra=3, Berlin=2, The=900, Dog=4, dog=50, on=1000)
@@ -111,6 +113,14 @@ def test_a_word_that_only_one_sentence_has_proves_nothing():
     found = {each.metric: each for each in compare_resampled(list("abcdefg"), sides, 30)}
     assert found["b"].gain == 100 and set(found) == {"b", "f", "g"}
     assert found["g"].bootstrap_p > 0.3, "a third of the samples lack the sentence"
+
+
+def test_words_are_left_out_with_a_warning_without_the_binarized_train(tmp_path, caplog):
+    data = sample_data(tmp_path / "data", {"en": ["a line"]})
+    assert not count_words(data) and "train.de-en.en" in caplog.text
+    write_json(data.folder / "words.json", {"format": 2, "counts": {"a": "x"}})
+    with pytest.raises(UserError, match="words.json: counts.a"):
+        count_words(data)
 
 
 # --- compare-mt
