@@ -90,8 +90,8 @@ def words_of(lines: list[str], data: PreparedData) -> list[list[str]]:
 def count_words(data: PreparedData) -> Counter[str]:
     """Return how often each word occurs in the target side of train; kept in the data's folder, as words.json.
 
-    Empty, with a warning, if that was removed or fairseq is not installed. Counts what the model was trained on: cleaned, and with <unk> for
-    what the subword model cannot write.
+    Empty, with a warning, if the binarized training data was removed or fairseq is not installed. Counts what the model
+    was trained on: cleaned, and with <unk> for what the subword model cannot write.
     """
     path = data.folder / "words.json"
     if path.exists():
