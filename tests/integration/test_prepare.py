@@ -248,7 +248,7 @@ def test_recipe_downloads_its_files_once(tmp_path, capsys):
         prepare(recipe, tmp_path / "work", download_dir=tmp_path / "downloads")
         server.shutdown()
     output = capsys.readouterr()
-    assert "train: 200 pairs" in output.out and output.err.count('"GET ') == 6
+    assert "| train | train | 200 |" in " ".join(output.out.split()) and output.err.count('"GET ') == 6
 
 
 def test_any_number_of_workers_makes_the_same_data(tmp_path, monkeypatch):
