@@ -1,8 +1,8 @@
 """Perturb sentences, reproducibly: characters, words, case, diacritics, punctuation, and total noise.
 
-The four errors of characters follow Belinkov and Bisk (2018, "Synthetic and natural noise both break neural machine
-translation"), where doubled and dropped characters stand for natural errors of typing. A rate is the probability that a
-word is changed. Letters that are not on an English keyboard have no neighbours.
+Swapped letters and neighbouring keys are those of Belinkov and Bisk (2018, "Synthetic and natural noise both break
+neural machine translation"); dropped and doubled letters are two other common errors of typing. A rate is the
+probability that a word is changed. Letters that are not on an English keyboard have no neighbours.
 """
 
 import random
