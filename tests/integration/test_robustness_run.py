@@ -25,7 +25,7 @@ def measured(el_run, tmp_path_factory):
     shutil.copytree(el_run, first)
     (work / "foreign.txt").write_text("eins zwei drei\n\nganz etwas anderes\nnoch ein Satz\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "REQUIRED", 0.0)  # a model of two epochs has ties
+        patch.setattr(export, "LEAST_SHARE", 0.0)  # a model of two epochs has ties
         main(["evaluate", str(first), "--average", "2", "--beam", "1"])
         shutil.copytree(first, second)
         for folder, arm in ((first, "ce"), (second, "el")):
