@@ -78,7 +78,7 @@ def finite_number(text: str) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; heavy modules stay out, so that --help answers at once."""
-    parser = Parser(prog="encourage-mt", description="Turn raw text into scores, comparisons and a report.")
+    parser = Parser(prog="encourage-mt", description="Train, compare and use translation models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name, help):
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--parallel",
         type=count,
         metavar="N",
-        help="trainings at a time (default: one per GPU or core, or per --gpus of them)",
+        help="trainings at a time (default: as many as fit on the GPUs, or cores, with --gpus each)",
     )
     add_engine(command)
 
@@ -129,7 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_cluster_options(command)
     command.add_argument("--arm", required=True, help="arm of the recipe (required)")
     command.add_argument("--seed", type=index, default=1, help="random seed (default: %(default)s)")
-    command.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (default: %(default)s)")
+    command.add_argument(
+        "--nodes", type=count, default=1, metavar="N", help="number of machines (default: %(default)s)"
+    )
     command.add_argument(
         "--node", type=index, default=0, metavar="N", help="number of this machine, from 0 (default: %(default)s)"
     )
@@ -156,7 +158,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated training")
     command.add_argument(
-        "--output", type=Path, required=True, metavar="MODEL", help="folder to make, or an earlier export (required)"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="folder to make; an earlier export there is replaced (required)",
     )
     command.add_argument(
         "--quantization",
@@ -192,7 +198,13 @@ def build_parser() -> argparse.ArgumentParser:
             )
         add_data_option(command)
         add_allow_differences(command)
-    command.add_argument("--output", type=Path, default=Path("report"), help="folder to make (default: %(default)s)")
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="folder to make; an earlier report there is replaced (default: %(default)s)",
+    )
 
     add("user-dir", 'print the folder for the --user-dir of fairseq\'s commands: --user-dir "$(encourage-mt user-dir)"')
     return parser

@@ -255,7 +255,7 @@ def change(content: dict, settings: Sequence[str], new_arms: Sequence[str]) -> N
         if name in OPTION_NAMES:
             having = [arm for arm in arms.values() if name in FAIRSEQ_OPTION_NAMES or arm["criterion"] == CRITERION]
             if not having:
-                raise UserError(f"--set {text}: the criterion of no arm has this option")
+                raise UserError(f"--set {text}: no arm has a criterion with this option")
             for arm in having:
                 arm[name] = value
         elif name in ("average", "beam", "lenpen"):
