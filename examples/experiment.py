@@ -164,6 +164,7 @@ class Experiment:
             if baseline not in runs:
                 continue
             lines += [f"## {setting}", "", table(runs, self.published.get(setting, {})), "", costs(runs), ""]
+            lines += self.tuning_lines(setting)
             tests = {arm: compare(runs[baseline], runs[arm], self.headline) for arm in others if arm in runs}
             lines += [f"- {test.verdict(baseline, arm)}" for arm, test in tests.items()]
             charts = [changes_chart(setting, self.headline, tests)] if tests else []
@@ -176,6 +177,16 @@ class Experiment:
         with atomic_write(folder / "report.md") as file:
             file.write(text)
         print(text)
+
+    def tuning_lines(self, setting: str) -> list[str]:
+        """Return a table of the held-out headline by learning rate, empty where a rate is not yet tried."""
+        rows = []
+        for arm in self.chosen if len(self.rates) > 1 else ():
+            paths = [self.path(setting, arm, TUNING_SEED, rate) for rate in self.rates]
+            cells = [f"{self.read(p, arm).measures[self.headline]:.2f}" if p.exists() else "" for p in paths]
+            rows += [[arm, *cells]] if any(cells) else []
+        title = f"Held-out {self.headline} by learning rate, one seed:"
+        return [title, "", markdown_table(["", *(f"{rate:g}" for rate in self.rates)], rows), ""] if rows else []
 
 
 def compare(baseline: dict[int, Result], candidate: dict[int, Result], measure: str) -> MetricComparison:

@@ -4,12 +4,12 @@ All measures are percentages, except margins and energies (nats) and nll (nats).
 """
 
 import torch
-from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from encourage_mt.evaluation.diagnostics import calibrate, gradient_by_probability, per_token
 from encourage_mt.loss import LossOptions
+from encourage_mt.robustness.detection import auroc, fpr95
 
 STEPS, QUERIES = 20, 200
 SCORES = {  # of logits [N, C]; higher for inputs that the model knows
@@ -38,10 +38,8 @@ def unknown_inputs(known: Tensor, unknown: Tensor, name: str) -> dict[str, float
     measures = {}
     for score, function in SCORES.items():
         inside, outside = function(known).numpy(), function(unknown).numpy()
-        pairs = len(inside) * len(outside)
-        measures[f"AUROC {name}, {score}"] = 100 * float(mannwhitneyu(inside, outside).statistic) / pairs
-        threshold = torch.from_numpy(inside).quantile(0.05, interpolation="lower").item()
-        measures[f"FPR95 {name}, {score}"] = 100 * float((outside >= threshold).mean())
+        measures[f"AUROC {name}, {score}"] = 100 * float(auroc((inside, outside))[0])
+        measures[f"FPR95 {name}, {score}"] = 100 * fpr95((inside, outside))
     return measures
 
 

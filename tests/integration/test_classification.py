@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +83,7 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
         assert names == {f"{arm}.seed{seed}.json" for arm in ("ce", "el_050") for seed in (1, 2)}
         assert len(list((work / setting / "tuning").iterdir())) == 4
         assert f"## {setting}" in output
+    assert output.count("Held-out accuracy by learning rate") == len(settings)
     measures = read_json(work / "balanced/ce.seed1.json")["measures"]
     assert measures["accuracy"] > 30 and {"AUROC digits, logit", "FPR95 noise, energy"} <= set(measures)
     assert measures["PGD margin eps 1"] <= measures["PGD margin eps 0.05"] <= measures["accuracy"]
@@ -101,6 +103,17 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
     write_json(path, {**record, "loss": {"log_end": 0.75}})
     code, _, errors = run(*options)
     assert code == 2 and "el_050.seed1.json: log_end: is 0.75, now 0.5" in errors.strip().splitlines()[-1]
+
+
+def test_the_published_report_is_of_the_published_runs(run, tmp_path):
+    published = ROOT / "results/images"
+    shutil.copytree(published, tmp_path / "images")
+    assert run("--work-dir", tmp_path / "images", "--report-only", "--epochs", 10)[0] == 0
+    report = (published / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "images/report.md").read_text(encoding="utf-8") == report, "write it again with --report-only"
+    page = (ROOT / "docs/classification.md").read_text(encoding="utf-8").partition("\n## Results\n")[2]
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert tables and set(tables) <= set(report.splitlines())
 
 
 def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
