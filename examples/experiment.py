@@ -232,13 +232,13 @@ def costs(runs: Runs) -> str:
 
 def changes_chart(setting: str, measure: str, tests: dict[str, MetricComparison]) -> Chart:
     """Draw the change of each arm against the baseline with its 95% interval."""
-    figure, ax = axes(f"change in {measure}", "")
+    figure, ax = axes(f"change in {measure} (points)", "")
     for row, test in enumerate(tests.values()):
         low, high = test.interval or (test.gain, test.gain)
         ax.errorbar(test.gain, row, xerr=[[test.gain - low], [high - test.gain]], fmt="o", color="#0072B2", capsize=3)
     ax.axvline(0, color="#666666", linewidth=0.8)
     ax.set_yticks(range(len(tests)), list(tests))
-    ax.invert_yaxis()
+    ax.set_ylim(len(tests) - 0.5, -0.5)
     name = re.sub(r"\W+", "_", f"{setting}_{measure}")
     caption = "Mean change against the baseline over the seeds that both have, with its 95% interval."
     return Chart(f"{name}_changes", f"{setting}: change in {measure}", caption, figure)
