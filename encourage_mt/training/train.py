@@ -150,6 +150,9 @@ class Trainings:
         self.ended += training.share if code else 1
         if code:
             self.failures.append(describe_failure("fairseq-train", code, training.run.log))
+        elif self.cluster.node == 0 and not list(training.run.checkpoints.glob("checkpoint*.pt")):
+            # such as with a learning rate that fairseq takes for the end of the training
+            self.failures.append(f"{training.run.name}: fairseq-train ended without a checkpoint ({training.run.log})")
         else:
             (training.run.folder / "train.done").touch()
 

@@ -75,11 +75,20 @@ def test_a_waiting_training_gets_the_gpus_of_the_one_that_ended(
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     script = f"cd {tmp_path}; case $1 in ce.seed1) while [ ! -e last ]; do sleep 0.05; done;; "
-    started = stand_in(script + "el.seed2) touch last;; esac")
+    save = "; mkdir $1/checkpoints; touch $1/checkpoints/checkpoint_last.pt"
+    started = stand_in(script + "el.seed2) touch last;; esac" + save)
     training.train(runs([1, 2], **{"update-freq": 2, "max-epoch": 2}), Cluster("fp32", gpus), 2)
     names = ["ce.seed1", "el.seed1", "ce.seed2", "el.seed2"]
     assert started == list(zip(names, expected, strict=True))
     assert all((tmp_path / name / "train.done").exists() for name in names)
+
+
+def test_a_training_that_saved_nothing_is_not_done(runs, stand_in, tmp_path):
+    """fairseq-train ends at once, with exit code 0, if the learning rate is -1."""
+    stand_in("exit 0")
+    with pytest.raises(UserError, match=r"ce\.seed1.*without a checkpoint"):
+        training.train(runs([1], **{"max-epoch": 2})[:1], Cluster("fp32"), 1)
+    assert not (tmp_path / "ce.seed1" / "train.done").exists()
 
 
 @pytest.mark.parametrize("named, count, expected", [("", 2, ["0", "1"]), ("GPU-a, GPU-b", 2, ["GPU-a", "GPU-b"])])
