@@ -251,7 +251,7 @@ def measure_robustness(arguments) -> None:
 
     runs = [open_run(folder, data=arguments.data) for folder in arguments.runs]
     arms, differences = group(runs, arguments.allow_differences)
-    options = (arguments.tests, arguments.strength, arguments.seed, dict(arguments.ood))
+    options = (arguments.tests, arguments.strength, arguments.seed, arguments.ood)
     choices = {run.folder: choose(run.prepared(), *options) for run in runs}
     measured = {
         arm: {seed: measure(run, choices[run.folder]) for seed, run in side.items()} for arm, side in arms.items()

@@ -209,18 +209,21 @@ def read_measured(run: Run) -> Robustness | None:
     return record if record and record.checkpoint_sha256 == file_hash(checkpoint) else None
 
 
-def choose(data: PreparedData, tests: list[str], percentages: list[int], seed: int, files: dict[str, Path]) -> Choice:
-    """Return what to measure on runs with this data: by default all its test sets. files: of foreign text, one a line.
+def choose(
+    data: PreparedData, tests: list[str], percentages: list[int], seed: int, files: list[tuple[str, Path]]
+) -> Choice:
+    """Return what to measure on runs with this data: by default all its test sets. files: (name, foreign text).
 
-    Raises UserError if the data has no such test set, or a file has fewer than two sentences or is a test set.
+    Raises UserError if the data has no such test set, a name is taken, or a file has fewer than two sentences or is a
+    test set.
     """
     for test in tests:
         if test not in data.tests:
             raise UserError(f"--tests {test}: the data has no such test set; it has {', '.join(data.tests)}")
     tests, foreign = tests or data.tests, {}
-    for name, path in files.items():
-        if name in (CLEAN, SHUFFLED, REVERSED):
-            raise UserError(f"--ood {name}: is the name of a set that is always measured; choose another name")
+    for name, path in files:
+        if name in (CLEAN, SHUFFLED, REVERSED, *foreign):
+            raise UserError(f"--ood {name}: is the name of another set that is measured; choose another name")
         foreign[name] = [line for line in read_lines(path) if line.strip()]
         if len(foreign[name]) < 2:
             raise UserError(f"--ood {name}: {path} has {len(foreign[name])} sentences; at least 2 are needed")

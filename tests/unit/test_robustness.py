@@ -258,12 +258,14 @@ def test_bad_files_and_names_are_refused(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for name, words in (("empty", "empty file"), ("blank", "at least 2"), ("single", "1 sentence"), ("same", "test")):
         with pytest.raises(UserError, match=words) as refusal:
-            choose(data, [], [10], 1, {"own": tmp_path / name})
+            choose(data, [], [10], 1, [("own", tmp_path / name)])
         assert str(tmp_path / name) in str(refusal.value)
     with pytest.raises(UserError, match="--ood clean"):
-        choose(data, [], [10], 1, {CLEAN: tmp_path / "fine"})
+        choose(data, [], [10], 1, [(CLEAN, tmp_path / "fine")])
+    with pytest.raises(UserError, match="--ood own"):
+        choose(data, [], [10], 1, [("own", tmp_path / "fine")] * 2)
     with pytest.raises(UserError, match="--tests other.*test"):
-        choose(data, ["other"], [10], 1, {})
-    assert choose(data, [], [10], 1, {"own": tmp_path / "fine"}) == measure.Choice(
+        choose(data, ["other"], [10], 1, [])
+    assert choose(data, [], [10], 1, [("own", tmp_path / "fine")]) == measure.Choice(
         ["test"], [10], 1, {"own": ["drei", "vier"]}
     )
