@@ -1,6 +1,5 @@
 """Compare translations of short and long sentences: BLEU by the length of the reference, with intervals."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,10 +38,7 @@ def bleu_by_length(
     for name, chosen in group(lengths).items():
         size = len(chosen)
         weights = np.vstack([np.ones(size), rng.multinomial(size, np.full(size, 1 / size), samples)])
-        scores = {
-            label: np.array([statistics.mean(score(row, metric) for row in rows) for rows in sums.swapaxes(0, 1)])
-            for label, sums in ((label, weights @ side[:, chosen]) for label, side in counts.items())
-        }
+        scores = {label: bleu(weights @ side[:, chosen]).mean(axis=0) for label, side in counts.items()}
         baseline, candidate = scores.values()
         each = {label: interval(values) for label, values in scores.items()}
         ranges.append(LengthRange(name, size, each, interval(candidate - baseline)))
@@ -70,13 +66,14 @@ def count(hypotheses: list[str], references: list[str], metric: BLEU) -> list[li
     return [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores]
 
 
-def score(counts: np.ndarray, metric: BLEU) -> float:
-    """Return the BLEU of sentences from the sum of their counts."""
-    *ngrams, length, reference_length = map(int, counts)
-    half = len(ngrams) // 2
-    return BLEU.compute_bleu(
-        ngrams[:half], ngrams[half:], length, reference_length, metric.smooth_method, metric.smooth_value
-    ).score
+def bleu(sums: np.ndarray) -> np.ndarray:
+    """Return BLEU from sums of `count`, [..., 10], as sacreBLEU does: smoothed, and 0 without a match or a 4-gram."""
+    matched, totals, translated, wanted = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    is_defined = matched.any(axis=-1) & totals.all(axis=-1)
+    zeros = np.cumsum(matched == 0, axis=-1)
+    precision = np.where(matched == 0, 0.5**zeros, matched) / np.maximum(totals, 1)
+    penalty = np.minimum(0, 1 - wanted / np.maximum(translated, 1))
+    return np.where(is_defined, 100 * np.exp(np.log(precision).mean(axis=-1) + penalty), 0)
 
 
 def interval(values: np.ndarray) -> Interval:

@@ -20,7 +20,7 @@ from ..training.run_folder import Run
 from .comparison import read_translation
 from .confidence import SCORES, Confidence, SetConfidence, measure_confidence
 from .diagnostics import CALIBRATION_EDGES, calibrate
-from .lengths import count
+from .lengths import bleu, count
 from .results import HEADLINE
 from .scoring import metrics
 from .significance import MetricComparison, Statistic, compare_resampled, count_draws
@@ -106,12 +106,3 @@ def bin_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     size = len(CALIBRATION_EDGES) - 1
     bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, size - 1)
     return np.stack([np.bincount(bins, weights, minlength=size) for weights in (None, confidence, correct)])
-
-
-def bleu(sums: np.ndarray) -> np.ndarray:
-    """Return BLEU from sums of `lengths.count`, [..., 10]; like sacreBLEU, with its smoothing of zero counts."""
-    matched, totals = sums[..., :4], np.maximum(sums[..., 4:8], 1)
-    translated, wanted = np.maximum(sums[..., 8], 1e-9), sums[..., 9]
-    zeros = np.cumsum(matched == 0, axis=-1)
-    precision = np.where(matched == 0, 0.5**zeros, matched) / totals
-    return 100 * np.exp(np.log(precision).mean(axis=-1) + np.minimum(0, 1 - wanted / translated))

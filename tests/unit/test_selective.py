@@ -7,8 +7,8 @@ from samples import corrupt, draw_references
 
 from encourage_mt.evaluation import significance
 from encourage_mt.evaluation.confidence import SCORES, SetConfidence
-from encourage_mt.evaluation.lengths import count
-from encourage_mt.evaluation.selective import AREAS, COVERAGE, SelectiveRun, bleu, compare_selective
+from encourage_mt.evaluation.lengths import bleu, count
+from encourage_mt.evaluation.selective import AREAS, COVERAGE, SelectiveRun, compare_selective
 
 COUNT = 100
 ABOVE = AREAS.index("area above all, mean log-probability")
@@ -34,10 +34,10 @@ def test_bleu_of_sums_is_sacrebleus():
         lines, wanted = translations[chosen], references[chosen]
         sums = np.array(count(lines, wanted, BLEU()), dtype=float).sum(axis=0)
         assert bleu(sums) == pytest.approx(BLEU().corpus_score(lines, [wanted]).score, abs=1e-9)
-    short = np.array(count(["w1 x y z", ""], ["w1 w2 w3 w4 w5", "w1"], BLEU()), dtype=float).sum(axis=0)
-    assert bleu(short) == pytest.approx(
-        BLEU().corpus_score(["w1 x y z", ""], [["w1 w2 w3 w4 w5", "w1"]]).score, abs=1e-9
-    )
+    wanted = ["w1 w2 w3 w4 w5", "w1"]
+    for lines in (["w1 x y z", ""], ["w1 w2 w3", "w1"], ["x y z x y z", "z"], ["", ""]):  # without 4-grams, matches
+        sums = np.array(count(lines, wanted, BLEU()), dtype=float).sum(axis=0)
+        assert bleu(sums) == pytest.approx(BLEU().corpus_score(lines, [wanted]).score, abs=1e-9)
 
 
 def test_a_perfect_ranking_gains_a_random_one_does_not_and_a_reversed_one_loses():
