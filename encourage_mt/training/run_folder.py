@@ -1,6 +1,7 @@
 """Read and write the folder of one training: its options, how to score it, and its log."""
 
 import json
+import re
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ WATCHING = {  # options that do not change what is trained
     *("eval-bleu-args", "log-format", "log-interval", "keep-last-epochs", "tensorboard-logdir", "wandb-project"),
 }
 STRICT = ConfigDict(strict=True, extra="forbid")
+# in a run's folder, opened for writing or replaced
+WRITTEN = re.compile(r"\.lock\d*|convert\.log|.*\.generate\.log|.*\.tmp|export|robustness")
 
 
 @with_config(STRICT)
@@ -181,11 +184,14 @@ def open_run(folder: Path, **changes) -> Run:
     """Return the run in `folder`, from its run.json or, where fairseq-train was run by hand, its newest checkpoint.
 
     `changes` (data, average, beam, lenpen) replace what was recorded unless they are None. Raises UserError if
-    there is neither run.json nor a checkpoint, or the prepared data is gone.
+    there is neither run.json nor a checkpoint, the prepared data is gone, or a link would lead what we write elsewhere.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory")
     folder = folder.resolve()
+    for path in (*folder.iterdir(), *folder.glob("robustness/*")):
+        if path.is_symlink() and WRITTEN.fullmatch(path.name):
+            raise UserError(f"{path}: is a link, and evaluation would write through it; remove it")
     if (folder / "run.json").exists():
         run = read_record(folder / "run.json", Run, folder=folder)
         if not run.data.is_dir():

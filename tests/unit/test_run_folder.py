@@ -55,6 +55,16 @@ def test_a_run_is_read_as_it_was_written(run):
     assert open_run(run.folder, lenpen=None).lenpen == 1.0
 
 
+@pytest.mark.parametrize("name", [".lock", "test.generate.log", "scores.json.tmp", "export", "robustness/test.de.tmp"])
+def test_a_link_through_which_a_run_would_write_is_refused(name, run, tmp_path):
+    (run.folder / "checkpoints").symlink_to(tmp_path)  # on another disk
+    open_run(run.folder)
+    (run.folder / "robustness").mkdir()
+    (run.folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        open_run(run.folder)
+
+
 def test_a_moved_work_directory_finds_its_data(run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "data").rename(tmp_path / "elsewhere" / "data")
