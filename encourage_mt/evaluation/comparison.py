@@ -107,15 +107,7 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
     if shared:
         raise UserError(f"{min(shared)}: is both a baseline and a candidate")
     everything = [result for side in sides for _, result in side.values()]
-    unequal = differences(everything)
-    for side in sides:
-        results = [result for _, result in side.values()]
-        unequal += [line for line in differences(results, ("criterion",)) if line not in unequal]
-        unequal += same_models(results)
-    if unequal and not allow_differences:
-        raise UserError(
-            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
-        )
+    unequal = check_comparable([[result for _, result in side.values()] for side in sides], allow_differences)
     data = PreparedData.open(baseline[0].data)
     tests = {split: _compare_scores(sides, split) for split in data.tests}
     jobs = [(split, seed) for split in tests for seed in sorted(set(sides[0]) & set(sides[1]))]
@@ -134,6 +126,22 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
         differences=unequal,
         alarms=alarms,
     )
+
+
+def check_comparable(groups: list[list[Result]], allow_differences: bool) -> list[str]:
+    """Return what differs and should not: settings of any results, criteria in a group, and models that it has twice.
+
+    Raises UserError that names it, unless `allow_differences`.
+    """
+    unequal = differences([result for results in groups for result in results])
+    for results in groups:
+        unequal += [line for line in differences(results, ("criterion",)) if line not in unequal]
+        unequal += same_models(results)
+    if unequal and not allow_differences:
+        raise UserError(
+            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
+        )
+    return unequal
 
 
 def _by_seed(runs, side):

@@ -22,6 +22,7 @@ from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, tr
 from ..evaluation.diagnostics import load
 from ..evaluation.evaluate import evaluated_checkpoint, write_lines
 from ..evaluation.results import HEADLINE, FiniteScore, Result
+from ..fields import Split
 from ..files import Record, file_hash, read_record, write_record
 from ..processes import locked
 from ..serving.export import exported
@@ -78,8 +79,8 @@ class Robustness(Record):
     beam: int
     lenpen: float
     signatures: dict[str, str]
-    noise: dict[str, dict[str, Noise]]
-    foreign: dict[str, dict[str, Foreign]]
+    noise: dict[Split, dict[str, Noise]]
+    foreign: dict[Split, dict[str, Foreign]]
 
 
 class Measurement:
@@ -203,10 +204,16 @@ class Measurement:
 
 
 def read_measured(run: Run) -> Robustness | None:
-    """Return what was measured on the run's present checkpoint, None if nothing was. Raises UserError if damaged."""
-    path, checkpoint = run.folder / RECORD, run.folder / "average.pt"
-    record = read_record(path, Robustness) if path.exists() and checkpoint.exists() else None
-    return record if record and record.checkpoint_sha256 == file_hash(checkpoint) else None
+    """Return what was measured with the checkpoint and search of the run's present scores, None if nothing was.
+
+    Raises UserError if the record is damaged, or the run is not evaluated.
+    """
+    path = run.folder / RECORD
+    if not path.exists():
+        return None
+    record, search = read_record(path, Robustness), Result.read(run.folder).evaluation
+    present = file_hash(evaluated_checkpoint(run)), search.beam, search.lenpen
+    return record if (record.checkpoint_sha256, record.beam, record.lenpen) == present else None
 
 
 def choose(

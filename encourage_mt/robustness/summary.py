@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ..errors import UserError
-from ..evaluation.comparison import differences
+from ..evaluation.comparison import check_comparable
 from ..evaluation.confidence import SCORES
 from ..evaluation.results import HEADLINE, Result
 from ..evaluation.significance import MetricComparison, Statistic, compare_resampled, correct, count_draws
@@ -74,8 +74,7 @@ class Summary(Record):
 def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, dict[int, Run]], list[str]]:
     """Return {arm: {seed: run}} of evaluated runs, in their order, and the settings that should be the same.
 
-    Raises UserError if a seed appears twice in an arm, or (unless `allow_differences`) runs differ in more than the
-    criterion.
+    Raises UserError if a seed appears twice in an arm, or as `check_comparable` does.
     """
     results = [Result.read(run.folder) for run in runs]
     arms: dict[str, dict[int, Run]] = {}
@@ -83,12 +82,8 @@ def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, d
         if result.seed in arms.setdefault(result.arm, {}):
             raise UserError(f"{run.folder}: seed {result.seed} appears twice among the runs of {result.arm}")
         arms[result.arm][result.seed] = run
-    unequal = differences(results)
-    if unequal and not allow_differences:
-        raise UserError(
-            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
-        )
-    return arms, unequal
+    groups = [[result for result in results if result.arm == arm] for arm in arms]
+    return arms, check_comparable(groups, allow_differences)
 
 
 def summarize(arms: dict[str, BySeed], unequal: list[str]) -> Summary:

@@ -96,11 +96,13 @@ def test_the_report_has_a_section_if_all_runs_are_measured(measured, tmp_path):
     assert "attack, worst of 8" in (tmp_path / "report" / "tables" / "noise_test.csv").read_text(encoding="utf-8")
 
 
-def test_what_was_measured_on_another_checkpoint_does_not_count(measured, tmp_path):
+def test_what_was_measured_with_another_checkpoint_or_beam_does_not_count(measured, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(measured[0][1], folder)
-    write_json(folder / "robustness.json", {**read_json(folder / "robustness.json"), "checkpoint_sha256": "0" * 64})
-    assert read_measured(open_run(folder)) is None
+    record = read_json(folder / "robustness.json")
+    for change in ({"checkpoint_sha256": "0" * 64}, {"beam": record["beam"] + 1}):
+        write_json(folder / "robustness.json", {**record, **change})
+        assert read_measured(open_run(folder)) is None
 
 
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(measured, tmp_path, capsys):

@@ -11,7 +11,8 @@ from scipy import stats
 from encourage_mt.data import subwords
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation.confidence import SCORES
-from encourage_mt.evaluation.significance import compare_resampled
+from encourage_mt.evaluation.significance import MetricComparison, compare_resampled
+from encourage_mt.report import measure_charts
 from encourage_mt.robustness import measure, summary, tables
 from encourage_mt.robustness.detection import auroc, fpr95, resampled_auroc
 from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose
@@ -222,6 +223,11 @@ def test_the_tables_count_the_comparisons_and_correct_p(arms):
     assert "against ce" not in tables.markdown(summary.summarize({"ce": arms["ce"]}, []))
 
 
+def test_a_name_with_signs_of_a_formula_can_be_drawn():
+    gain = MetricComparison("AUROC, $x^{ and $y, maximum logit", {1: 50.0}, {1: 60.0}, bootstrap_interval=(5.0, 15.0))
+    assert measure_charts.gains("name", "title", [gain], "gain in AUROC").svg().startswith("<svg")
+
+
 def test_what_runs_have_not_measured_alike_is_left_out(arms):
     noise = dict(arms["ce"][1].noise["test"])
     noise["upper case"] = noise["upper case"].model_copy(update={"source_sha256": "other"})
@@ -246,6 +252,17 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         summary.group(runs)
     arms, unequal = summary.group(runs, allow_differences=True)
     assert arms == {"ce": {1: runs[0]}, "el": {1: runs[1]}} and unequal == ["lr: 1 or 2"]
+    for run, bonus in zip(runs, ("log", "power"), strict=True):
+        result = sample_result("el", training={}, criterion={"bonus": bonus})
+        result.model_copy(update={"seed": runs.index(run)}).write(run.folder)
+    with pytest.raises(UserError, match="bonus: log or power"):
+        summary.group(runs)
+
+
+def test_a_damaged_record_cannot_name_files(arms):
+    content = arms["ce"][1].model_dump()
+    with pytest.raises(ValueError, match="cannot be the name of a split"):
+        Robustness.model_validate({**content, "noise": {"../test": content["noise"]["test"]}})
 
 
 # --- what to measure
