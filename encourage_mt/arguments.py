@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
     add_recipe_options(command)
-    command.set_defaults(set=[], add_arm=[], gpus=1, dry_run=False)
+    command.set_defaults(set=[], add_arm=[], gpus=1)
 
     command = add(
         "run",

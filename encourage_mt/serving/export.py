@@ -56,7 +56,7 @@ def export(run: Run, output: Path, quantization: str) -> None:
                 recipe=run.recipe,
                 source=data.source,
                 target=data.target,
-                preparation=Preparation.of_tests(data),
+                preparation=Preparation.of(data, "valid"),  # until it is verified
                 subword=options["subword"],
                 remove_bpe=data.remove_bpe,
                 byte_fallback=data.byte_fallback,
@@ -69,7 +69,8 @@ def export(run: Run, output: Path, quantization: str) -> None:
             )
             model.write()  # because the translator reads it
             agreement = verify(model, run, data, result)
-            model.model_copy(update={"agreement": agreement}).write()
+            of_tests = Preparation.of(data, data.tests[0])
+            model.model_copy(update={"agreement": agreement, "preparation": of_tests}).write()
             (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
             shutil.rmtree(output, ignore_errors=True)
             partial.rename(output)
@@ -119,11 +120,8 @@ def exported(run: Run) -> Path:
     try:
         model = Model.open(output)
         evaluation = Result.read(run.folder).evaluation
-        if (model.checkpoint_sha256, model.beam, model.lenpen) == (
-            file_hash(evaluated_checkpoint(run)),
-            evaluation.beam,
-            evaluation.lenpen,
-        ):
+        wanted = "float32", file_hash(evaluated_checkpoint(run)), evaluation.beam, evaluation.lenpen
+        if (model.quantization, model.checkpoint_sha256, model.beam, model.lenpen) == wanted:
             return output
     except UserError:  # missing, damaged, or of another version
         pass
@@ -132,13 +130,14 @@ def exported(run: Run) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` contains a file that is not part of an earlier export."""
+    """Raise UserError if `output` contains anything that is not a file of an earlier export."""
     if not output.exists():
         return
     if not output.is_dir():
         raise UserError(f"{output}: is a file; choose another --output")
     record = read_json(output / RECORD) if (output / RECORD).exists() else {}  # of any version
-    known = {RECORD, CARD, *(record.get("files") or {} if isinstance(record, dict) else {})}
-    foreign = sorted({path.name for path in output.iterdir()} - known)
+    files = record.get("files") if isinstance(record, dict) else None
+    known = {RECORD, CARD, *(files if isinstance(files, dict) else ())}
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in known or path.is_dir())
     if foreign:
         raise UserError(f"{output}: not an earlier export (it has {foreign[0]}); choose another --output")

@@ -24,10 +24,11 @@ class Preparation(Record):
     lowercase: bool
 
     @classmethod
-    def of_tests(cls, data: PreparedData) -> "Preparation":
-        """Return how the test sets of `data` were prepared: like train only if they were held out of it."""
+    def of(cls, data: PreparedData, split: str) -> "Preparation":
+        """Return how valid or a test set of `data` was prepared: like train only if it was held out of it."""
         corpora: Any = data.options.get("data", [])
-        like_train = any(data.tests[0] in corpus.get("held_out", {}) for corpus in corpora)
+        key = "valid_every" if split == "valid" else ""
+        like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
         return cls(
             tokenizer=data.tokenizer,
             aggressive_hyphens=bool(data.options.get("aggressive_hyphens")),

@@ -18,7 +18,7 @@ from encourage_mt.files import file_hash, read_json, write_json
 from encourage_mt.recipe import Recipe
 from encourage_mt.serving import translate
 from encourage_mt.serving.export import check_output
-from encourage_mt.serving.model import Model, Preparation
+from encourage_mt.serving.model import CARD, RECORD, Model, Preparation
 from encourage_mt.serving.translate import Translator, translate_stream
 
 RAW = {
@@ -107,11 +107,18 @@ def stream(translator, text, **options):
 # --- text
 
 
-@pytest.mark.parametrize("held_out", [False, True], ids=["own test file", "test held out of train"])
-def test_text_is_prepared_as_the_test_set_was(held_out, tmp_path):
-    data = {"train": ["a.tsv"], "valid": ["b.tsv"], "test": ["c.tsv"]}
-    if held_out:
-        data = {"train": ["a.tsv"], "held_out": {"valid": 1, "test": 1}}
+@pytest.mark.parametrize(
+    ("split", "data", "like_train"),
+    [
+        ("test", {"valid": ["b.tsv"], "test": ["c.tsv"]}, False),
+        ("test", {"held_out": {"valid": 1, "test": 1}}, True),
+        ("test", {"valid_every": 2, "test": ["c.tsv"]}, False),
+        ("valid", {"valid_every": 2, "test": ["c.tsv"]}, True),
+        ("valid", {"valid": ["b.tsv"], "held_out": {"test": 1}}, False),
+    ],
+)
+def test_text_is_prepared_as_the_set_was(split, data, like_train, tmp_path):
+    data = {"train": ["a.tsv"], **data}
     recipe = Recipe(
         **{"name": "r", "source": "de", "target": "en", "data": data, "subword": {"merges": 10}, "tokenizer": "moses"},
         **{"straight_apostrophes": True, "normalize_punctuation": True, "lowercase": True, "aggressive_hyphens": True},
@@ -125,9 +132,9 @@ def test_text_is_prepared_as_the_test_set_was(held_out, tmp_path):
         remove_bpe="@@ ",
         options=recipe.preparation,
     )
-    steps = translate.text_steps("de", **Preparation.of_tests(prepared).model_dump())
+    steps = translate.text_steps("de", **Preparation.of(prepared, split).model_dump())
     lines = ["Das ist ein „Test“ – gut-gemeint, l’État (d.h. nicht schlecht).", *HOSTILE]
-    expected = [source for _, source, _ in TextStage(recipe, is_train=held_out)([(line, "") for line in lines])]
+    expected = [source for _, source, _ in TextStage(recipe, is_train=like_train)([(line, "") for line in lines])]
     for line, tokens in zip(lines, expected, strict=True):
         for step in steps:
             line = step(line)
@@ -274,6 +281,14 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     (tmp_path / "model" / "mine.txt").touch()
     with pytest.raises(UserError, match="mine.txt"):
         check_output(tmp_path / "model")
+    (tmp_path / "model" / "mine.txt").unlink()
+    (tmp_path / "model" / CARD).unlink(missing_ok=True)
+    (tmp_path / "model" / CARD).mkdir()
+    with pytest.raises(UserError, match=CARD):
+        check_output(tmp_path / "model")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / RECORD).write_text('{"files": 5}', encoding="utf-8")
+    check_output(tmp_path / "odd")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         check_output(tmp_path / "file")
