@@ -84,12 +84,7 @@ def load_model(folder: Path, device: str = "auto", threads: int | None = None) -
 
 
 def translate_pieces(
-    model: "ctranslate2.Translator",
-    sources: Iterable[list[str]],
-    beam: int,
-    lenpen: float,
-    nbest: int = 1,
-    batch_tokens: int = BATCH_TOKENS,
+    model: "ctranslate2.Translator", sources: Iterable[list[str]], beam: int, lenpen: float, nbest: int = 1
 ) -> Iterator[list[Translation]]:
     """Yield the `nbest` translations of each list of pieces, best first, in the order of the sources.
 
@@ -99,7 +94,7 @@ def translate_pieces(
     """
     results = model.translate_iterable(
         sources,
-        max_batch_size=batch_tokens,
+        max_batch_size=BATCH_TOKENS,
         batch_type="tokens",
         beam_size=beam,
         length_penalty=lenpen,

@@ -23,12 +23,10 @@ class LengthRange:
     gain: Interval
 
 
-def bleu_by_length(
-    references: list[str], systems: dict[str, list[list[str]]], metric: BLEU, samples: int = SAMPLES
-) -> list[LengthRange]:
+def bleu_by_length(references: list[str], systems: dict[str, list[list[str]]], metric: BLEU) -> list[LengthRange]:
     """Return the BLEU of baseline and candidate for each range of lengths, in tokens of the reference.
 
-    systems: {label: translations of each seed}. A score is the mean over seeds; its interval comes from `samples`
+    systems: {label: translations of each seed}. A score is the mean over seeds; its interval comes from SAMPLES
     bootstrap samples of the sentences (Koehn 2004), which are the same for all systems.
     """
     counts = {label: np.array([count(side, references, metric) for side in seeds]) for label, seeds in systems.items()}
@@ -37,7 +35,7 @@ def bleu_by_length(
     ranges = []
     for name, chosen in group(lengths).items():
         size = len(chosen)
-        weights = np.vstack([np.ones(size), rng.multinomial(size, np.full(size, 1 / size), samples)])
+        weights = np.vstack([np.ones(size), rng.multinomial(size, np.full(size, 1 / size), SAMPLES)])
         scores = {label: bleu(weights @ side[:, chosen]).mean(axis=0) for label, side in counts.items()}
         baseline, candidate = scores.values()
         each = {label: interval(values) for label, values in scores.items()}

@@ -113,7 +113,7 @@ def count_words(data: PreparedData) -> Counter[str]:
         lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
         for words in words_of(lines, data):
             counts.update(words)
-    with suppress(PermissionError):  # data of another user
+    with suppress(OSError):  # data of another user, or on a disk that is full or read only
         write_json(path, {"format": 2, "counts": counts})
     return counts
 

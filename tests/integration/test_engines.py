@@ -32,12 +32,13 @@ def read_hypotheses(log):
     return {int(index): (float(score), text) for index, score, text in lines}
 
 
-def test_ctranslate2_searches_like_fairseq_generate(model, work):
+def test_ctranslate2_searches_like_fairseq_generate(model, work, monkeypatch):
+    monkeypatch.setattr(converted_model, "BATCH_TOKENS", 50)  # several batches
     run = open_run(work.folder / "ce.seed1")
     data, translator = run.prepared(), converted_model.load_model(model, "cpu", 1)
     theirs = read_hypotheses(run.folder / "test.generate.log")
     sources = engines.read_pieces(data, "test")
-    found = list(converted_model.translate_pieces(translator, sources, run.beam, run.lenpen, nbest=2, batch_tokens=50))
+    found = list(converted_model.translate_pieces(translator, sources, run.beam, run.lenpen, nbest=2))
     assert len(found) == len(theirs) == 21 and all(len(each) == 2 for each in found)
     same = [i for i in theirs if join_pieces(found[i][0].pieces, data.remove_bpe) == theirs[i][1]]
     assert len(same) >= 20
