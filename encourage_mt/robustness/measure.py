@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
 from tqdm import tqdm
 
 from ..data import subwords
@@ -17,7 +18,7 @@ from ..data.manifest import PreparedData, hash_text
 from ..data.stages import text_steps
 from ..errors import UserError
 from ..evaluation import scoring
-from ..evaluation.confidence import encode, score_pairs, sentence_scores
+from ..evaluation.confidence import SCORES, encode, score_pairs, sentence_scores
 from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, translate_pieces
 from ..evaluation.diagnostics import load
 from ..evaluation.evaluate import evaluated_checkpoint, write_lines
@@ -67,6 +68,12 @@ class Foreign(Record):
 
     source_sha256: str
     scores: dict[str, list[float]]
+
+    @model_validator(mode="after")
+    def _check_scores(self):
+        if set(self.scores) != {*SCORES, LENGTH} or len(set(map(len, self.scores.values()))) > 1:
+            raise ValueError(f"scores: must have {', '.join(SCORES)}, {LENGTH}, each with one value a sentence")
+        return self
 
 
 class Robustness(Record):

@@ -259,8 +259,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         summary.group(runs)
 
 
-def test_a_damaged_record_cannot_name_files(arms):
+def test_a_damaged_record_is_refused_and_cannot_name_files(arms):
     content = arms["ce"][1].model_dump()
+    foreign = arms["ce"][1].foreign["test"][CLEAN].scores
+    for scores in ({LENGTH: [1.0]}, {**foreign, LENGTH: [1.0]}):
+        with pytest.raises(ValueError, match="maximum logit.*one value a sentence"):
+            Foreign(source_sha256="c", scores=scores)
     with pytest.raises(ValueError, match="cannot be the name of a split"):
         Robustness.model_validate({**content, "noise": {"../test": content["noise"]["test"]}})
 
