@@ -234,7 +234,8 @@ def choose(
     for test in tests:
         if test not in data.tests:
             raise UserError(f"--tests {test}: the data has no such test set; it has {', '.join(data.tests)}")
-    tests, foreign = tests or data.tests, {}
+    tests = tests or data.tests
+    foreign: dict[str, list[str]] = {}
     for name, path in files:
         if name in (CLEAN, SHUFFLED, REVERSED, *foreign):
             raise UserError(f"--ood {name}: is the name of another set that is measured; choose another name")
