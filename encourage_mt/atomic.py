@@ -9,14 +9,15 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file beside `path` for writing and rename it to `path` at the end, after fsync.
+    """Open a new file beside `path` for writing and rename it to `path` at the end, after fsync.
 
     If the block raises, `path` stays as it was and nothing is left beside it. Text is UTF-8 with \\n line ends.
     """
     partial = path.with_name(path.name + ".tmp")
+    partial.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(partial, mode, **text) as file:
+        with open(partial, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

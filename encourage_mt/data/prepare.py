@@ -32,7 +32,7 @@ from .stages import EncodeStage, TextStage, hash64, ordered_map
 MARKER = ".made-by-encourage-mt"  # in a folder that may be deleted if this program is killed
 CONTENT = {
     *("data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"),
-    "words.json",  # counts of words, kept by evaluation/words.py
+    *("words.json", "words.json.tmp"),  # counts of words, kept by evaluation/words.py
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from encourage_mt.atomic import atomic_write
 from encourage_mt.data.manifest import PreparedData
 from encourage_mt.errors import UserError
 from encourage_mt.training.run_folder import Run, open_run, parse_options
@@ -197,3 +198,12 @@ def test_a_relative_path_of_the_data_begins_where_the_training_was_started(
     Path(expected).mkdir(parents=True)
     assert open_run(folder).data.resolve() == Path(expected)
     assert open_run(folder, data=tmp_path).data == tmp_path
+
+
+def test_a_link_beside_a_file_is_not_written_through(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "other")
+    with atomic_write(tmp_path / "file") as file:
+        file.write("new")
+    assert (tmp_path / "other").read_text() == "kept" and (tmp_path / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]

@@ -11,6 +11,7 @@ import regex
 from sacremoses import MosesPunctNormalizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 
+from encourage_mt import atomic
 from encourage_mt.data import subwords
 from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
 from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
@@ -94,8 +95,12 @@ def test_sentencepiece_learns_on_a_sample_of_large_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "file, options", [("codes", {"merges": 9}), ("model", {"vocab_size": 90}), ("vocab", {"vocab_size": 90})]
 )
-def test_full_disk_is_reported(file, options, tmp_path):
-    (tmp_path / f"subword.{file}.tmp").symlink_to("/dev/full")
+def test_full_disk_is_reported(file, options, tmp_path, monkeypatch):
+    def open_full(path, mode, **text):
+        full = path.name == f"subword.{file}.tmp"
+        return open("/dev/full", mode.replace("x", "w"), **text) if full else open(path, mode, **text)
+
+    monkeypatch.setattr(atomic, "open", open_full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         learn(grammar.generate(1, {"train": 50})["train"], 50, options, tmp_path / "subword")
     assert not (tmp_path / f"subword.{file}").exists()
