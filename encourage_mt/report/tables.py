@@ -7,7 +7,7 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis
 from ..evaluation.formatting import escape, format_mean, format_p, markdown_table, signature_lines
 from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
-from ..evaluation.significance import MetricComparison
+from ..evaluation.significance import MetricComparison, paired_seeds
 from ..files import Scalar
 from ..recipe import Recipe
 
@@ -54,7 +54,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     """Return a row for each arm and test set: mean ± standard deviation over seeds, gains and their p-values.
 
     Gains are relative to the first arm and to every baseline of `comparisons` the arm was compared with. They use the
-    seeds both arms share (listed if not all), or all seeds if none are shared. p over sentences is of approximate
+    seeds of `paired_seeds` (listed if not all), or all seeds if it has none. p over sentences is of approximate
     randomization, from the comparisons. The sets are those of the comparisons; without any, all sets with valid.
     Criterion options, signatures and setting follow. results are of `encourage-mt run`, and differ by criterion and
     seed alone.
@@ -89,24 +89,20 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     return "\n".join([markdown_table(header, rows), "", *lines])
 
 
-def keep_shared_seeds(*sides: dict[int, float]) -> list[dict[int, float]]:
-    """Return {seed: value} of two arms for the seeds both have; unchanged if they share none."""
-    shared = sorted(set(sides[0]) & set(sides[1]))
-    return [{seed: side[seed] for seed in shared} for side in sides] if shared else list(sides)
-
-
 def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:
-    """Return the gain over the seeds both arms share, or all if none, and ", seed ..." if not all seeds are used."""
+    """Return the gain over the seeds of `paired_seeds`, or all if it has none, and ", seed ..." if not all are used."""
     sides = [{r.seed: r.scores[split][HEADLINE].score for r in group} for group in (baseline, candidate)]
-    first, second = keep_shared_seeds(*sides)
-    seeds = "" if [len(first), len(second)] == list(map(len, sides)) else f", seed {', '.join(map(str, first))}"
+    paired = paired_seeds(*sides)
+    first, second = ({seed: side[seed] for seed in paired or side} for side in sides)
+    seeds = "" if [len(first), len(second)] == list(map(len, sides)) else f", seed {', '.join(map(str, paired))}"
     return MetricComparison(HEADLINE, first, second), seeds
 
 
 def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> str:
     """Return p by seed; the seeds are listed if not all seeds of the gain were tested."""
     tested = sorted(set(p) & set(gain.baseline) & set(gain.candidate))
-    seeds = "" if set(tested) == set(gain.baseline) or not tested else f"seed {', '.join(map(str, tested))}: "
+    is_complete = set(tested) == {*gain.baseline, *gain.candidate}
+    seeds = "" if is_complete or not tested else f"seed {', '.join(map(str, tested))}: "
     return seeds + ", ".join(format_p(p[seed]["ar"]) for seed in tested)
 
 
@@ -171,7 +167,7 @@ def learning_curve(records: list[dict]) -> list[CurvePoint]:
 def curve_table(results: list[Result]) -> str:
     """Return a row for each epoch all results have: mean ± deviation of each arm, gap of BLEU to the first arm.
 
-    The gap is over the seeds both arms share, or all if they share none. Results without a curve are left out.
+    The gap is over the seeds of `paired_seeds`, or all if it has none. Results without a curve are left out.
     """
     arms = by_arm([result for result in results if result.curve])
     by_epoch = [{r.seed: {point.epoch: point for point in r.curve or ()} for r in group} for group in arms.values()]
@@ -181,8 +177,7 @@ def curve_table(results: list[Result]) -> str:
         sides = [{seed: points[epoch] for seed, points in side.items()} for side in by_epoch]
         bleu = [{seed: point.bleu for seed, point in side.items()} for side in sides]
         nll = [[point.nll for point in side.values()] for side in sides]
-        pairs = [[statistics.mean(side.values()) for side in keep_shared_seeds(bleu[0], other)] for other in bleu[1:]]
-        gaps = [f"{candidate - baseline:+.2f}" for baseline, candidate in pairs]
+        gaps = [f"{MetricComparison('greedy BLEU', bleu[0], other).gain:+.2f}" for other in bleu[1:]]
         updates = next(iter(sides[0].values())).updates
         means = [format_mean(side.values()) for side in bleu], [format_mean(side) for side in nll]
         rows.append([f"{epoch:.0f}", f"{updates:,.0f}", *means[0], *gaps, *means[1]])

@@ -90,7 +90,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
         "0.074",
         "seed 1, 2: 0.400, 0.020",
     ]
-    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce, seed 1: -1.00", "-", ""]
+    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce: -2.00", "-", ""]
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
@@ -113,13 +113,18 @@ def test_the_title_of_a_report_names_the_options_in_which_the_arms_differ():
 
 
 def test_each_comparison_gives_a_gain_and_names_its_seeds_if_not_all_are_used(results, comparison):
-    control = MetricComparison("sacreBLEU", {1: 29.0}, {1: 31.0}, {1: {"bs": 0.1, "ar": 0.2}})
+    """One shared seed is not enough for pairs: the gain is that of all seeds, as in the verdict of `compare`."""
+    scores = {1: 31.0, 2: 31.5, 3: 33.5}
+    control = MetricComparison("sacreBLEU", {1: 29.0}, scores, {1: {"bs": 0.1, "ar": 0.2}})
     fair = compared("ce_ls000", "el", control)
     row = rows_of(arms_table(results, [comparison, fair]))[2]
-    assert row[4].startswith("ce: +1.00 [") and row[4].endswith("]; ce_ls000, seed 1: +2.00")
-    assert row[5:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; 0.200"]
+    assert row[4].startswith("ce: +1.00 [") and row[4].endswith("]; ce_ls000: +3.00")
+    assert control.format_gain() == "+3.00"
+    assert row[5:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; seed 1: 0.200"]
     comparison.tests["test"]["sacreBLEU"].sentence_p[3] = {"bs": 0.1, "ar": 0.3}
-    assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; 0.200"
+    assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; seed 1: 0.200"
+    shared = rows_of(arms_table([*results[:3], *results[3:5]], []))[4]
+    assert shared[4].startswith("ce, seed 1, 2: +0.75 [")
 
 
 def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
@@ -147,7 +152,7 @@ def test_a_row_for_each_epoch_with_the_gap_between_the_arms(results):
         ["epoch", "updates", "greedy BLEU ce", "greedy BLEU el", "gap el", "nll ce (bits)", "nll el (bits)"],
         ["1", "1,200", "11.00 ± 1.00", "13.00 ± 1.00", "+2.00", "3.50 ± 0.00", "3.50 ± 0.00"],
     ]
-    assert rows_of(curve_table(results[:4]))[1][3:5] == ["12.00", "+2.00"], "over the one seed that both have"
+    assert rows_of(curve_table(results[:4]))[1][3:5] == ["12.00", "+1.00"], "one shared seed makes no pairs"
 
 
 def test_published_figures_are_shown_with_ours_or_not_yet_run(results, tmp_path):
