@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..data.manifest import PreparedData
 from ..data.subwords import join_pieces, restore_bytes
 from ..environment import quiet_imports
-from ..files import Record, read_record, write_json
+from ..files import Record, read_record, write_record
 from ..training.run_folder import Run
 from .comparison import read_translation
 from .scoring import metrics
@@ -41,11 +41,12 @@ SENTENCE_END = frozenset(".!?:…\"“„«'")
 
 
 class WordCounts(Record):
-    """The content of words.json: how often each word occurs in the target side of train."""
+    """The content of words.json: how often each word occurs in the target side of train, and in which data."""
 
     remedy: ClassVar[str] = "remove it"
 
     format: Literal[2] = 2
+    data_sha256: str = ""  # files of earlier versions have none, so their words are counted again
     counts: dict[str, int]
 
 
@@ -90,12 +91,15 @@ def words_of(lines: list[str], data: PreparedData) -> list[list[str]]:
 def count_words(data: PreparedData) -> Counter[str]:
     """Return how often each word occurs in the target side of train; kept in the data's folder, as words.json.
 
-    Empty, with a warning, if the binarized training data was removed or fairseq is not installed. Counts what the model
-    was trained on: cleaned, and with <unk> for what the subword model cannot write.
+    If that file is of other data, the words are counted again. Empty, with a warning, if the binarized training data
+    was removed or fairseq is not installed. Counts what the model was trained on: cleaned, and with <unk> for what the
+    subword model cannot write.
     """
     path = data.folder / "words.json"
     if path.exists():
-        return Counter(read_record(path, WordCounts).counts)
+        record = read_record(path, WordCounts)
+        if record.data_sha256 == data.checksum:
+            return Counter(record.counts)
     prefix = str(data.data_bin / f"train.{data.source}-{data.target}.{data.target}")
     if not (Path(f"{prefix}.idx").exists() and find_spec("fairseq")):
         logger.warning("words by frequency in train are left out: they need fairseq and the files %s.*", prefix)
@@ -114,7 +118,7 @@ def count_words(data: PreparedData) -> Counter[str]:
         for words in words_of(lines, data):
             counts.update(words)
     with suppress(OSError):  # data of another user, or on a disk that is full or read only
-        write_json(path, {"format": 2, "counts": counts})
+        write_record(path, WordCounts(data_sha256=data.checksum, counts=counts))
     return counts
 
 

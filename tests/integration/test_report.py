@@ -126,7 +126,10 @@ def test_where_it_helps_is_measured_corrected_and_counted(reported, capsys):
         assert f"{len(everything)} comparisons" in (reported / name).read_text(encoding="utf-8")
 
     data = PreparedData.open(reported.parent / "data")
+    kept = read_json(data.folder / "words.json")
+    write_json(data.folder / "words.json", {**kept, "data_sha256": "0" * 64, "counts": {"a": 1}})
     counts = count_words(data)
+    assert read_json(data.folder / "words.json") == kept
     assert counts == Counter(word for line in words_of([text for _, text in PAIRS["train"]], data) for word in line)
     folders = [reported.parent / f"{arm}.seed{seed}" for arm in ("ce", "el") for seed in (1, 2)]
     main([str(word) for word in ["compare", "--baseline", *folders[:2], "--candidate", *folders[2:]]])

@@ -123,6 +123,15 @@ def test_words_are_left_out_with_a_warning_without_the_binarized_train(tmp_path,
         count_words(data)
 
 
+def test_kept_counts_of_other_data_do_not_count(tmp_path):
+    data = sample_data(tmp_path / "data", {"en": ["a line"]})
+    for checksum, expected in ((data.checksum, {"a": 7}), ("0" * 64, {})):
+        write_json(data.folder / "words.json", {"format": 2, "data_sha256": checksum, "counts": {"a": 7}})
+        assert count_words(data) == expected
+    write_json(data.folder / "words.json", {"format": 2, "counts": {"a": 7}})
+    assert not count_words(data), "a file of an earlier version says nothing of its data"
+
+
 # --- compare-mt
 
 
