@@ -36,46 +36,51 @@ def export(run: Run, output: Path, quantization: str) -> None:
     Its translations of a sample of valid are compared with those of fairseq. Raises UserError if they differ too
     much, the run is not evaluated, or `output` contains anything except an earlier export.
     """
+    with locked(run.folder):
+        _export(run, output, quantization)
+
+
+def _export(run: Run, output: Path, quantization: str) -> None:
+    """Do the work of `export`; the run's folder must be locked."""
     output = output.resolve()
     check_output(output)
-    with locked(run.folder):
-        data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
-        if result.evaluation.data_sha256 != data.checksum:
-            raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
-        partial = output.with_name(f".{output.name}.{os.getpid()}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            print(f"{run.name}: converting to CTranslate2, then comparing its translations of valid with fairseq's")
-            convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
-            for path in data.folder.glob("subword.[cm]*"):
-                shutil.copy(path, partial)
-            options: Any = data.options
-            model = Model(
-                folder=partial,
-                name=run.name,
-                recipe=run.recipe,
-                source=data.source,
-                target=data.target,
-                preparation=Preparation.of(data, "valid"),  # until it is verified
-                subword=options["subword"],
-                remove_bpe=data.remove_bpe,
-                byte_fallback=data.byte_fallback,
-                beam=result.evaluation.beam,
-                lenpen=result.evaluation.lenpen,
-                quantization=quantization,
-                checkpoint_sha256=file_hash(checkpoint),
-                files={path.name: file_hash(path) for path in sorted(partial.iterdir())},
-                versions=versions(),
-            )
-            model.write()  # because the translator reads it
-            agreement = verify(model, run, data, result)
-            of_tests = Preparation.of(data, data.tests[0])
-            model.model_copy(update={"agreement": agreement, "preparation": of_tests}).write()
-            (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
-            shutil.rmtree(output, ignore_errors=True)
-            partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
+    if result.evaluation.data_sha256 != data.checksum:
+        raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        print(f"{run.name}: converting to CTranslate2, then comparing its translations of valid with fairseq's")
+        convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
+        for path in data.folder.glob("subword.[cm]*"):
+            shutil.copy(path, partial)
+        options: Any = data.options
+        model = Model(
+            folder=partial,
+            name=run.name,
+            recipe=run.recipe,
+            source=data.source,
+            target=data.target,
+            preparation=Preparation.of(data, "valid"),  # until it is verified
+            subword=options["subword"],
+            remove_bpe=data.remove_bpe,
+            byte_fallback=data.byte_fallback,
+            beam=result.evaluation.beam,
+            lenpen=result.evaluation.lenpen,
+            quantization=quantization,
+            checkpoint_sha256=file_hash(checkpoint),
+            files={path.name: file_hash(path) for path in sorted(partial.iterdir())},
+            versions=versions(),
+        )
+        model.write()  # because the translator reads it
+        agreement = verify(model, run, data, result)
+        of_tests = Preparation.of(data, data.tests[0])
+        model.model_copy(update={"agreement": agreement, "preparation": of_tests}).write()
+        (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"{output}: {agreement.describe()}")
 
 
@@ -117,16 +122,21 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
 def exported(run: Run) -> Path:
     """Return the folder of a float32 export inside the run's, made if there is none of its present scores."""
     output = run.folder / "export"
-    try:
-        model = Model.open(output)
-        evaluation = Result.read(run.folder).evaluation
-        wanted = "float32", file_hash(evaluated_checkpoint(run)), evaluation.beam, evaluation.lenpen
-        if (model.quantization, model.checkpoint_sha256, model.beam, model.lenpen) == wanted:
-            return output
-    except UserError:  # missing, damaged, or of another version
-        pass
-    export(run, output, "float32")
+    if not _is_exported(run, output):
+        with locked(run.folder):
+            if not _is_exported(run, output):  # another process may have made it meanwhile, and read it now
+                _export(run, output, "float32")
     return output
+
+
+def _is_exported(run: Run, output: Path) -> bool:
+    """Return whether `output` is a complete float32 export of the run's present scores."""
+    try:
+        model, evaluation = Model.open(output), Result.read(run.folder).evaluation
+        wanted = "float32", file_hash(evaluated_checkpoint(run)), evaluation.beam, evaluation.lenpen
+    except (UserError, OSError):  # missing, damaged, of another version, or being replaced
+        return False
+    return (model.quantization, model.checkpoint_sha256, model.beam, model.lenpen) == wanted
 
 
 def check_output(output: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from conftest import EL, refused, run
@@ -16,6 +17,7 @@ from encourage_mt.files import read_json, write_json
 from encourage_mt.serving import export
 from encourage_mt.serving.model import Model
 from encourage_mt.serving.translate import Translator
+from encourage_mt.training.run_folder import open_run
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,19 @@ def test_an_evaluated_run_is_exported_once(evaluated, model, converted, tiny, mo
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out == (evaluated / "test.en").read_text(encoding="utf-8")
     assert "converting" in outputs[0].err and outputs[1].err == ""
+
+
+def test_an_export_that_another_process_made_meanwhile_is_not_replaced(evaluated, model, tmp_path, monkeypatch):
+    shutil.copytree(evaluated, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+
+    @contextmanager
+    def wait_for_another(folder):
+        shutil.copytree(model, folder / "export")
+        yield
+
+    monkeypatch.setattr(export, "locked", wait_for_another)
+    monkeypatch.setattr(export, "convert_checkpoint", None)
+    assert Model.open(export.exported(open_run(tmp_path / "run"))).files == Model.open(model).files
 
 
 def test_an_export_replaces_an_earlier_one_but_nothing_else(evaluated, model, tmp_path, capsys):
