@@ -238,8 +238,8 @@ def translate_text(arguments) -> None:
             folder = exported(open_run(folder))
         translator = Translator(folder, arguments.device, arguments.threads)
     lines = 1 if sys.stdin.isatty() else arguments.batch_size
-    options = (arguments.beam, arguments.nbest, arguments.scores, lines)
-    translate_stream(translator, sys.stdin.buffer, sys.stdout.buffer, *options)
+    options = (arguments.beam, arguments.nbest, arguments.scores)
+    translate_stream(translator, sys.stdin.buffer, sys.stdout.buffer, lines, *options)
 
 
 def measure_robustness(arguments) -> None:

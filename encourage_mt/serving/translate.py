@@ -112,10 +112,10 @@ def translate_stream(
     translator: Translator,
     source: BinaryIO,
     output: BinaryIO,
+    lines: int,
     beam: int | None = None,
     nbest: int = 1,
     scores: bool = False,
-    lines: int = 256,
 ) -> None:
     """Translate `source` line by line into `output`, in order; memory does not grow with the number of lines.
 

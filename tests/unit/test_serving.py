@@ -98,7 +98,7 @@ def stream(translator, text, **options):
     """Return the lines that `translate_stream` writes for `text`."""
     content = text if isinstance(text, bytes) else text.encode()
     output = io.BytesIO()
-    translate_stream(translator, io.BytesIO(content), output, **options)
+    translate_stream(translator, io.BytesIO(content), output, lines=2, **options)
     lines = output.getvalue().decode().split("\n")
     assert lines.pop() == "", "every line ends"
     return lines
