@@ -118,9 +118,11 @@ class Measurement:
         """Measure noise and foreign text on one test set."""
         source, references = (self.data.read_text(test, language) for language in self.data.languages)
         clean: dict[Pieces, str] = {}
+        original: list[Pieces] = []
         translation: list[str] = []
         for name, pieces in self._noisy(source):
-            changed = sum(line not in clean for line in pieces) / len(pieces)
+            original = original or pieces  # the clean set comes first
+            changed = share_changed(original, pieces)
             if name != CLEAN and not changed:
                 continue  # for example upper case where the data is lowercased
             lines = self._measure_noise(test, name, pieces, changed, references, clean, translation)
@@ -208,6 +210,11 @@ class Measurement:
     def _save(self) -> None:
         self.has_worked = True
         write_record(self.run.folder / RECORD, self.record)
+
+
+def share_changed(clean: list[Pieces], noisy: list[Pieces]) -> float:
+    """Return the share of sentences whose pieces differ from those of the same sentence in the clean set."""
+    return sum(a != b for a, b in zip(clean, noisy, strict=True)) / len(clean)
 
 
 def read_measured(run: Run) -> Robustness | None:

@@ -49,6 +49,7 @@ def test_the_record_has_all_noise_and_all_foreign_sets(measured):
         assert lines == (run.folder / "test.en").read_text(encoding="utf-8"), "the translation that was scored"
         assert record.noise["test"][CLEAN].bleu == Result.read(run.folder).scores["test"]["sacreBLEU"].score
         assert set(record.noise["test"][CLEAN].consistency) <= {0.0, 100.0}
+        assert record.noise["test"][CLEAN].changed == 0 < record.noise["test"]["upper case"].changed
         assert len(record.foreign["test"]["own"].scores["maximum logit"]) == 3
     assert summary.arms == ["ce", "el"]
     assert {gain.gain for gain in summary.gains("el").values()} == {0.0}, "one model does not differ from itself"

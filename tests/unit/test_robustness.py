@@ -15,7 +15,7 @@ from encourage_mt.evaluation.significance import MetricComparison, compare_resam
 from encourage_mt.report import measure_charts
 from encourage_mt.robustness import measure, summary, tables
 from encourage_mt.robustness.detection import auroc, fpr95, resampled_auroc
-from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose
+from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose, share_changed
 from encourage_mt.robustness.perturbations import CHARACTER_ERRORS, NEIGHBOURS, perturb, perturbations
 
 LINES = ["Der kleine Hund läuft über die Straße, schnell!", "Sie liest ein Buch (oder zwei).", "Ja."] * 40
@@ -93,6 +93,12 @@ def test_a_model_of_characters_has_no_other_segmentation(tmp_path):
         tmp_path / "x",
     )
     assert subwords.sample(["der"], tmp_path / "x", 1) is None
+
+
+def test_a_sentence_that_becomes_another_one_of_the_set_has_changed():
+    clean = [("a",), ("b", "c"), ("d",), ("d",)]
+    assert share_changed(clean, clean) == 0
+    assert share_changed(clean, [("b", "c"), ("b", "c"), ("d",), ("e",)]) == 0.5
 
 
 # --- detection
