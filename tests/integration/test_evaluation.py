@@ -186,8 +186,8 @@ REFUSED = {
     "half": (half_a_checkpoint, [], "checkpoint3.pt"),
     "flipped bit": (flipped_bit, [], "checkpoint2.pt"),
     "dictionary": (another_dictionary, [], "dict.en.txt: "),
-    "no data": (data_gone, [], f"{os.sep}data: "),
-    "other data": (None, ["--data", "none"], "none: "),
+    "no data": (data_gone, [], f"{os.sep}data does not exist"),
+    "other data": (None, ["--data", "none"], "none does not exist"),
     "comet": (None, ["--comet", "none.ckpt"], "error: "),
 }
 
