@@ -11,7 +11,7 @@ from encourage_mt.loss.options import LossOptions
 
 PAD = 1
 EPS32 = torch.finfo(torch.float32).eps
-STEPS = {"reference": 40, "chunked": 8}  # of EPS32, see assert_agrees
+STEPS = {"reference": 120, "chunked": 8}  # of EPS32, see assert_agrees
 if not native.unavailable():
     STEPS["native"] = 4
 BACKENDS = list(STEPS)
@@ -77,7 +77,7 @@ def assert_agrees(outcome, expected, backend):
 
     A float32 term of size x is off by some rounding steps of 1 + |x| (it is a sum of terms of that size and of
     probabilities near 1), an element of the gradient by some steps of 1 plus the largest element of its token. Autograd
-    adds up V terms, lane by lane, in the backward pass of log_softmax: with 1,000 types up to 20 steps are lost.
+    adds up V terms, lane by lane, in the backward pass of log_softmax: with 1,000 types 20 to 83 steps are lost, depending on the CPU.
     """
     steps = STEPS[backend]
     (terms, gradient), (expected_terms, expected_gradient) = outcome, expected
