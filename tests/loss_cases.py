@@ -77,7 +77,8 @@ def assert_agrees(outcome, expected, backend):
 
     A float32 term of size x is off by some rounding steps of 1 + |x| (it is a sum of terms of that size and of
     probabilities near 1), an element of the gradient by some steps of 1 plus the largest element of its token. Autograd
-    adds up V terms, lane by lane, in the backward pass of log_softmax: with 1,000 types 20 to 83 steps are lost, depending on the CPU.
+    adds up V terms, lane by lane, in the backward pass of log_softmax: with 1,000 types 20 to 83 steps are lost,
+    depending on the CPU.
     """
     steps = STEPS[backend]
     (terms, gradient), (expected_terms, expected_gradient) = outcome, expected
