@@ -301,14 +301,17 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> dict:
 
 def calibrate(confidence: np.ndarray, correct: np.ndarray) -> dict:
     """Return the fields of Calibration."""
-    bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, len(CALIBRATION_EDGES) - 2)
-    size = len(CALIBRATION_EDGES) - 1
-    tokens = np.bincount(bins, minlength=size)
-    filled = np.maximum(tokens, 1)
-    mean_confidence = np.bincount(bins, confidence, minlength=size) / filled
-    accuracy = np.bincount(bins, correct, minlength=size) / filled
+    tokens, *sums = bin_by_confidence(confidence, correct)
+    mean_confidence, accuracy = sums / np.maximum(tokens, 1)
     error = (tokens * np.abs(accuracy - mean_confidence)).sum() / len(correct)
-    return {"error": error, "tokens": tokens, "confidence": mean_confidence, "accuracy": accuracy}
+    return {"error": error, "tokens": tokens.astype(int), "confidence": mean_confidence, "accuracy": accuracy}
+
+
+def bin_by_confidence(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Return number, summed confidence and summed correctness in each bin of calibration: [3, bins]."""
+    size = len(CALIBRATION_EDGES) - 1
+    bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, size - 1)
+    return np.stack([np.bincount(bins, weights, minlength=size) for weights in (None, confidence, correct)])
 
 
 def by_frequency(target: np.ndarray, guess: np.ndarray, counts: np.ndarray) -> list[dict]:

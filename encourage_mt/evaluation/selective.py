@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..training.run_folder import Run
 from .comparison import read_translation
 from .confidence import SCORES, Confidence, SetConfidence, measure_confidence
-from .diagnostics import CALIBRATION_EDGES, calibrate
+from .diagnostics import bin_by_confidence, calibrate
 from .lengths import bleu, count
 from .results import HEADLINE
 from .scoring import metrics
@@ -64,7 +64,7 @@ class SelectiveRun:
 
     def calibration_errors(self) -> Statistic:
         """Return the statistic of CALIBRATIONS, in percent."""
-        tables = [np.stack([bin_sums(*pair) for pair in pairs]) for pairs in (self.pieces, self.sentences)]
+        tables = [np.stack([bin_by_confidence(*pair) for pair in pairs]) for pairs in (self.pieces, self.sentences)]
 
         def errors(drawn):
             sums = [np.tensordot(count_draws(drawn), table, axes=1) for table in tables]
@@ -99,10 +99,3 @@ def compare_selective(measured: dict[str, list[dict[int, SelectiveRun]]]) -> dic
         compared[split] = compare_resampled(AREAS, areas, sentences)
         compared[split] += compare_resampled(CALIBRATIONS, errors, sentences, lower_is_better=True)
     return compared
-
-
-def bin_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Return number, summed confidence and summed correctness in each bin of calibration: [3, bins]."""
-    size = len(CALIBRATION_EDGES) - 1
-    bins = np.clip(np.digitize(confidence, CALIBRATION_EDGES, right=True) - 1, 0, size - 1)
-    return np.stack([np.bincount(bins, weights, minlength=size) for weights in (None, confidence, correct)])
