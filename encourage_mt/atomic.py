@@ -1,6 +1,7 @@
-"""Write a file completely or not at all."""
+"""Write a file or a folder completely or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,3 +26,18 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` that does not exist yet, and rename it to `output` at the end.
+
+    What is at `output` is removed then. If the block raises, it stays as it was and nothing is left beside it.
+    """
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        yield partial
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,18 +1,16 @@
 """Write the report: one HTML page that needs no other files, with charts and tables as files beside it."""
 
-import os
 import shlex
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from ..atomic import atomic_folder, atomic_write
 from ..errors import UserError
 from ..evaluation.comparison import Comparison
 from ..evaluation.formatting import Table, escape
 from ..evaluation.results import Result
-from ..files import atomic_write
 from ..processes import locked
 from ..training.run_folder import Run, render_options
 from .sections import SECTIONS, Material, Section, disagree
@@ -58,10 +56,9 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         results=everything,
         options=[(result.name, shlex.join(render_options(result.options))) for result in everything],
     )
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    for folder in ("figures", "tables"):
-        (partial / folder).mkdir(parents=True)
-    try:
+    with atomic_folder(output) as partial:
+        for folder in ("figures", "tables"):
+            (partial / folder).mkdir(parents=True)
         (partial / "report.html").write_text(html, encoding="utf-8")
         (partial / "report.md").write_text(markdown(title, setting, comparison, [*sections, last]), encoding="utf-8")
         comparison.write(partial / "comparison.json")
@@ -73,10 +70,6 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         with atomic_write(partial / FILE_LIST) as file:
             file.writelines(f"{name}\n" for name in files)
         check_output(output)
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:

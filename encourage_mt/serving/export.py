@@ -1,12 +1,12 @@
 """Export a run: one folder that translates raw text without fairseq, checked against fairseq before it is complete."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..atomic import atomic_folder
 from ..data.manifest import PreparedData
 from ..environment import versions
 from ..errors import UserError
@@ -47,9 +47,8 @@ def _export(run: Run, output: Path, quantization: str) -> None:
     data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
     if result.evaluation.data_sha256 != data.checksum:
         raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(output) as partial:
         print(f"{run.name}: converting to CTranslate2, then comparing its translations of valid with fairseq's")
         convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
         for path in data.folder.glob("subword.[cm]*"):
@@ -77,10 +76,6 @@ def _export(run: Run, output: Path, quantization: str) -> None:
         of_tests = Preparation.of(data, data.tests[0])
         model.model_copy(update={"agreement": agreement, "preparation": of_tests}).write()
         (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{output}: {agreement.describe()}")
 
 
