@@ -51,7 +51,7 @@ def compile_kernel(kernel, architecture, dtype, vocabulary, **options):
         logits, *triton_kernels.bonus_and_scalars(LossOptions(**{"label_smoothing": 0.1, **options}), vocabulary)
     )
     if kernel == "forward":
-        blocks = triton_kernels.forward_blocks(vocabulary, shared)
+        blocks = {**triton_kernels.forward_blocks(vocabulary), "PAIRS": architecture >= 100}
         types, programs = blocks["BLOCK"] * blocks["BLOCKS"], 1
     else:
         blocks = triton_kernels.backward_blocks(vocabulary)
@@ -123,7 +123,8 @@ def cases(which):
     """Return keyword arguments of `compile_kernel`: "core" takes a few seconds, "all" all that matter."""
     bonuses = [{"bonus": bonus} for bonus in triton_kernels.BONUS_KINDS]
     log = [{"bonus": "log"}]
-    crowded = [{"log_end": 0.0}, *({"bonus": name, "bonus_start": 0.1} for name in triton_kernels.BONUS_KINDS)]
+    started = [{"bonus": name, "bonus_start": 0.1} for name in triton_kernels.BONUS_KINDS if name != "none"]
+    tangents = [{"log_end": 0.0}, {"log_end": 0.3, "bonus_start": 0.1}, {"log_end": 1.0, "bonus_start": 0.1}]
     if which == "core":
         rows = [([90], ["bfloat16"], [32768], log), ([90], ["bfloat16", "float32"], [248, 249], log)]
     else:
@@ -132,7 +133,9 @@ def cases(which):
             ([80, 90, 100], TYPES, [256, 248, 249], bonuses),
             ([90], TYPES, [252, 250], log),
             ([90], ["float16"], [32768, 6632], log),
-            ([90], ["bfloat16"], [16384, 32768], crowded),
+            ([80, 90, 100], ["bfloat16", "float32"], [32768], started),
+            ([80, 90, 100], ["bfloat16"], [32768], tangents),
+            ([90], ["float16"], [32768, 16384], [*started, *tangents]),
             ([90], ["bfloat16"], [32768], [{"log_end": 1.0}, {"label_smoothing": 0.0}]),
             ([90], ["bfloat16", "float32"], [100000, 100001], log),
         ]

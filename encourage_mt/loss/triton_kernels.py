@@ -6,8 +6,7 @@ and read in float32. Half types lose nothing, because the upstream gradient (the
 cast. Extra memory: the gradient in the type of the logits.
 
 Rows of up to WHOLE_ROW types stay in registers and are read once by each kernel; the forward kernel reads longer rows
-three times (twice without smoothing). With a bonus start or log_end < 0.5 the limit is half as high, or registers would
-spill. Loads and stores are 16 bytes wide if every row starts at a multiple of 16 bytes:
+three times (twice without smoothing). Loads and stores are 16 bytes wide if every row starts at a multiple of 16 bytes:
 V % 8 == 0 in half types, V % 4 == 0 in float32. Otherwise they are as wide as the start of a row allows: V % 4 gives
 8 bytes and V % 2 gives 4 bytes in half types, V % 2 gives 8 bytes in float32, and an odd V gives one value at a time.
 
@@ -99,7 +98,7 @@ def row_sums(
         with _device_of(logits):
             _forward[(tokens,)](
                 logits, target, ignored, terms, statistics, tokens, vocabulary, *scalars,
-                **shared, **forward_blocks(vocabulary, shared),
+                **shared, **forward_blocks(vocabulary), PAIRS=_has_pairs(logits),
             )  # fmt: skip
     return terms, statistics
 
@@ -131,10 +130,9 @@ def write_gradient(
             )  # fmt: skip
 
 
-def forward_blocks(vocabulary: int, constants: dict[str, Any]) -> dict[str, Any]:
+def forward_blocks(vocabulary: int) -> dict[str, Any]:
     """Return how the forward kernel divides a row: `BLOCKS` blocks at a time, with 8 types per thread."""
-    crowded = constants["STARTED"] or constants["TANGENT"]  # these need more registers
-    whole = vocabulary <= (WHOLE_ROW // 2 if crowded else WHOLE_ROW)
+    whole = vocabulary <= WHOLE_ROW
     block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, WHOLE_ROW // BLOCK))))
     blocks = triton.cdiv(vocabulary, block) if whole else 1
     return {"BLOCK": block, "BLOCKS": blocks, "WHOLE": whole, "num_warps": max(1, block // 256)}
@@ -152,7 +150,8 @@ def constants(logits: Tensor, bonus: str, scalars: list[float]) -> dict[str, Any
     return {
         "KIND": BONUS_KINDS[bonus],
         "FLOORED": least == LOG_BONUS_FLOOR,
-        "TANGENT": bonus == "log" and least > 0.5,  # a type other than the top can then lie on the tangent
+        # whether a type other than the top can lie on the tangent; with a start, the code for it spills fewer registers
+        "TANGENT": bonus == "log" and (least > 0.5 or start > 0),
         "STARTED": start > 0,
         "SMOOTHED": smoothing_mass > 0,
         "ALIGNMENT": math.gcd(logits.size(1), 16 // logits.itemsize),
@@ -162,6 +161,11 @@ def constants(logits: Tensor, bonus: str, scalars: list[float]) -> dict[str, Any
 def _device_of(logits: Tensor) -> AbstractContextManager[Any]:
     """Make the device of `logits` the current one, because Triton launches on the current device."""
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
+
+
+def _has_pairs(logits: Tensor) -> bool:
+    """Return whether the GPU computes pairs of float32 numbers, for which other forms spill fewest registers."""
+    return logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (10, 0)
 
 
 def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[float]]:
@@ -220,12 +224,25 @@ def _load(logits, types, vocabulary):
 
 
 @triton.jit
-def _is_at_top(z, highest, KIND: tl.constexpr, SMOOTHED: tl.constexpr):
+def _is_at_top(z, highest, KIND: tl.constexpr, SMOOTHED: tl.constexpr, PAIRS: tl.constexpr):
     """Whether z is the highest logit, in the form with which rows of WHOLE_ROW types spill no registers."""
-    if KIND == LOG and SMOOTHED:
+    if KIND == LOG and SMOOTHED and not PAIRS:
         return z >= highest
     else:
         return z - highest >= 0.0
+
+
+@triton.jit
+def _quarters(x):
+    """Return four tensors of every fourth value of x; values move between registers of the same thread only."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0] // 4, 2, 2)))
+    return tl.split(even) + tl.split(odd)
+
+
+@triton.jit
+def _add_quarters(x):
+    first, second, third, fourth = _quarters(x)
+    return (first + second) + (third + fourth)
 
 
 @triton.jit
@@ -238,7 +255,7 @@ def _forward(
     logits, target, ignored, terms, statistics, tokens, vocabulary,
     target_mass, smoothing_mass, weight, start, at_start, least, exponent,
     KIND: tl.constexpr, FLOORED: tl.constexpr, TANGENT: tl.constexpr, STARTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(ignored + row):
@@ -260,18 +277,18 @@ def _forward(
     # +inf leaves no finite rest: the row becomes NaN
     highest = tl.where(highest == float("inf"), float("nan"), highest)
 
-    rests = tl.zeros((BLOCK,), tl.float32)
-    ties = tl.zeros((BLOCK,), tl.float32)
-    shifted_sums = tl.zeros((BLOCK,), tl.float32)
+    rests = tl.zeros((BLOCK // 4,), tl.float32)
+    ties = tl.zeros((BLOCK // 4,), tl.float32)
+    shifted_sums = tl.zeros((BLOCK // 4,), tl.float32)
     for first in range(0, end, BLOCKS * BLOCK):
         for block in tl.static_range(BLOCKS):
             z, exists = _load(logits, first + block * BLOCK + types, vocabulary)
             # NaN is not at the top, so that it reaches every result of the row
-            at_top = _is_at_top(z, highest, KIND, SMOOTHED)
-            rests += tl.where(at_top, 0.0, tl.exp(z - highest))
-            ties += tl.where(z == highest if KIND == LOG and SMOOTHED else at_top, 1.0, 0.0)
+            at_top = _is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
+            rests += _add_quarters(tl.where(at_top, 0.0, tl.exp(z - highest)))
+            ties += _add_quarters(tl.where(z == highest if KIND == LOG and SMOOTHED else at_top, 1.0, 0.0))
             if SMOOTHED:
-                shifted_sums += tl.where(exists, z - highest, 0.0)
+                shifted_sums += _add_quarters(tl.where(exists, z - highest, 0.0))
     ties = tl.sum(ties, axis=0)
     rest = tl.sum(rests, axis=0) + (ties - 1.0)  # of all types but one of the highest logit
     total = 1.0 + rest
@@ -309,25 +326,27 @@ def _forward(
             # is the sum of log(held). That takes 3 operations a type in place of a division and a logarithm. The
             # product is at least 1/4, because the sum of p is at most 1 and none of these p is above 1/2; nor does
             # any of them reach the floor of log_end 1.
-            numerators = tl.zeros((BLOCK,), tl.float32)
-            denominators = tl.full((BLOCK,), 1.0, tl.float32)
-            excesses = tl.zeros((BLOCK,), tl.float32)
+            numerators = tl.zeros((BLOCK // 4,), tl.float32)
+            denominators = tl.full((BLOCK // 4,), 1.0, tl.float32)
+            excesses = tl.zeros((BLOCK // 4,), tl.float32)
+            # The compiler does not know that this is `highest`. It would keep exp(z - highest) from above in registers.
+            again = highest if PAIRS else highest + 0.0 * log_total
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
                     z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    at_top = _is_at_top(z, highest, KIND, SMOOTHED)
-                    p = tl.where(at_top, 0.0, tl.exp(z - highest)) * p_top
-                    held = 1.0 - p
-                    if TANGENT:
-                        excess = tl.maximum(p - (1.0 - least), 0.0)
-                        held += excess
-                        excesses += tl.where(p < start, 0.0, excess) if STARTED else excess
-                    if STARTED:
-                        excesses += tl.where(p < start, 0.0, least * at_start)
-                        held = tl.where(p < start, 1.0, held)
-                        p = tl.where(p < start, 0.0, p)
-                    numerators = numerators * held + p * denominators
-                    denominators *= held
+                    quarters = _quarters(z)
+                    for quarter in tl.static_range(4):
+                        z = quarters[quarter]
+                        p = tl.where(_is_at_top(z, again, KIND, SMOOTHED, PAIRS), 0.0, tl.exp(z - again)) * p_top
+                        if STARTED:
+                            p = tl.where(p < start, 0.0, p)
+                            excesses += tl.where(p >= start, least * at_start, 0.0)
+                        held = 1.0 - p
+                        if TANGENT:
+                            held = tl.maximum(held, least)
+                            excesses += held - (1.0 - p)
+                        numerators = numerators * held + p * denominators
+                        denominators *= held
             numerator, denominator = tl.reduce((numerators, denominators), 0, _add_fractions)
             b_sum = tl.log(denominator) - tl.sum(excesses, axis=0) / least
             slope_sum = numerator / denominator
@@ -337,7 +356,7 @@ def _forward(
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
                     z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    at_top = _is_at_top(z, highest, KIND, SMOOTHED)
+                    at_top = _is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
                     log_p = tl.where(at_top, float("-inf"), z - highest - log_total)
                     p = tl.exp(log_p)
                     b, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
