@@ -25,7 +25,7 @@ NOT_COMPARED = ("checkpoints_sha256", "updates")
 class Comparison(Record):
     """Two groups of runs: {test set: {metric: MetricComparison}}, and settings that should be the same but differ.
 
-    A report adds measures, {kind: {test set: comparisons}}, of the kinds "words" and "confidence".
+    A report adds measures, {kind: {test set: comparisons}}, of the kinds "words", "confidence" and "robustness".
 
     Kept as comparison.json; everything that follows from the scores is computed again when it is read.
     """

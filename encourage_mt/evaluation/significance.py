@@ -191,9 +191,9 @@ def describe_correction(comparisons: Sequence[MetricComparison]) -> str:
     """Return how many measures are compared, how many of them chance alone would show, and how p is corrected."""
     count = len(comparisons)
     return (
-        f"These are {count} comparisons: if nothing differed, about {count / 20:.0f} of them would have p < 0.05. "
-        f"The p-values in brackets are corrected for all {count} (Holm 1979); only they are evidence. p over sentences "
-        "comes from a paired bootstrap and says nothing about other seeds."
+        f"In all, there are {count} comparisons: if nothing differed, about {count / 20:.0f} of them would have "
+        f"p < 0.05. The p-values in brackets are corrected for all {count} (Holm 1979); only they are evidence. p over "
+        "sentences comes from a paired bootstrap and says nothing about other seeds."
     )
 
 

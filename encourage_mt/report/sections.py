@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 from sacrebleu.metrics.bleu import BLEU
@@ -14,11 +15,11 @@ from ..evaluation.diagnostics import analyse
 from ..evaluation.formatting import Table
 from ..evaluation.lengths import bleu_by_length
 from ..evaluation.results import HEADLINE
-from ..evaluation.selective import compare_selective, measure_runs
+from ..evaluation.selective import SelectiveRun, compare_selective, measure_runs
 from ..evaluation.significance import correct, describe_correction, measures_table
 from ..evaluation.words import compare_words
 from ..robustness.measure import read_measured
-from ..robustness.summary import summarize
+from ..robustness.summary import Summary, summarize
 from ..robustness.tables import FOREIGN_NOTE, NOISE_NOTE, foreign_table, noise_table
 from ..training.run_folder import Run
 from .charts import Chart, diagnostic_charts, learning_curves, length_charts, seed_scores
@@ -36,6 +37,7 @@ WHERE_NOTE = (
     "it is right ranks its good translations first, so BLEU of the most confident sentences is above that of all; the "
     "area is the mean over the shares kept. Calibration errors are in percent, and their gain is a reduction."
 )
+CORRECTION_NOTE = "The p-values in brackets are corrected for all comparisons of the page, as above."
 SELECTION = "Selecting by confidence", "gain in area above BLEU of all"
 
 
@@ -50,16 +52,23 @@ class TranslatedSet:
 
 @dataclass
 class Material:
-    """What the sections are made of. groups: {label: runs}, the baseline first; sets: {test set: its texts}."""
+    """What the sections are made of. groups: {label: runs}, the baseline first; sets: {test set: its texts}.
+
+    robustness is what `encourage-mt robustness` measured, or None if it has not measured all runs; correction says how
+    the p-values of all measures are corrected.
+    """
 
     comparison: Comparison
     groups: dict[str, list[Run]]
     data: PreparedData
     sets: dict[str, TranslatedSet]
+    selective: dict[str, list[dict[int, SelectiveRun]]]
+    robustness: Summary | None
+    correction: str
 
     @classmethod
     def read(cls, comparison: Comparison, groups: dict[str, list[Run]]) -> "Material":
-        """Return the material of a comparison, with the translations in the folders of its runs."""
+        """Return the material of a comparison, whose measures are computed and recorded in it."""
         data = next(iter(groups.values()))[0].prepared()
         sets = {}
         for split in comparison.tests:
@@ -69,7 +78,17 @@ class Material:
                 for label, runs in groups.items()
             }
             sets[split] = TranslatedSet(source, references, systems)
-        return cls(comparison, groups, data, sets)
+        runs, splits = list(groups.values()), list(comparison.tests)
+        selective, robustness = measure_runs(runs, splits), summarize_measured(groups)
+        comparison.measures.update(words=compare_words(runs, splits), confidence=compare_selective(selective))
+        if robustness:
+            comparison.measures["robustness"] = {
+                test: list(chain.from_iterable(by_measure.values()))
+                for test, by_measure in robustness.comparisons[comparison.candidate].items()
+            }
+        compared = [each for by_test in comparison.measures.values() for rows in by_test.values() for each in rows]
+        correct(compared)
+        return cls(comparison, groups, data, sets, selective, robustness, describe_correction(compared))
 
     def shown_seeds(self) -> list[int]:
         """Return the seed of each side whose translations are shown: the first that both have, or the first of each."""
@@ -114,33 +133,25 @@ def diagnostics(material: Material) -> Section:
 
 
 def where(material: Material) -> Section:
-    """Compare words, selective translation and calibration; the comparison's record then has them too."""
-    runs, splits = list(material.groups.values()), list(material.comparison.tests)
-    selective = measure_runs(runs, splits)
-    measures = {"words": compare_words(runs, splits), "confidence": compare_selective(selective)}
-    compared = [each for sets in measures.values() for rows in sets.values() for each in rows]
-    correct(compared)
-    material.comparison.measures.update(measures)
+    """Show words, selective translation and calibration."""
     tables, charts = [], []
-    for kind, sets in measures.items():
-        for split, rows in sets.items():
+    for kind in ("words", "confidence"):
+        for split, rows in material.comparison.measures[kind].items():
             tables.append(measures_table(f"{kind}_{split}", rows, *material.groups))
             shown = [row for row in rows if row.metric.startswith("F1" if kind == "words" else "area above")]
             title, xlabel = ("F1 by frequency in train", "gain in F1") if kind == "words" else SELECTION
             charts.append(gains(f"gains_{kind}_{split}", f"{title}, {split}", shown, xlabel))
-    for split, sides in selective.items():
+    for split, sides in material.selective.items():
         by_label = {label: list(side.values()) for label, side in zip(material.groups, sides, strict=True)}
         charts += [coverage(split, by_label), *reliability(split, by_label)]
-    return Section("Where does it help?", f"{WHERE_NOTE} {describe_correction(compared)}", tables, charts)
+    return Section("Where does it help?", f"{WHERE_NOTE} {material.correction}", tables, charts)
 
 
 def robustness(material: Material) -> Section:
-    """Show what `encourage-mt robustness` measured, if it has measured all runs."""
-    measured = {label: {run.seed: read_measured(run) for run in runs} for label, runs in material.groups.items()}
-    known = {label: {seed: record for seed, record in side.items() if record} for label, side in measured.items()}
-    if known != measured:
+    """Show what `encourage-mt robustness` measured."""
+    summary = material.robustness
+    if not summary:
         return Section("Noise and foreign text")
-    summary = summarize(known, [])
     baseline, candidate = summary.arms
     tables, charts = [], []
     for test, by_measure in summary.comparisons[candidate].items():
@@ -149,8 +160,14 @@ def robustness(material: Material) -> Section:
             name = f"{measure.split()[0].replace('+', '')}_{test}"
             tables.append(measures_table(f"gains_{name}", compared, baseline, candidate))
             charts.append(gains(f"gains_{name}", f"{measure}, {test}", compared, f"gain in {measure}"))
-    correction = describe_correction(list(summary.gains(candidate).values()))
-    return Section("Noise and foreign text", f"{NOISE_NOTE} {FOREIGN_NOTE} {correction}", tables, charts)
+    return Section("Noise and foreign text", f"{NOISE_NOTE} {FOREIGN_NOTE} {CORRECTION_NOTE}", tables, charts)
+
+
+def summarize_measured(groups: dict[str, list[Run]]) -> Summary | None:
+    """Return what `encourage-mt robustness` measured, or None if it has not measured all runs."""
+    measured = {label: {run.seed: read_measured(run) for run in runs} for label, runs in groups.items()}
+    known = {label: {seed: record for seed, record in side.items() if record} for label, side in measured.items()}
+    return summarize(known, []) if known == measured else None
 
 
 # in the order of the page; the scores precede them, translations and runs follow

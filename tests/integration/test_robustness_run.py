@@ -6,7 +6,9 @@ import pytest
 from conftest import refused
 
 from encourage_mt.cli import main
+from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.results import Result
+from encourage_mt.evaluation.significance import holm
 from encourage_mt.files import read_json, write_json
 from encourage_mt.robustness import measure
 from encourage_mt.robustness.measure import CLEAN, REVERSED, SHUFFLED, read_measured
@@ -88,11 +90,15 @@ def test_an_interrupted_run_resumes_with_the_noise_that_is_missing(measured, mon
     assert resumed.noise == other.noise
 
 
-def test_the_report_has_a_section_if_all_runs_are_measured(measured, tmp_path):
+def test_the_report_has_a_section_if_all_runs_are_measured_and_corrects_all_its_p_values(measured, tmp_path):
     command, _ = measured
     options = ["--allow-differences", "--output", str(tmp_path / "report")]  # the models are the same
     main(["report", "--baseline", command[1], "--candidate", command[2], *options])
-    assert "Noise and foreign text" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    measures = Comparison.read(tmp_path / "report" / "comparison.json").measures
+    everything = [each for kind in ("words", "confidence", "robustness") for each in measures[kind]["test"]]
+    assert "Noise and foreign text" in page and f"corrected for all {len(everything)} " in page
+    assert [each.bootstrap_holm_p for each in everything] == holm([each.bootstrap_p for each in everything])
     assert (tmp_path / "report" / "figures" / "gains_chrF_test.svg").exists()
     assert "attack, worst of 8" in (tmp_path / "report" / "tables" / "noise_test.csv").read_text(encoding="utf-8")
 

@@ -222,7 +222,7 @@ def test_the_tables_count_the_comparisons_and_correct_p(arms):
     assert len(gains) == 3 + len(SCORES) - 1 and not any("total noise" in name for name in gains)
     assert all(gain.holm_p >= gain.p for gain in gains.values())
     text = tables.markdown(found)
-    assert f"These are {len(gains)} comparisons" in text and "el against ce, test, chrF++ change:" in text
+    assert f"there are {len(gains)} comparisons" in text and "el against ce, test, chrF++ change:" in text
     assert "| upper case " in text and "50%" in text and SHUFFLED in text and "lr: 1 or 2" in text
     one_seed = summary.summarize({arm: {1: side[1]} for arm, side in arms.items()}, [])
     assert "el against ce" in tables.markdown(one_seed)
