@@ -52,7 +52,7 @@ class PreparedData(Record):
     folder: Path = Field(exclude=True)
     source: Language
     target: Language
-    tests: list[Split]
+    tests: list[Split] = Field(min_length=1)
     tokenizer: Literal["none", "moses"]
     lowercase: bool
     remove_bpe: Literal["@@ ", "sentencepiece"]
@@ -134,13 +134,31 @@ class PreparedData(Record):
         """One sha256 of the binarized data, to tell whether two runs saw the same."""
         return hash_text(self.checksums)
 
+    @property
+    def subword_options(self) -> dict[str, Any]:
+        """The recipe's options of the subword model. Raises UserError if the manifest has none."""
+        options = self.options.get("subword")
+        if not isinstance(options, dict):
+            raise UserError(f"{self.folder / 'manifest.json'}: options: subword: must be a mapping; {self.remedy}")
+        return options
+
     def read_text(self, split: str, language: str) -> list[str]:
-        """Return the lines of valid or a test set as published, which translations are scored against."""
-        return read_lines(self.folder / "text" / f"{split}.{language}")
+        """Return the lines of valid or a test set as published, which translations are scored against.
+
+        Raises UserError if their number is not that of the manifest.
+        """
+        return self._read("text", split, language)
 
     def read_tokenized(self, split: str, language: str) -> list[str]:
-        """Return the tokenized lines of valid or a test set; only if the data `is_tokenized`."""
-        return read_lines(self.folder / "tokenized" / f"{split}.{language}")
+        """Return the tokenized lines of valid or a test set, as `read_text`; only if the data `is_tokenized`."""
+        return self._read("tokenized", split, language)
+
+    def _read(self, kind: str, split: str, language: str) -> list[str]:
+        path = self.folder / kind / f"{split}.{language}"
+        lines = read_lines(path)
+        if len(lines) != self.lines[split]:
+            raise UserError(f"{path}: has {len(lines)} lines, the manifest {self.lines[split]}; {self.remedy}")
+        return lines
 
     def describe(self) -> str:
         """Return a table for people (splits, their names in data-bin, pairs dropped and leaked), and the warnings."""

@@ -5,13 +5,14 @@ import io
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr
 from itertools import islice
 from pathlib import Path
 
 import sentencepiece
 from subword_nmt import apply_bpe, learn_bpe
 
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..files import atomic_write
 
 SAMPLED_LINES = 4_000_000  # SentencePiece keeps all lines it learns from in memory
@@ -50,11 +51,28 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
     return {"learned_on_lines": 2 * -(-count // step)}
 
 
+def _load_sentencepiece(prefix: Path) -> sentencepiece.SentencePieceProcessor:
+    """Return the model that `learn` wrote. Raises UserError if it is damaged."""
+    with as_user_error(f"{prefix}.model: not a SentencePiece model"):
+        return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+
+
+def _load_bpe(prefix: Path) -> apply_bpe.BPE:
+    """Return the merges that `learn` wrote. Raises UserError if they are damaged."""
+    path, messages = Path(f"{prefix}.codes"), io.StringIO()
+    with as_user_error(f"{path}: not merges of subword-nmt"), open(path, encoding="utf-8", newline="\n") as codes:
+        try:
+            with redirect_stderr(messages):
+                return apply_bpe.BPE(codes)
+        except SystemExit:
+            raise ValueError(messages.getvalue()) from None
+
+
 class SentencePieceEncoder:
     """Callable that turns text into pieces joined by spaces."""
 
     def __init__(self, prefix: Path):
-        self._encode = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model").encode
+        self._encode = _load_sentencepiece(prefix).encode
 
     def __call__(self, line: str) -> str:
         return " ".join(self._encode(line, out_type=str))
@@ -64,8 +82,7 @@ class BPEEncoder:
     """Callable that turns tokens into pieces joined by spaces, as subword-nmt does, with a cache of words."""
 
     def __init__(self, prefix: Path):
-        with open(f"{prefix}.codes", encoding="utf-8", newline="\n") as codes:
-            bpe = apply_bpe.BPE(codes)
+        bpe = _load_bpe(prefix)
         self._word = functools.lru_cache(CACHED_WORDS)(lambda word: self._segment(bpe, word))
 
     def _segment(self, bpe, word):
@@ -88,14 +105,13 @@ def sample(lines: list[str], prefix: Path, seed: int) -> list[str] | None:
     segmentations with their probabilities to the power of SAMPLING (Kudo 2018).
     """
     if Path(f"{prefix}.codes").exists():
-        with open(f"{prefix}.codes", encoding="utf-8", newline="\n") as codes:
-            bpe = apply_bpe.BPE(codes)
+        bpe = _load_bpe(prefix)
         state = random.getstate()
         random.seed(seed)  # subword-nmt uses the generator of the process
         sampled = [bpe.segment(line, SAMPLING) for line in lines]
         random.setstate(state)
         return sampled
-    model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    model = _load_sentencepiece(prefix)
     sentencepiece.set_random_generator_seed(seed)
     try:
         return [" ".join(model.encode(line, out_type=str, enable_sampling=True, alpha=SAMPLING)) for line in lines]
@@ -105,7 +121,7 @@ def sample(lines: list[str], prefix: Path, seed: int) -> list[str] | None:
 
 def pieces(prefix: Path) -> Iterator[str]:
     """Yield the pieces of a SentencePiece model that encoded text can contain: all except <unk> and control pieces."""
-    model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    model = _load_sentencepiece(prefix)
     for index in range(model.get_piece_size()):
         if not (model.is_unknown(index) or model.is_control(index)):
             yield model.id_to_piece(index)

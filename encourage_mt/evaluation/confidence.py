@@ -13,7 +13,7 @@ shifts, so a piece at a wrong place is an error.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ..files import Record, file_hash, read_record, write_json
 from ..training.run_folder import Run
 from .diagnostics import force_decode, load
 from .evaluate import evaluated_checkpoint, hash_translations
+from .results import FiniteScore
 
 FIRST_PIECES = 5
 TokenValues = dict[str, np.ndarray]  # {name: values [pieces]} of one translation
@@ -46,7 +47,7 @@ class SetConfidence(Record):
     """One test set: {score: value of each sentence}, and for each sentence p of its pieces and which are correct."""
 
     scores: dict[str, list[float]]
-    probability: list[list[float]]
+    probability: list[list[FiniteScore]]
     correct: list[list[bool]]
 
     @model_validator(mode="after")
@@ -85,7 +86,9 @@ def measure_confidence(run: Run) -> Confidence:
     }
     if path.exists():
         found = read_record(path, Confidence)
-        if {name: getattr(found, name) for name in source} == source:
+        sizes = {split: len(of_set.correct) for split, of_set in found.sets.items()}
+        is_whole = sizes == {split: data.lines[split] for split in data.tests}
+        if is_whole and {name: getattr(found, name) for name in source} == source:
             return found
     subsets = {split: data.subsets[split] for split in data.tests}
     model, task = load(checkpoint, run.data, *subsets.values())
@@ -110,8 +113,7 @@ def measure_confidence(run: Run) -> Confidence:
 def translation_pieces(run: Run, data: PreparedData, split: str) -> list[str]:
     """Return a run's translation of a test set, in the pieces of the data's subword model joined by spaces."""
     infix = "tok." if data.is_tokenized else ""
-    options: Any = data.options["subword"]
-    encode_line = subwords.encoder(options, data.folder / "subword")
+    encode_line = subwords.encoder(data.subword_options, data.folder / "subword")
     return list(map(encode_line, read_lines(run.folder / f"{split}.{infix}{data.target}")))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.manifest import PreparedData
 from ..environment import USER_DIR, cores
-from ..errors import UserError, first_line
+from ..errors import UserError, as_user_error, first_line
 from ..processes import run_quietly
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ def load_model(folder: Path, device: str = "auto", threads: int | None = None) -
     if device == "cuda" and not ctranslate2.get_cuda_device_count():
         raise UserError("--device cuda: no GPU was found")
     default = 0 if "OMP_NUM_THREADS" in os.environ else cores()  # 0: as that variable says
-    try:
+    with as_user_error(f"{folder}: not a model that CTranslate2 can load"):
         return ctranslate2.Translator(str(folder), device=device, intra_threads=threads or default)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder}: not a model that CTranslate2 can load ({first_line(error)})") from None
 
 
 def translate_pieces(
@@ -111,7 +109,7 @@ def translate_pieces(
                 Translation(pieces[:-1], score / math.log(2))
                 for pieces, score in zip(result.hypotheses, result.scores, strict=True)
             ]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # as its C++ exceptions arrive in Python
         raise UserError(f"CTranslate2: {first_line(error)}") from None
 
 

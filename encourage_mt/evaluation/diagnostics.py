@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..environment import quiet_imports
-from ..errors import UserError
+from ..errors import UserError, as_user_error
+from ..fields import Count
 from ..files import Record, file_hash, read_record, write_json
 from ..loss.functional import loss_terms
 from ..loss.options import LossOptions
@@ -35,7 +36,7 @@ from ..plugin import register
 from ..recipe_parts import check_trusted_bonus
 from ..training.run_folder import Run
 from .evaluate import evaluated_checkpoint
-from .results import Result
+from .results import FiniteScore, Result
 
 SPLIT = "valid"
 PROBABILITY_EDGES = np.linspace(0, 1, 21)
@@ -55,7 +56,7 @@ class Histogram(Record):
 
     mean: float
     edges: list[float]
-    share: list[float]
+    share: list[FiniteScore]
 
 
 class Energy(Record):
@@ -68,7 +69,7 @@ class Gradient(Record):
     """Shares of the gradient over `edges` of p, the share of the well classified tokens, and how many they are."""
 
     edges: list[float]
-    share: list[float]
+    share: list[FiniteScore]
     well_classified: float
     well_classified_tokens: float
 
@@ -77,9 +78,9 @@ class Calibration(Record):
     """Expected calibration error, and for each bin of confidence its tokens, their mean confidence and accuracy."""
 
     error: float
-    tokens: list[int]
-    confidence: list[float]
-    accuracy: list[float]
+    tokens: list[Count]
+    confidence: list[FiniteScore]
+    accuracy: list[FiniteScore]
 
 
 class FrequencyRange(Record):
@@ -89,9 +90,9 @@ class FrequencyRange(Record):
 
     start: int = Field(alias="from")
     below: int | None
-    tokens: int
-    accuracy: float | None
-    f1: float | None
+    tokens: Count
+    accuracy: FiniteScore | None
+    f1: FiniteScore | None
 
 
 class Source(Record):
@@ -162,9 +163,12 @@ def analyse(run: Run) -> Analysis:
 
 
 def load(checkpoint: Path, data: Path, *subsets: str):
-    """Return (model in evaluation mode, its task with `subsets` of the data loaded), on the GPU if there is one."""
+    """Return (model in evaluation mode, its task with `subsets` of the data loaded), on the GPU if there is one.
+
+    Raises UserError if fairseq cannot load them.
+    """
     logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
-    with quiet_imports():
+    with quiet_imports(), as_user_error(f"{checkpoint}: fairseq cannot load it with the data in {data}"):
         from fairseq import checkpoint_utils
 
         register()

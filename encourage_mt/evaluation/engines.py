@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ..data.manifest import PreparedData
 from ..data.subwords import join_pieces
 from ..environment import USER_DIR, quiet_imports
-from ..errors import UserError
-from ..processes import describe_failure, start
+from ..errors import UserError, as_user_error
+from ..processes import describe_failure, not_through_a_link, start
 from ..training.run_folder import Run
 from .converted_model import convert_checkpoint, load_model, translate_pieces
 
@@ -36,7 +36,7 @@ def _bar(run, data, split, translations=None):
 
 def _with_fairseq(run, data, checkpoint, splits):
     command = generate_command(run, data, checkpoint, splits)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that output and errors arrive in order
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}  # output and errors in order
     with start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment) as process:
         return {split: _read_set(process, run, data, split) for split in splits}
 
@@ -65,7 +65,7 @@ def _read_set(process, run, data, split):
     """Return the translations of a set, from what fairseq-generate prints until its line with the set's BLEU."""
     log, expected = run.folder / f"{split}.generate.log", data.lines[split]
     hypotheses = {}
-    with open(log, "w", encoding="utf-8") as out, _bar(run, data, split) as bar:
+    with open(log, "w", encoding="utf-8", opener=not_through_a_link) as out, _bar(run, data, split) as bar:
         for line in process.stdout:
             out.write(line)
             if match := re.match(r"D-(\d+)\t[^\t]+\t(.*)", line):
@@ -97,8 +97,9 @@ def _with_ctranslate2(run, data, checkpoint, splits):
 def read_pieces(data: PreparedData, split: str) -> list[list[str]]:
     """Return the source of a binarized set as pieces, <unk> for those that the dictionary lacks."""
     logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
-    with quiet_imports():
+    path = data.data_bin / f"{data.subsets[split]}.{data.source}-{data.target}.{data.source}"
+    with quiet_imports(), as_user_error(f"{path}: fairseq cannot read it"):
         from fairseq.data import Dictionary, data_utils
-    types = Dictionary.load(str(data.data_bin / f"dict.{data.source}.txt"))
-    name = f"{data.subsets[split]}.{data.source}-{data.target}.{data.source}"
-    return [[types[i] for i in line[:-1]] for line in data_utils.load_indexed_dataset(str(data.data_bin / name), types)]
+
+        types = Dictionary.load(str(data.data_bin / f"dict.{data.source}.txt"))
+        return [[types[i] for i in line[:-1]] for line in data_utils.load_indexed_dataset(str(path), types)]

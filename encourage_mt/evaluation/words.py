@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..data.manifest import PreparedData
 from ..data.subwords import join_pieces, restore_bytes
 from ..environment import quiet_imports
+from ..errors import as_user_error
 from ..files import Record, read_record, write_record
 from ..training.run_folder import Run
 from .comparison import read_translation
@@ -104,19 +105,19 @@ def count_words(data: PreparedData) -> Counter[str]:
     if not (Path(f"{prefix}.idx").exists() and find_spec("fairseq")):
         logger.warning("words by frequency in train are left out: they need fairseq and the files %s.*", prefix)
         return Counter()
-    with quiet_imports():
+    counts: Counter[str] = Counter()
+    with quiet_imports(), as_user_error(f"{prefix}.idx: fairseq cannot read it"):
         from fairseq.data import Dictionary, data_utils
 
         dictionary = Dictionary.load(str(data.data_bin / f"dict.{data.target}.txt"))
         dataset = data_utils.load_indexed_dataset(prefix, dictionary)
-    symbols = np.array(dictionary.symbols, dtype=object)
-    counts: Counter[str] = Counter()
-    for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
-        rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]
-        lines = [join_pieces(list(symbols[row]), data.remove_bpe) for row in rows]
-        lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
-        for words in words_of(lines, data):
-            counts.update(words)
+        symbols = np.array(dictionary.symbols, dtype=object)
+        for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
+            rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]
+            lines = [join_pieces(list(symbols[row]), data.remove_bpe) for row in rows]
+            lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
+            for words in words_of(lines, data):
+                counts.update(words)
     with suppress(OSError):  # data of another user, or on a disk that is full or read only
         write_record(path, WordCounts(data_sha256=data.checksum, counts=counts))
     return counts

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -53,7 +52,6 @@ def _export(run: Run, output: Path, quantization: str) -> None:
         convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
         for path in data.folder.glob("subword.[cm]*"):
             shutil.copy(path, partial)
-        options: Any = data.options
         model = Model(
             folder=partial,
             name=run.name,
@@ -61,7 +59,7 @@ def _export(run: Run, output: Path, quantization: str) -> None:
             source=data.source,
             target=data.target,
             preparation=Preparation.of(data, "valid"),  # until it is verified
-            subword=options["subword"],
+            subword=data.subword_options,
             remove_bpe=data.remove_bpe,
             byte_fallback=data.byte_fallback,
             beam=result.evaluation.beam,

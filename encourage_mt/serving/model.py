@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, JsonValue
 
 from ..data.manifest import PreparedData
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..fields import SHA256, Count, Language, Name
 from ..files import Record, file_hash, read_record, write_record
 
@@ -28,7 +28,8 @@ class Preparation(Record):
         """Return how valid or a test set of `data` was prepared: like train only if it was held out of it."""
         corpora: Any = data.options.get("data", [])
         key = "valid_every" if split == "valid" else ""
-        like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
+        with as_user_error(f"{data.folder / 'manifest.json'}: options: data: cannot be read"):
+            like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
         return cls(
             tokenizer=data.tokenizer,
             aggressive_hyphens=bool(data.options.get("aggressive_hyphens")),
@@ -85,7 +86,7 @@ class Model(Record):
     subword: dict[str, JsonValue]
     remove_bpe: Literal["@@ ", "sentencepiece"]
     byte_fallback: bool
-    beam: int = Field(ge=1)
+    beam: int = Field(ge=1, lt=2**31)
     lenpen: float
     quantization: str
     agreement: Agreement | None = None  # None until it is checked, in `export`

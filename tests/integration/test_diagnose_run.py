@@ -113,6 +113,9 @@ def test_confidence_is_kept_until_the_translation_changes(translated, monkeypatc
     monkeypatch.setattr(confidence, "load", None)  # nothing is measured again
     assert confidence.measure_confidence(translated) == first
     content = read_json(path)
+    write_json(path, {**content, "sets": {}})
+    with pytest.raises(TypeError):
+        confidence.measure_confidence(translated)
     content["sets"]["test"]["correct"][0].pop()
     write_json(path, content)
     with pytest.raises(UserError, match="confidence.json: sets.test: correct"):
@@ -122,3 +125,12 @@ def test_confidence_is_kept_until_the_translation_changes(translated, monkeypatc
         file.write("one more\n")
     with pytest.raises(TypeError):
         confidence.measure_confidence(translated)
+
+
+def test_data_that_fairseq_cannot_read_is_one_line(evaluated, tmp_path):
+    shutil.copytree(evaluated.data, tmp_path / "data")
+    run = open_run(evaluated.folder, data=tmp_path / "data")
+    (path,) = (run.data / "data-bin").glob("valid.*.en.idx")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="average.pt: fairseq cannot load"):
+        analyse(run)

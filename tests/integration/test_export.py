@@ -167,3 +167,23 @@ def test_a_closed_pipe_ends_quietly(model, tiny):
         process.stdin.write(source(tiny))
         process.stdin.close()
         assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("model.bin", lambda content: content[: len(content) // 2]),
+        ("model.bin", lambda content: content[:6]),
+        ("model.bin", lambda content: b"\xff" * 64),
+        ("config.json", lambda content: b"{"),
+        ("config.json", lambda content: b"[1]"),
+        ("shared_vocabulary.json", lambda content: b'["a"]'),
+    ],
+)
+def test_a_damaged_file_of_the_engine_is_one_line(name, damage, model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"{path}: is not the file that was exported" in refused(capsys, "translate", tmp_path / "model")
+    Model.open(model).model_copy(update={"folder": tmp_path / "model", "files": {}}).write()
+    assert "CTranslate2" in refused(capsys, "translate", tmp_path / "model", "--device", "cpu")

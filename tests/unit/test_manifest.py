@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import sample_data
 
 from encourage_mt.data.manifest import PreparedData
 from encourage_mt.errors import UserError
@@ -137,3 +138,13 @@ def test_any_change_of_a_manifest_is_accepted_or_refused_in_one_line(tmp_path_fa
         line = str(error)
         assert line.startswith(f"{folder / 'manifest.json'}: ") and line.isprintable() and len(line) < 1000
     assert (folder / "manifest.json").read_bytes() == text
+
+
+def test_text_with_another_number_of_lines_is_refused(tmp_path):
+    data = sample_data(tmp_path / "data", {"de": ["a", "b"], "en": ["a", "b"]})
+    assert data.read_text("test", "en") == ["a", "b"]
+    (data.folder / "text" / "test.en").write_text("a\n", encoding="utf-8")
+    with pytest.raises(UserError, match="test.en: has 1 lines, the manifest 2"):
+        data.read_text("test", "en")
+    with pytest.raises(UserError, match="manifest.json: options: subword"):
+        assert data.subword_options

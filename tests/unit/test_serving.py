@@ -13,6 +13,7 @@ from samples import sample_data
 from encourage_mt.data import subwords
 from encourage_mt.data.stages import TextStage
 from encourage_mt.errors import UserError
+from encourage_mt.evaluation import converted_model
 from encourage_mt.evaluation.converted_model import MAX_PIECES, Translation
 from encourage_mt.files import file_hash, read_json, write_json
 from encourage_mt.recipe import Recipe
@@ -247,6 +248,42 @@ def test_a_model_that_the_engine_cannot_load(model, capsys):
 def test_a_missing_gpu_is_one_line(model, monkeypatch, capsys):
     monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 0)
     assert "--device cuda" in refused(capsys, "translate", model, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "subword, damage",
+    [
+        *(({}, damage) for damage in (b"", b"text\n", b"\0" * 9, None)),
+        *(({"merges": 20}, damage) for damage in (b"", b"one line of text\n", b"\xff \xfe\n", b"#version: x\n")),
+    ],
+)
+def test_a_damaged_subword_model_is_one_line(subword, damage, tmp_path, no_engine, capsys):
+    model = export(tmp_path / "model", **subword)
+    path = tmp_path / "model" / ("subword.codes" if subword else "subword.model")
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    model.model_copy(update={"files": {}}).write()  # as if it had been exported so
+    for load in (lambda: Translator(path.parent), lambda: subwords.sample(["ein Hund"], path.with_suffix(""), 1)):
+        with pytest.raises(UserError, match=f"{path}: not .*[a-z]"):
+            load()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("damaged"), IndexError("damaged"), MemoryError("damaged")])
+def test_any_error_of_the_engine_is_one_line(error, tmp_path, monkeypatch):
+    class Engine:
+        def __init__(self, *arguments, **options):
+            if arguments:
+                raise error
+
+        def translate_iterable(self, sources, **options):
+            raise error
+            yield
+
+    monkeypatch.setattr("ctranslate2.Translator", Engine)
+    with pytest.raises(UserError, match=f"{tmp_path}: .*damaged"):
+        converted_model.load_model(tmp_path)
+    with pytest.raises(UserError, match="CTranslate2: damaged"):
+        list(converted_model.translate_pieces(Engine(), [["a"]], 1, 1.0))
 
 
 def other_format(folder):
