@@ -18,7 +18,7 @@ from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
-from ..training.run_folder import Run, mapping, options_of, read_log, training_settings
+from ..training.run_folder import Run, finite_rows, mapping, options_of, read_log, training_settings
 from . import scoring
 from .averaging import average
 from .engines import translate_sets
@@ -139,7 +139,7 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
     """Raise UserError if the data's dictionaries do not have the sizes of the model's embeddings."""
     for side, language in (("encoder", data.source), ("decoder", data.target)):
         path = data.data_bin / f"dict.{language}.txt"
-        with open(path, encoding="utf-8") as lines:
+        with open(path, "rb") as lines:
             types = sum(1 for _ in lines) + 4  # fairseq adds <s>, <pad>, </s>, <unk>
         embedded = state["model"].get(f"{side}.embed_tokens.weight")
         if embedded is not None and embedded.size(0) != types:
@@ -176,14 +176,11 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 def speed(log: Path) -> dict[str, float]:
     """Return {"target_tokens_per_second": mean over epochs, "train_seconds": time in updates}; empty without a log."""
-    epochs = [record for record in read_log(log) if "train_loss" in record]
+    epochs = finite_rows(read_log(log), "train_wps", "train_train_wall")
     if not epochs:
         return {}
-    rates = [float(record["train_wps"]) for record in epochs]
-    return {
-        "target_tokens_per_second": round(sum(rates) / len(rates), 1),
-        "train_seconds": sum(float(record["train_train_wall"]) for record in epochs),
-    }
+    rates, seconds = zip(*epochs, strict=True)
+    return {"target_tokens_per_second": round(sum(rates) / len(rates), 1), "train_seconds": sum(seconds)}
 
 
 def evaluated_checkpoint(run: Run) -> Path:

@@ -16,8 +16,9 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis, FrequencyRange
 from ..evaluation.lengths import Interval, LengthRange
 from ..evaluation.results import HEADLINE
-from ..training.run_folder import Run, read_log
+from ..training.run_folder import Run, finite_rows, read_log
 
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name, such as that of an arm, begins no formula
 # Okabe and Ito (2008): blue and vermillion
 STYLES = ({"color": "#0072B2", "linestyle": "-", "marker": "o"}, {"color": "#D55E00", "linestyle": "--", "marker": "s"})
 
@@ -90,12 +91,12 @@ def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
     for key, ylabel, meaning in (bleu, nll):
         figure, ax = axes("updates", ylabel)
         for (label, runs), style in zip(groups.items(), STYLES, strict=True):
-            curves = [[record for record in read_log(run.log) if key in record] for run in runs]
+            curves = [finite_rows(read_log(run.log), "valid_num_updates", key) for run in runs]
             curves = [points for points in curves if points]
+            name = f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
             for number, points in enumerate(curves):
-                x, y = ([float(record[name]) for record in points] for name in ("valid_num_updates", key))
-                seeds = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
-                ax.plot(x, y, **style, markersize=3, linewidth=1, label=None if number else f"{label} ({seeds})")
+                x, y = zip(*points, strict=True)
+                ax.plot(x, y, **style, markersize=3, linewidth=1, label=None if number else name)
         if key == "valid_nll_loss":
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))

@@ -34,7 +34,7 @@ def gains(name: str, title: str, compared: Sequence[MetricComparison], xlabel: s
             reach = np.maximum(0, [gain - low, high - gain])
             ax.errorbar(gain, row + shift, xerr=reach, fmt="o", color=color, markersize=4, capsize=2, label=label)
     ax.axvline(0, color="#666666", linewidth=0.8)
-    labels = [each.metric.split(", ", 1)[1].replace("$", r"\$") for each in compared]  # $ would begin a formula
+    labels = [each.metric.split(", ", 1)[1] for each in compared]
     ax.set_yticks(rows, labels, fontsize=8)
     ax.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -10,6 +10,7 @@ from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
 from ..evaluation.significance import MetricComparison, paired_seeds
 from ..files import Scalar
 from ..recipe import Recipe
+from ..training.run_folder import finite_rows
 
 DIAGNOSTICS = {
     "valid nll (nats)": "nll",
@@ -160,8 +161,8 @@ def learning_curve(records: list[dict]) -> list[CurvePoint]:
     An epoch appears twice in a log if its checkpoint was lost; the last record counts.
     """
     names = {"epoch": "epoch", "updates": "valid_num_updates", "bleu": "valid_bleu", "nll": "valid_nll_loss"}
-    ends = {record["epoch"]: record for record in records if "valid_bleu" in record}
-    return [CurvePoint(**{name: float(record[key]) for name, key in names.items()}) for record in ends.values()]
+    ends = {epoch: (epoch, *others) for epoch, *others in finite_rows(records, *names.values())}
+    return [CurvePoint(**dict(zip(names, row, strict=True))) for row in ends.values()]
 
 
 def curve_table(results: list[Result]) -> str:

@@ -22,6 +22,7 @@ WATCHING = {  # options that do not change what is trained
     *("eval-bleu-args", "log-format", "log-interval", "keep-last-epochs", "tensorboard-logdir", "wandb-project"),
 }
 STRICT = ConfigDict(strict=True, extra="forbid")
+ABSURD = 1e12  # no training has as many updates, or seconds
 # in a run's folder, opened for writing or replaced
 WRITTEN = re.compile(r"\.lock\d*|convert\.log|.*\.generate\.log|.*\.tmp|export|robustness")
 
@@ -63,7 +64,7 @@ class Run(Record):
     data: Path
     options: dict[OptionName, Scalar]
     average: int = Field(ge=1)
-    beam: int = Field(ge=1)
+    beam: int = Field(ge=1, lt=2**31)
     lenpen: float
     precision: Precision | Literal["amp"]  # amp: fairseq-train by hand
     provenance: Provenance
@@ -290,18 +291,36 @@ def _plain(options, section):
 
 
 def read_log(log: Path) -> list[dict]:
-    """Return the JSON records of a fairseq log in order; values are the strings fairseq prints. Empty without a log."""
+    """Return the records of a fairseq log in order, as `record_of` returns them. Empty without a log."""
     if not log.exists():
         return []
     return list(filter(None, map(record_of, log.read_text(encoding="utf-8", errors="replace").splitlines())))
 
 
 def record_of(line: str) -> dict | None:
-    """Return the JSON record at the end of a line of a fairseq log, None if there is none."""
+    """Return the JSON record at the end of a line of a fairseq log, None if there is none.
+
+    Values are the strings fairseq prints, or numbers; what `float` does not read is left out.
+    """
     start = line.find("{")
     if start < 0 or not line.endswith("}") or '"epoch"' not in line:
         return None
     try:
-        return json.loads(line[start:])
-    except json.JSONDecodeError:
+        record = json.loads(line[start:])
+    except (ValueError, RecursionError):
         return None
+    return {name: value for name, value in record.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def finite_rows(records: list[dict], *names: str) -> list[list[float]]:
+    """Return the values of `names` in each record that has all of them, without rows that are not finite or absurd."""
+    rows = [[float(record[name]) for name in names] for record in records if record.keys() >= set(names)]
+    return [row for row in rows if all(abs(value) < ABSURD for value in row)]

@@ -4,9 +4,11 @@ import pytest
 from samples import sample_result
 
 from encourage_mt.evaluation.comparison import Comparison
+from encourage_mt.evaluation.evaluate import speed
 from encourage_mt.evaluation.significance import MetricComparison
-from encourage_mt.report.tables import arms_table, runs_table
+from encourage_mt.report.tables import arms_table, learning_curve, runs_table
 from encourage_mt.training.alarms import final_alarms, loss_alarm
+from encourage_mt.training.run_folder import finite_rows, read_log
 
 
 def log(nll, lr=()):
@@ -14,6 +16,30 @@ def log(nll, lr=()):
     return [{"epoch": 1, "loss": str(value - 9), "nll_loss": str(value)} for value in nll] + [
         {"epoch": 1, "train_loss": "1.0", "train_lr": str(rate)} for rate in lr
     ]
+
+
+DAMAGED = [
+    '{"epoch": 1, "loss": null, "nll_loss": "x"}',
+    '{"epoch": 1, "loss": [1], "nll_loss": {"a": 1}, "lr": "fast"}',
+    '{"epoch": 1, "loss": "nan", "train_loss": "nan", "train_lr": "nan", "train_wps": "nan", "train_train_wall": "1"}',
+    '{"epoch": 1, "train_loss": "1", "train_wps": "1e999", "valid_bleu": "1", "valid_num_updates": "nan"}',
+    f'{{"epoch": 1, "loss": 1{"0" * 400}, "valid_bleu": 1}}',
+    f'{{"epoch": 1, "loss": 1{"0" * 5000}}}',
+    f'{{"epoch": {"[" * 100_000}}}',
+    '{"epoch": "one", "valid_bleu": "1", "valid_nll_loss": "1", "valid_num_updates": "1"}',
+    '{"epoch": 1, "loss"}',
+    '{"epoch": 1, "train_wps": "20", "train_train_wall": "3"}',
+]
+
+
+def test_a_damaged_log_is_read_as_far_as_it_has_numbers(tmp_path):
+    path = tmp_path / "train.log"
+    path.write_text("\n".join(f"{line}\n2026 | INFO | train | {line}" for line in DAMAGED), encoding="utf-8")
+    records = read_log(path)
+    assert records and learning_curve(records) == []
+    assert final_alarms(records, 30.0) == ["the loss is not finite"]
+    assert speed(path) == {"target_tokens_per_second": 20.0, "train_seconds": 6.0}
+    assert finite_rows(records, "train_wps") == [[20.0]] * 2
 
 
 FALLING = [10 - step / 10 for step in range(50)]
