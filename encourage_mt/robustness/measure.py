@@ -62,6 +62,10 @@ class Noise(Record):
     chrf: list[FiniteScore]
     consistency: list[FiniteScore]
 
+    @property
+    def sentences(self) -> int:
+        return len(self.chrf)
+
 
 class Foreign(Record):
     """The confidence in the translations of a set: {score: value of each sentence}, LENGTH among them."""
@@ -74,6 +78,10 @@ class Foreign(Record):
         if set(self.scores) != {*SCORES, LENGTH} or len(set(map(len, self.scores.values()))) > 1:
             raise ValueError(f"scores: must have {', '.join(SCORES)}, {LENGTH}, each with one value a sentence")
         return self
+
+    @property
+    def sentences(self) -> int:
+        return len(self.scores[LENGTH])
 
 
 class Robustness(Record):
@@ -88,6 +96,18 @@ class Robustness(Record):
     signatures: dict[str, str]
     noise: dict[Split, dict[str, Noise]]
     foreign: dict[Split, dict[str, Foreign]]
+
+    @model_validator(mode="after")
+    def _check_sentences(self):
+        for test in {*self.noise, *self.foreign}:
+            noise, foreign = self.noise.get(test, {}), self.foreign.get(test, {})
+            sizes = {len(values) for each in noise.values() for values in (each.chrf, each.consistency)}
+            sizes |= {foreign[name].sentences for name in (CLEAN, SHUFFLED, REVERSED) if name in foreign}
+            if len(sizes) > 1 or not all(CLEAN in sets for sets in (noise, foreign) if sets):
+                raise ValueError(f"{test}: must have {CLEAN}, and a value for each of its sentences everywhere")
+            if not all((*sizes, *(each.sentences for each in foreign.values()))):
+                raise ValueError(f"{test}: must have sentences")
+        return self
 
 
 class Measurement:
@@ -107,7 +127,7 @@ class Measurement:
         """Return what was measured before with this checkpoint and search, otherwise an empty record."""
         settings: dict[str, Any] = {name: getattr(self.model, name) for name in ("checkpoint_sha256", "beam", "lenpen")}
         signatures = Result.read(self.run.folder).signatures
-        settings["signatures"] = {name: signatures[name] for name in (HEADLINE, "chrF++")}
+        settings["signatures"] = {name: signatures[name] for name in (HEADLINE, "chrF++") if name in signatures}
         if (self.run.folder / RECORD).exists():
             record = read_record(self.run.folder / RECORD, Robustness)
             if all(getattr(record, name) == value for name, value in settings.items()):
@@ -157,7 +177,9 @@ class Measurement:
         file = f"{test}.{name.replace(' ', '_').replace('%', '')}.{self.data.target}"
         path = self.run.folder / FOLDER / file
         if name in noise and noise[name].source_sha256 == checksum and path.exists():
-            return read_lines(path)
+            lines = read_lines(path)
+            if len(lines) == len(pieces):
+                return lines
         new = list(dict.fromkeys(line for line in pieces if line not in clean))
         texts = (self._text(found.pieces) for found in self._translate(new, f"{self.run.name} {test}, {name}"))
         known = clean | dict(zip(new, texts, strict=True))
@@ -169,8 +191,9 @@ class Measurement:
             [round(chrf.sentence_score(line, [other]).score, 2) for line, other in zip(lines, side, strict=True)]
             for side in (references, translation or lines)
         ]
-        if name == CLEAN:
-            noise.clear()  # what was measured before is of another text
+        if name == CLEAN:  # what was measured before is of another text
+            noise.clear()
+            self.record.foreign[test] = {}
         noise[name] = Noise(
             source_sha256=checksum,
             changed=changed,
@@ -194,8 +217,6 @@ class Measurement:
         values = sentence_scores(score_pairs(model, task, sources, targets, description))
         scores = {score: of_score.round(6).tolist() for score, of_score in values.items()}
         scores[LENGTH] = [-float(len(line)) for line in pieces]
-        if name == CLEAN:
-            foreign.clear()
         foreign[name] = Foreign(source_sha256=checksum, scores=scores)
         self._save()
 

@@ -119,9 +119,10 @@ def bleu_of_clean(test: str, arms: dict[str, BySeed]) -> dict[str, dict[int, flo
 
 
 def shared_names(sets: list[dict[str, Any]]) -> list[str]:
-    """Return the names that all runs have, and with the same source; CLEAN is not among them."""
-    sources = [{name: each.source_sha256 for name, each in of_run.items()} for of_run in sets]
-    return [name for name in sources[0] if name != CLEAN and all(s.get(name) == sources[0][name] for s in sources)]
+    """Return the names that all runs have, and with the same source, except CLEAN; none if that is not the same."""
+    sources = [{name: (each.source_sha256, each.sentences) for name, each in of_run.items()} for of_run in sets]
+    shared = [name for name in sources[0] if all(of_run.get(name) == sources[0][name] for of_run in sources)]
+    return [name for name in shared if name != CLEAN] if CLEAN in shared else []
 
 
 def noise_changes(record: dict[str, Noise], names: list[str]) -> dict[str, tuple[float, np.ndarray, np.ndarray]]:

@@ -90,6 +90,15 @@ def test_an_interrupted_run_resumes_with_the_noise_that_is_missing(measured, mon
     assert resumed.noise == other.noise
 
 
+def test_a_translation_of_noise_that_lost_lines_is_made_again(measured, capsys):
+    command, _ = measured
+    path = runs_of(command)[0].folder / "robustness" / "test.upper_case.en"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.split("\n")[0] + "\n", encoding="utf-8")
+    main(command)
+    assert path.read_text(encoding="utf-8") == whole and "ce.seed1: measured" not in capsys.readouterr().out
+
+
 def test_the_report_has_a_section_if_all_runs_are_measured_and_corrects_all_its_p_values(measured, tmp_path):
     command, _ = measured
     options = ["--allow-differences", "--output", str(tmp_path / "report")]  # the models are the same

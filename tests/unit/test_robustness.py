@@ -11,8 +11,10 @@ from scipy import stats
 from encourage_mt.data import subwords
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation.confidence import SCORES
+from encourage_mt.evaluation.lengths import LengthRange
 from encourage_mt.evaluation.significance import MetricComparison, compare_resampled
 from encourage_mt.report import measure_charts
+from encourage_mt.report.charts import length_charts
 from encourage_mt.robustness import measure, summary, tables
 from encourage_mt.robustness.detection import auroc, fpr95, resampled_auroc
 from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose, share_changed
@@ -232,6 +234,8 @@ def test_the_tables_count_the_comparisons_and_correct_p(arms):
 def test_a_name_with_signs_of_a_formula_can_be_drawn():
     gain = MetricComparison("AUROC, $x^{ and $y, maximum logit", {1: 50.0}, {1: 60.0}, bootstrap_interval=(5.0, 15.0))
     assert measure_charts.gains("name", "title", [gain], "gain in AUROC").svg().startswith("<svg")
+    (chart, _) = length_charts("test", [LengthRange("1-5", 20, dict.fromkeys(["$x^{", "$y"], (1, 0, 2)), (0, -1, 1))])
+    assert chart.svg().startswith("<svg")
 
 
 def test_what_runs_have_not_measured_alike_is_left_out(arms):
@@ -240,6 +244,11 @@ def test_what_runs_have_not_measured_alike_is_left_out(arms):
     arms["ce"][1] = arms["ce"][1].model_copy(update={"noise": {"test": noise}, "foreign": {}})
     found = summary.summarize(arms, [])
     assert not {"upper case", SHUFFLED} & {row.name for row in found.rows} and found.rows
+    other = arms["el"][1].foreign["test"]
+    other = {**other, CLEAN: other[CLEAN].model_copy(update={"source_sha256": "other"})}
+    one = {arm: {1: side[2]} for arm, side in arms.items()}
+    one["el"][1] = one["el"][1].model_copy(update={"foreign": {"test": other}})
+    assert SHUFFLED not in {row.name for row in summary.summarize(one, []).rows}, "the clean text is another one"
     only_clean = {
         arm: {1: side[2].model_copy(update={"noise": {"test": {CLEAN: side[2].noise["test"][CLEAN]}}})}
         for arm, side in arms.items()
@@ -271,6 +280,19 @@ def test_a_damaged_record_is_refused_and_cannot_name_files(arms):
     for scores in ({LENGTH: [1.0]}, {**foreign, LENGTH: [1.0]}):
         with pytest.raises(ValueError, match="maximum logit.*one value a sentence"):
             Foreign(source_sha256="c", scores=scores)
+    noise, sets = content["noise"]["test"], content["foreign"]["test"]
+    shorter = {**noise[CLEAN], "consistency": [1.0]}
+    clean = {name: values[:9] for name, values in foreign.items()}
+    for change in (
+        {"noise": {"test": {**noise, "upper case": shorter}}},
+        {"noise": {"test": {name: each for name, each in noise.items() if name != CLEAN}}},
+        {"noise": {"test": {CLEAN: {**noise[CLEAN], "chrf": [], "consistency": []}}}, "foreign": {}},
+        {"foreign": {"test": {CLEAN: {"source_sha256": "c", "scores": clean}}}},
+        {"foreign": {"test": {SHUFFLED: sets[SHUFFLED]}}},
+        {"foreign": {"test": {**sets, "own": {"source_sha256": "c", "scores": dict.fromkeys(foreign, [])}}}},
+    ):
+        with pytest.raises(ValueError, match="test: must have"):
+            Robustness.model_validate({**content, **change})
     with pytest.raises(ValueError, match="cannot be the name of a split"):
         Robustness.model_validate({**content, "noise": {"../test": content["noise"]["test"]}})
 
