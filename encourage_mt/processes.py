@@ -59,9 +59,19 @@ def run_on_gpus(commands: list[list[str]], gpus: list[str]) -> list[int]:
         return list(threads.map(run, commands))
 
 
+def not_through_a_link(path: str, flags: int) -> int:
+    """Open a file, as `opener` of `open`. Raises UserError if a link is there, which may lead anywhere."""
+    if Path(path).is_symlink():
+        raise UserError(f"{path}: is a link, and this program would write through it; remove it")
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def run_quietly(argv: list[str], log: Path) -> None:
     """Run a program to its end with all output in `log`. Raises UserError with its last line if it fails."""
-    with open(log, "w", encoding="utf-8") as out, start(argv, stdout=out, stderr=subprocess.STDOUT) as process:
+    with (
+        open(log, "w", encoding="utf-8", opener=not_through_a_link) as out,
+        start(argv, stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
         code = process.wait()
     if code:
         raise UserError(describe_failure(argv[0], code, log))
@@ -96,12 +106,13 @@ def locked(folder: Path, node: int = 0):
     """Keep other processes out of `folder`, which is made if it is missing; yield the descriptor of the lock.
 
     Each machine that shares the folder has its own lock, by its number `node`. A child that inherits the descriptor
-    keeps the lock too, until it ends. Raises UserError, which names the other process, if another one has the lock.
+    keeps the lock too, until it ends. Raises UserError, which names the other process, if another one has the lock, or
+    if the lock is a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".lock{node or ''}"
     end = time.monotonic() + PATIENCE
-    with open(path, "a+", encoding="utf-8") as lock:
+    with open(path, "a+", encoding="utf-8", opener=not_through_a_link) as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

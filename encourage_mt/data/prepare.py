@@ -56,14 +56,14 @@ def prepare(
     final = work_dir / "data"
     program_path("fairseq-preprocess")  # raises an error now rather than after the work
     sources = Sources(recipe, raw_dir, download_dir)
-    if final.exists() and not overwrite:
-        _check_same(PreparedData.open(final), recipe, sources)
-        print(f"data: {final} is prepared already")
-        return final
-    with locked(work_dir):
-        _check_ours(final)
-        data = _prepare(recipe, sources, work_dir, workers or cores())
-    print(f"{data.describe()}\ndata: {final}")
+    if overwrite or not _is_prepared(final, recipe, sources):
+        with locked(work_dir):
+            if overwrite or not _is_prepared(final, recipe, sources):  # another process may have made it meanwhile
+                _check_ours(final)
+                data = _prepare(recipe, sources, work_dir, workers or cores())
+                print(f"{data.describe()}\ndata: {final}")
+                return final
+    print(f"data: {final} is prepared already")
     return final
 
 
@@ -89,7 +89,11 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
     return data.model_copy(update={"folder": final})
 
 
-def _check_same(data: PreparedData, recipe: Recipe, sources: Sources) -> None:
+def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:
+    """Return whether the data is there. Raises UserError if it is other data."""
+    if not final.exists():
+        return False
+    data = PreparedData.open(final)
     options = recipe.preparation
     differing = sorted(name for name, value in options.items() if data.options.get(name) != value)
     remedy = "choose another --work-dir, or --overwrite it"
@@ -99,10 +103,13 @@ def _check_same(data: PreparedData, recipe: Recipe, sources: Sources) -> None:
         path = sources.find_local(name)
         if path and file_hash(path) != known.sha256:
             raise UserError(f"{data.folder}: prepared from another {name}; {remedy}")
+    return True
 
 
 def _check_ours(final: Path) -> None:
-    """Refuse to overwrite a folder that contains anything except prepared data."""
+    """Refuse to overwrite a link, or a folder that contains anything except prepared data."""
+    if final.is_symlink():
+        raise UserError(f"{final}: is a link, which cannot be replaced; remove it, or choose another --work-dir")
     if final.exists():
         foreign = sorted({path.name for path in final.iterdir()} - CONTENT)
         if foreign or not (final / "manifest.json").exists():

@@ -14,7 +14,7 @@ from ..environment import Precision, describe_hardware, git_revision, versions
 from ..errors import UserError
 from ..files import atomic_write
 from ..plugin.worker import SAVED, STOPPED
-from ..processes import describe_failure, job_environment, locked, program_path, start
+from ..processes import describe_failure, job_environment, locked, not_through_a_link, program_path, start
 from ..recipe import AVERAGE, Recipe
 from .alarms import loss_alarm
 from .launch import Cluster, hydra_config, launch_command
@@ -185,7 +185,10 @@ class Training:
         program_path("fairseq-train")
         watching = {"WANDB_NAME": run.name, "WANDB_DIR": str(run.folder)}  # for --wandb-project
         environment = {**watching, **environment, **cluster.devices(slot - 1)}
-        with locked(run.folder, cluster.node) as lock, open(run.log, "a", encoding="utf-8") as log:
+        with (
+            locked(run.folder, cluster.node) as lock,
+            open(run.log, "a", encoding="utf-8", opener=not_through_a_link) as log,
+        ):
             if cluster.node == 0:
                 with_provenance(run, cluster).save()
             if cluster.precision == "bf16":

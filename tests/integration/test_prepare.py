@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import contextmanager
 
 import grammar
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from conftest import ROOT, TINY, refused, write_recipe
 
 from encourage_mt.cli import main
+from encourage_mt.data import prepare as preparation
 from encourage_mt.data import stages
 from encourage_mt.data.bitext import read_lines
 from encourage_mt.data.manifest import PreparedData
@@ -179,6 +181,30 @@ def test_files_of_others_are_never_deleted(name, prepared, capsys):
     assert str(work / "data") in line and name in line
     after = snapshot(work)
     assert {path: state for path, state in after.items() if path.name != ".lock"} == before
+
+
+def test_data_that_another_process_made_meanwhile_is_not_made_again(prepared, tmp_path, monkeypatch, capsys):
+    work, recipe = prepared
+    os.rename(work / "data", tmp_path / "made")
+
+    @contextmanager
+    def wait_for_another(folder):
+        os.rename(tmp_path / "made", work / "data")
+        yield
+
+    monkeypatch.setattr(preparation, "locked", wait_for_another)
+    monkeypatch.setattr(preparation, "_prepare", None)
+    main(["prepare", str(recipe), "--work-dir", str(work)])
+    assert "is prepared already" in capsys.readouterr().out
+
+
+def test_data_behind_a_link_is_not_replaced(prepared, tmp_path, capsys):
+    work, recipe = prepared
+    os.rename(work / "data", tmp_path / "elsewhere")
+    (work / "data").symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "elsewhere")
+    assert "data: is a link" in refused(capsys, "prepare", recipe, "--work-dir", work, "--overwrite")
+    assert snapshot(tmp_path / "elsewhere") == before
 
 
 # --- a user's own text, with valid and test held out of it

@@ -119,3 +119,14 @@ def test_jobs_share_the_cores_and_values_the_user_set_for_glibc_stay(monkeypatch
     assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 10**12
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "MALLOC_TRIM_THRESHOLD_" not in processes.job_environment(3)
+
+
+@pytest.mark.parametrize("name", [".lock", "preprocess.log"])
+def test_a_link_is_not_written_through(name, tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name}: is a link"):
+        with processes.locked(tmp_path / "work"):
+            processes.run_quietly(["fairseq-preprocess", "--help"], tmp_path / "work" / name)
+    assert (tmp_path / "mine").read_text() == "kept"
