@@ -50,7 +50,7 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
     What a recipe for own text leaves out is chosen for the size of the text, unless the work directory has a
     recipe.yaml that was chosen before.
     """
-    from .data.sizing import KEPT, choose, count_pairs, describe
+    from .data.sizing import KEPT, choose, count_pairs, describe, describe_kept
     from .recipe import load_recipe
 
     def load(path: Path, chosen: dict | None) -> "Recipe":
@@ -65,16 +65,20 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
         return recipe, work_dir
     kept = work_dir / KEPT
     if kept.exists():
-        print(f"recipe: {kept}, from an earlier command; delete it to have its sizes chosen again")
+        print(f"recipe: {describe_kept(kept, gpus_of(arguments))}")
         return load(kept, None), work_dir
-    import torch
-
-    gpus = arguments.gpus if torch.cuda.is_available() else 0
-    pairs = count_pairs(recipe, arguments.raw_dir)
+    gpus, pairs = gpus_of(arguments), count_pairs(recipe, arguments.raw_dir)
     chosen = choose(pairs, gpus)
     recipe = load(arguments.recipe, chosen)
     print(f"recipe: {describe(recipe, chosen, pairs, gpus)}")
     return recipe, work_dir
+
+
+def gpus_of(arguments) -> int:
+    """Return the GPUs of a training on this machine, 0 if it is a CPU."""
+    import torch
+
+    return arguments.gpus if torch.cuda.is_available() else 0
 
 
 def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
@@ -85,7 +89,7 @@ def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
     options = {name: getattr(arguments, name) for name in ("raw_dir", "download_dir", "workers", "overwrite")}
     prepare(recipe, work_dir, **options)
     if recipe.filled:
-        keep(recipe.filled, work_dir)
+        keep(recipe.filled, work_dir, gpus_of(arguments))
         print(f"recipe: {work_dir / KEPT} has the options that were chosen; edit it, and the next command uses it")
 
 

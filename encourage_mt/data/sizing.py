@@ -11,6 +11,7 @@ from .bitext import iterate_lines
 from .sources import Sources
 
 KEPT = "recipe.yaml"  # in the work directory
+CHOSEN_FOR = "# Chosen for "  # its first line, which then names the machine
 HELD_OUT = 1000  # pairs of valid and of test, if the corpus has eight times as many
 
 
@@ -110,10 +111,22 @@ def describe(recipe: Recipe, chosen: dict[str, Any], pairs: int, gpus: int) -> s
     return f"for {pairs:,} pairs and {machine}: {', '.join(used)}"
 
 
-def keep(content: dict[str, Any], work_dir: Path) -> None:
+def describe_kept(path: Path, gpus: int) -> str:
+    """Return in one line that the recipe in `path` is used, with a warning if it was chosen for the other machine."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first = file.readline().strip()
+    line = f"{path}, from an earlier command; delete it to have its sizes chosen again"
+    ours, other = ("a GPU", "a CPU") if gpus else ("a CPU", "a GPU")
+    if first != CHOSEN_FOR + other:
+        return line
+    return f"{line}, with --overwrite. WARNING: they were chosen for {other}, but this machine trains on {ours}"
+
+
+def keep(content: dict[str, Any], work_dir: Path, gpus: int) -> None:
     """Write the content of a recipe that was chosen into the work directory."""
     with atomic_write(work_dir / KEPT) as file:
-        file.write("# Chosen for the size of your text (docs/own_data.md). Edit it: the next command uses it.\n")
+        file.write(f"{CHOSEN_FOR}{'a GPU' if gpus else 'a CPU'}\n")
+        file.write("# and the size of your text (docs/own_data.md). Edit it: the next command uses it.\n")
         yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
 
 

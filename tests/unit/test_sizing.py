@@ -4,7 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from encourage_mt.data.sizing import CPU, KEPT, MANY_GPUS, ONE_GPU, choose, count_pairs, describe, keep
+from encourage_mt.data.sizing import CPU, KEPT, MANY_GPUS, ONE_GPU, choose, count_pairs, describe, describe_kept, keep
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
 
@@ -65,12 +65,21 @@ def test_the_choice_is_a_valid_recipe(pairs, gpus):
 
 def test_a_chosen_recipe_is_kept_and_used_as_it_was_edited(tmp_path):
     first = own(choose(8000, 0))
-    keep(first.filled, tmp_path)
+    keep(first.filled, tmp_path, 0)
     kept = tmp_path / KEPT
     assert own(None, kept).model_dump() == first.model_dump() and own(choose(0, 0), kept).filled is None
     content = yaml.safe_load(kept.read_text())
     kept.write_text(yaml.safe_dump({**content, "train": {**content["train"], "dropout": 0.25}}))
     assert own(choose(0, 0), kept).train["dropout"] == 0.25
+
+
+@pytest.mark.parametrize("before, now, warns", [(0, 0, False), (1, 2, False), (0, 1, True), (2, 0, True)])
+def test_a_recipe_that_was_chosen_for_another_machine_is_announced(before, now, warns, tmp_path):
+    keep(own(choose(8000, before)).filled, tmp_path, before)
+    line = describe_kept(tmp_path / KEPT, now)
+    assert str(tmp_path / KEPT) in line and ("WARNING" in line) == ("--overwrite" in line) == warns
+    (tmp_path / KEPT).write_text("name: own\n", encoding="utf-8")
+    assert "WARNING" not in describe_kept(tmp_path / KEPT, now), "edited"
 
 
 def test_what_a_recipe_says_itself_is_not_chosen(tmp_path):
