@@ -9,6 +9,7 @@ from .environment import DOWNLOADS, Engine, Precision
 from .errors import UserError
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float16", "int8_bfloat16")  # of CTranslate2
+LARGEST = 2**31 - 1  # of a whole number: what libraries take as seed, beam or number of threads
 OLD_SPELLINGS = {"--criteria": "--arms", "--criterion": "--arm"}  # of version 0.1
 
 
@@ -47,6 +48,8 @@ def whole_number(text: str, least: int) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST:,}, got {text[:20]!r}")
     return value
 
 
@@ -61,9 +64,17 @@ def percentage(text: str) -> int:
 def named_file(text: str) -> tuple[str, Path]:
     """Parse NAME=FILE."""
     name, equals, path = text.partition("=")
-    if not (name.strip() and equals and path):
+    if not (name.strip() and name.isprintable() and equals and path):
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {text!r}")
     return name.strip(), Path(path)
+
+
+def new_file(text: str) -> Path:
+    """Parse the path of a file to write."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path
 
 
 def finite_number(text: str) -> float:
@@ -290,7 +301,9 @@ def add_robustness(command: argparse.ArgumentParser) -> None:
         help="foreign text in place of the source, one sentence a line (default: only shuffled words and text in the "
         "target language, both made from the test set)",
     )
-    command.add_argument("--output", type=Path, metavar="FILE", help="write the summary as JSON (default: print only)")
+    command.add_argument(
+        "--output", type=new_file, metavar="FILE", help="write the summary as JSON (default: print only)"
+    )
     add_allow_differences(command)
 
 

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import refused
+from conftest import ROOT, refused, run
 
+from encourage_mt import processes
 from encourage_mt.arguments import build_parser
 from encourage_mt.environment import USER_DIR
 
@@ -51,6 +52,13 @@ def test_every_option_has_a_help_text_with_its_default(command, capsys):
         (["export", "x", "--output", "y", "--quantization", "int4"], "--quantization"),
         (["translate", "x", "--nbest", "0"], "--nbest"),
         (["translate", "x", "--device", "tpu"], "--device"),
+        (["translate", "x", "--batch-size", "0"], "--batch-size"),
+        (["translate", "x", "--beam", "9" * 20], "--beam"),
+        (["robustness", "x", "--seed", "9" * 5000], "--seed"),
+        (["robustness", "x", "--strength", "abc"], "--strength"),
+        (["robustness", "x", "--ood", "\udcff=file"], "NAME=FILE"),
+        (["robustness", "x", "--output", "/"], "--output"),
+        (["robustness", "x", "--output", "nowhere/file"], "--output"),
         (["evaluate", "x", "--lenpen", "--user-dir=evil"], "--lenpen"),
         (["compare", "--baseline", "x"], "--candidate"),
         (["launch"], "launch"),
@@ -58,3 +66,16 @@ def test_every_option_has_a_help_text_with_its_default(command, capsys):
 )
 def test_a_mistake_is_one_line(words, expected, capsys):
     assert expected in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "streams, code, expected", [("<&-", 0, ""), (">&-", 0, ""), ("<&- >&- 2>&-", 0, ""), (">/dev/full", 2, "No space")]
+)
+def test_streams_that_are_closed_or_full_end_without_a_traceback(streams, code, expected):
+    done = run("sh", "-c", f"exec {processes.program_path('encourage-mt')} user-dir {streams}", code=code)
+    assert expected in done.stderr and done.stderr.count("\n") == bool(expected)
+
+
+def test_output_in_another_encoding_is_not_a_traceback():
+    code = "from encourage_mt.errors import exit_on_user_error\nwith exit_on_user_error('x'): print('±')"
+    assert run(sys.executable, "-c", code, env={"PYTHONIOENCODING": "ascii"}, cwd=ROOT).stdout == "\\xb1\n"
