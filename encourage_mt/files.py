@@ -80,6 +80,8 @@ def read_record(path: Path, model: type[AnyRecord], **fields: Any) -> AnyRecord:
         return model.model_validate_json(json.dumps({**content, **fields}, default=str))
     except ValidationError as error:
         raise UserError(f"{path}: {describe_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
 
 
 def write_record(path: Path, record: Record) -> None:

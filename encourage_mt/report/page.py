@@ -79,7 +79,7 @@ def check_output(output: Path) -> None:
     if not output.is_dir():
         raise UserError(f"{output}: is not a folder; choose another --output")
     listed = output / FILE_LIST
-    ours = {FILE_LIST, *(listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else ())}
+    ours = {FILE_LIST, *(listed.read_text(encoding="utf-8", errors="replace").splitlines() if listed.is_file() else ())}
     for path in sorted(output.rglob("*")):
         if not path.is_dir() and path.relative_to(output).as_posix() not in ours:
             name = path.relative_to(output)

@@ -16,7 +16,7 @@ from ..data import subwords
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData, hash_text
 from ..data.stages import text_steps
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..evaluation import scoring
 from ..evaluation.confidence import SCORES, encode, score_pairs, sentence_scores
 from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, translate_pieces
@@ -217,13 +217,17 @@ class Measurement:
         values = sentence_scores(score_pairs(model, task, sources, targets, description))
         scores = {score: of_score.round(6).tolist() for score, of_score in values.items()}
         scores[LENGTH] = [-float(len(line)) for line in pieces]
-        foreign[name] = Foreign(source_sha256=checksum, scores=scores)
+        with as_user_error(f"{description}: the scores of the model cannot be kept"):  # they are not finite
+            foreign[name] = Foreign(source_sha256=checksum, scores=scores)
         self._save()
 
     def _translate(self, sources: list[Pieces], description: str) -> Iterable[Translation]:
         found = translate_pieces(self.engine, map(list, sources), self.model.beam, self.model.lenpen)
-        bar = tqdm(found, desc=description, total=len(sources), unit="sentence", leave=False)
-        return (best for (best,) in bar)
+        try:
+            for (best,) in tqdm(found, desc=description, total=len(sources), unit="sentence", leave=False):
+                yield best
+        except UserError as error:  # such as a sentence that is too long
+            raise UserError(f"{description}: {error}") from None
 
     def _text(self, pieces: list[str]) -> str:
         return restore_text(subwords.join_pieces(pieces, self.model.remove_bpe), self.model)

@@ -49,6 +49,8 @@ class Translator:
         A line of more than MAX_PIECES pieces is translated in parts; its score is the mean of theirs. Raises UserError
         if `nbest` exceeds `beam`.
         """
+        if isinstance(lines, str):
+            raise TypeError("lines must be a list of lines, got one text")
         beam = beam or self.model.beam
         if nbest > beam:
             raise UserError(f"--nbest {nbest}: must be at most the beam size, {beam}")

@@ -105,6 +105,9 @@ def test_a_damaged_or_missing_manifest_is_refused(tmp_path):
         refusal(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff")
     refusal(tmp_path)
+    for depth in range(900, 1000):  # near the limit of Python, reading succeeds where writing does not
+        write(tmp_path, json.dumps(NOW)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}')
+        refusal(tmp_path)
 
 
 VALUES = st.recursive(

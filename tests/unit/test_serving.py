@@ -211,6 +211,8 @@ def test_several_translations_with_scores(echo):
     assert scores[0] > scores[1] and scores[2:] == [0, 0]
     with pytest.raises(UserError, match="--nbest 4.* 3"):
         echo.hypotheses(["a"], nbest=4)
+    with pytest.raises(TypeError, match="list of lines"):
+        echo.translate("ein Hund")
 
 
 def test_lines_are_translated_as_they_arrive(echo):
@@ -262,6 +264,7 @@ def test_a_damaged_subword_model_is_one_line(subword, damage, tmp_path, no_engin
     path = tmp_path / "model" / ("subword.codes" if subword else "subword.model")
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     model.model_copy(update={"files": {}}).write()  # as if it had been exported so
+    capsys.readouterr()  # a progress bar
     for load in (lambda: Translator(path.parent), lambda: subwords.sample(["ein Hund"], path.with_suffix(""), 1)):
         with pytest.raises(UserError, match=f"{path}: not .*[a-z]"):
             load()
