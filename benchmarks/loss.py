@@ -355,8 +355,8 @@ def main():
         "busy; steps: training steps; all but sizes run on a CPU",
     )  # fmt: skip
     parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help="settings of glibc (CPU)")
-    parser.add_argument("--repeats", type=int, default=15, help="most runs of a row")
-    parser.add_argument("--quick", action="store_true", help="the smallest size only")
+    parser.add_argument("--repeats", type=int, default=15, help="maximum number of runs per row")
+    parser.add_argument("--quick", action="store_true", help="measure only the smallest size")
     parser.add_argument("--output", type=Path, default=Path("bench_loss.json"), help="JSON file to write")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

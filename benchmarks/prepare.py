@@ -2,7 +2,7 @@
 """Measure pairs per second and peak memory of the preparation of data, stage by stage, on generated pairs.
 
 The published (Moses) pipeline is compared with sacremoses line by line, followed by subword-nmt, in one process; the
-output must be identical. The machine may be noisy: compare only ratios within one table.
+output must be identical. On a shared machine, compare only ratios within one table.
 
 The pairs come from examples/bundled_de_en/grammar.py. Their words get Zipf-distributed prefixes, so that the vocabulary
 grows with the text, as it does in real text.
@@ -213,10 +213,10 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=500_000)
-    parser.add_argument("--baseline-pairs", type=int, default=50_000, help="how many of them the slow first row uses")
-    parser.add_argument("--workers", type=int, default=cores())
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--pairs", type=int, default=500_000, help="number of pairs to generate")
+    parser.add_argument("--baseline-pairs", type=int, default=50_000, help="number of pairs for the slow first row")
+    parser.add_argument("--workers", type=int, default=cores(), help="number of processes")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, text = measure(arguments.pairs, arguments.baseline_pairs, arguments.workers, Path(folder))

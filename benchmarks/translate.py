@@ -2,8 +2,8 @@
 """Measure how fast fairseq and CTranslate2 (float32, int8) translate a test set of an evaluated run, and their BLEU.
 
 Each engine runs in a process of its own, with the code and options of `encourage-mt evaluate`. Start-up (imports and
-loading the model) is measured apart; the conversion for CTranslate2 is a third figure. If other programs use the
-machine, compare CPU seconds only.
+loading the model) and the conversion for CTranslate2 are measured separately. If other programs use the machine,
+compare CPU seconds only.
 """
 
 import argparse
@@ -120,9 +120,9 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of an evaluated run")
-    parser.add_argument("--split", help="the set (default: the first test set)")
+    parser.add_argument("--split", help="set to translate (default: the first test set)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     run = open_run(arguments.run)
     data = run.prepared()

@@ -1,4 +1,4 @@
-"""Define the options of the command `encourage-mt`."""
+"""Define the command line of `encourage-mt`."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def modern_spelling(word: str) -> str:
-    """Return the present name of an option in place of its name in version 0.1."""
+    """Return an option with its name of version 0.1 replaced by the current one."""
     name, equals, value = word.partition("=")
     return OLD_SPELLINGS.get(name, name) + equals + value
 
@@ -32,12 +32,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """Parse a number from 1 on."""
+    """Parse a whole number of at least 1."""
     return whole_number(text, 1)
 
 
 def index(text: str) -> int:
-    """Parse a number from 0 on."""
+    """Parse a whole number of at least 0."""
     return whole_number(text, 0)
 
 
@@ -47,7 +47,7 @@ def whole_number(text: str, least: int) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     if value > LARGEST:
         raise argparse.ArgumentTypeError(f"must be at most {LARGEST:,}, got {text[:20]!r}")
     return value
@@ -101,8 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add(
         "run",
-        "prepare the data, train all arms and seeds, translate, score, compare and report; finished steps are skipped "
-        "and interrupted trainings resume",
+        "prepare the data, train every arm with every seed, translate, score, compare and write a report; skip "
+        "finished steps and resume interrupted ones",
     )
     add_recipe_options(command)
     add_changes(command)
@@ -113,27 +113,27 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1],
         metavar="SEED",
-        help="random seeds; each arm is trained once with each seed (default: 1)",
+        help="random seeds; every arm is trained with every seed (default: 1)",
     )
     command.add_argument(
         "--arms",
         nargs="+",
         default=["ce", "el"],
         metavar="ARM",
-        help="arms of the recipe; the others, and added ones, are compared with the first (default: ce el)",
+        help="arms of the recipe to train; the first is the baseline of all comparisons (default: ce el)",
     )
     command.add_argument(
         "--parallel",
         type=count,
         metavar="N",
-        help="trainings at a time (default: as many as fit on the GPUs, or cores, with --gpus each)",
+        help="number of runs to train at a time (default: GPUs of the machine divided by --gpus; without a GPU, cores)",
     )
     add_engine(command)
 
     command = add(
         "train",
-        "train one arm with one seed, on one machine or on several (start it on each); the tokens per update are those "
-        "of the recipe on any number of GPUs; an interrupted training resumes",
+        "train one arm with one seed, or resume an interrupted training, on one machine or several (start the command "
+        "on each); the number of tokens per update does not depend on the number of GPUs",
     )
     add_recipe_options(command)
     add_changes(command)
@@ -144,30 +144,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--nodes", type=count, default=1, metavar="N", help="number of machines (default: %(default)s)"
     )
     command.add_argument(
-        "--node", type=index, default=0, metavar="N", help="number of this machine, from 0 (default: %(default)s)"
+        "--node", type=index, default=0, metavar="N", help="index of this machine, from 0 (default: %(default)s)"
     )
     command.add_argument(
-        "--master", metavar="HOST:PORT", help="address of machine 0; needed for several machines (default: none)"
+        "--master", metavar="HOST:PORT", help="address of machine 0; required for several machines (default: none)"
     )
 
-    command = add("evaluate", "average the last checkpoints of each run, translate and score; writes scores.json")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training")
+    command = add("evaluate", "average the last checkpoints of each run, translate, score and write scores.json")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
     for name, kind, meaning in (
-        ("average", count, "number of last epoch checkpoints to average"),
+        ("average", count, "number of epoch checkpoints to average, the last ones"),
         ("beam", count, "beam size"),
-        ("lenpen", finite_number, "length penalty"),
+        ("lenpen", finite_number, "length penalty, as in fairseq-generate"),
     ):
-        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as the recipe says)")
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as in the recipe)")
     add_engine(command)
     command.add_argument(
-        "--comet", type=Path, metavar="CKPT", help="also score with the COMET model in this file (default: none)"
+        "--comet", type=Path, metavar="CKPT", help="also compute COMET with the model in this file (default: none)"
     )
 
     command = add(
-        "export", "write one folder that translates without fairseq, after checking that it translates as the run does"
+        "export", "convert a run into a folder that translates without fairseq, and verify that its translations agree"
     )
-    command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated training")
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
     command.add_argument(
         "--output",
         type=Path,
@@ -179,23 +179,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--quantization",
         choices=QUANTIZATIONS,
         default="float32",
-        help="type of the stored weights; int8 is smaller and faster and changes some translations "
-        "(default: %(default)s)",
+        help="type of the weights; int8 is smaller and faster, and changes some translations (default: %(default)s)",
     )
 
-    add_translate(add("translate", "translate standard input, line by line, to standard output"))
+    add_translate(add("translate", "translate standard input to standard output, line by line"))
 
     add_robustness(
         add(
             "robustness",
-            "measure how translations change under noise, and whether a model's confidence shows that a text is "
-            "foreign to it; runs are grouped by arm and compared with the first; finished steps are skipped",
+            "measure how translations change under noise, and how well a model's confidence detects "
+            "out-of-distribution (foreign) text; every arm is compared with the first; finished steps are skipped",
         )
     )
 
     for name, help in (
-        ("compare", "compare runs: scores of each seed, tests over sentences and over seeds, a verdict"),
-        ("report", "compare runs and write one HTML page with charts, diagnostics and translations"),
+        (
+            "compare",
+            "compare two groups of runs: scores of each seed, significance over sentences and over seeds, a verdict",
+        ),
+        ("report", "compare two groups of runs and write an HTML page with charts, diagnostics and translations"),
     ):
         command = add(name, help)
         for side in ("baseline", "candidate"):
@@ -205,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
                 nargs="+",
                 required=True,
                 metavar="RUN",
-                help=f"evaluated runs of the {side}, one per seed (required)",
+                help=f"folders of evaluated runs of the {side}, one per seed (required)",
             )
         add_data_option(command)
         add_allow_differences(command)
@@ -217,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder to make; an earlier report there is replaced (default: %(default)s)",
     )
 
-    add("user-dir", 'print the folder for the --user-dir of fairseq\'s commands: --user-dir "$(encourage-mt user-dir)"')
+    add("user-dir", 'print the folder of the fairseq plugin, for fairseq-train --user-dir "$(encourage-mt user-dir)"')
     return parser
 
 
@@ -226,32 +228,32 @@ def add_translate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model", type=Path, metavar="MODEL|RUN", help="folder of an export, or of an evaluated run, which is exported"
     )
-    command.add_argument("--beam", type=count, metavar="N", help="beam size (default: as the run was scored)")
+    command.add_argument("--beam", type=count, metavar="N", help="beam size (default: that of the evaluation)")
     command.add_argument(
         "--nbest",
         type=count,
         default=1,
         metavar="N",
-        help="translations of each line, best first (default: %(default)s)",
+        help="number of translations per line, best first (default: %(default)s)",
     )
     command.add_argument(
         "--scores",
         action="store_true",
-        help="write the score, as fairseq-generate does, and a tab before each translation (default: no)",
+        help="write fairseq-generate's score and a tab before each translation (default: no)",
     )
     command.add_argument(
         "--batch-size",
         type=count,
         default=256,
         metavar="N",
-        help="lines to read and translate together; 1 answers each line at once (default: %(default)s)",
+        help="number of lines to translate together; 1 translates each line as it arrives (default: %(default)s)",
     )
-    command.add_argument("--threads", type=count, metavar="N", help="threads on a CPU (default: one per core)")
+    command.add_argument("--threads", type=count, metavar="N", help="number of CPU threads (default: one per core)")
     command.add_argument(
         "--device",
         choices=["cpu", "cuda", "auto"],
         default="auto",
-        help="auto is a GPU if there is one (default: auto)",
+        help="auto uses a GPU if there is one (default: auto)",
     )
 
 
@@ -261,12 +263,12 @@ def add_engine(command: argparse.ArgumentParser) -> None:
         "--engine",
         choices=get_args(Engine),
         default="fairseq",
-        help="program that translates; ctranslate2 is faster and needs the extra serving (default: %(default)s)",
+        help="program that translates; ctranslate2 is faster but needs the extra serving (default: %(default)s)",
     )
 
 
 def add_data_option(command: argparse.ArgumentParser) -> None:
-    """Add --data, for runs whose data is not where it was when they were trained."""
+    """Add --data, for runs whose data was moved since they were trained."""
     command.add_argument("--data", type=Path, help="folder of the prepared data (default: the data of the training)")
 
 
@@ -274,13 +276,13 @@ def add_allow_differences(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-differences",
         action="store_true",
-        help="compare even if the runs differ in more than the criterion (default: refuse, naming them)",
+        help="compare even if the runs differ in more than the criterion (default: stop and name the differences)",
     )
 
 
 def add_robustness(command: argparse.ArgumentParser) -> None:
     """Add the options of `encourage-mt robustness`."""
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated training")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated run")
     add_data_option(command)
     command.add_argument(
         "--strength",
@@ -288,7 +290,7 @@ def add_robustness(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[10, 20],
         metavar="PERCENT",
-        help="percentages of the words with an error, each measured (default: 10 20)",
+        help="percentages of the words to change; each is measured (default: 10 20)",
     )
     command.add_argument("--seed", type=index, default=1, help="seed of the noise (default: %(default)s)")
     command.add_argument("--tests", nargs="+", default=[], metavar="SET", help="test sets to measure (default: all)")
@@ -298,57 +300,57 @@ def add_robustness(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=FILE",
-        help="foreign text in place of the source, one sentence a line (default: only shuffled words and text in the "
-        "target language, both made from the test set)",
+        help="out-of-distribution text, one sentence per line, besides the two sets made from each test set: shuffled "
+        "words, and text in the target language (default: none)",
     )
     command.add_argument(
-        "--output", type=new_file, metavar="FILE", help="write the summary as JSON (default: print only)"
+        "--output", type=new_file, metavar="FILE", help="also write the summary as JSON (default: only print it)"
     )
     add_allow_differences(command)
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:
     """Add the recipe, and the options for its data: where the files are, how to prepare them, and where to write."""
-    command.add_argument("recipe", type=Path, help="a recipe.yaml")
+    command.add_argument("recipe", type=Path, help="path of a recipe.yaml")
     data = command.add_argument_group("data")
     data.add_argument(
         "--raw-dir",
         type=Path,
         metavar="DIR",
-        help="folder with the recipe's files or archives (default: download them)",
+        help="folder that has the files or archives of the corpus (default: download them)",
     )
     data.add_argument(
         "--download-dir",
         type=Path,
         default=DOWNLOADS,
         metavar="DIR",
-        help="folder where downloads are kept for all recipes (default: %(default)s)",
+        help="folder for downloads, shared by all recipes (default: %(default)s)",
     )
     data.add_argument(
-        "--work-dir", type=Path, metavar="DIR", help="folder for everything that is made (default: runs/NAME OF RECIPE)"
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for all output (default: runs/NAME, with the name of the recipe)",
     )
-    data.add_argument(
-        "--overwrite", action="store_true", help="prepare again and replace the prepared data (default: keep it)"
-    )
+    data.add_argument("--overwrite", action="store_true", help="replace prepared data that exists (default: keep it)")
     data.add_argument("--reverse", action="store_true", help="swap source and target language (default: no)")
     data.add_argument(
         "--modern",
         action="store_true",
-        help="prepare cased text with SentencePiece, NFKC and byte fallback, without a tokenizer (default: as the "
-        "recipe says)",
+        help="use raw cased text and SentencePiece with NFKC and byte fallback, no Moses (default: as in the recipe)",
     )
     data.add_argument(
         "--bitext",
         nargs="+",
         metavar="FILE",
-        help="your own text for examples/own: two files or a tab-separated one, plain or .gz (default: none)",
+        help="your own text, for examples/own: two files, or one tab-separated file, plain or .gz (default: none)",
     )
     for option, side in (("--source", "first"), ("--target", "second")):
         data.add_argument(
-            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: suffix of its file)"
+            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: the suffix of its file)"
         )
     data.add_argument(
-        "--workers", type=count, metavar="N", help="processes that share the preparation (default: one per core)"
+        "--workers", type=count, metavar="N", help="number of processes for the preparation (default: one per core)"
     )
 
 
@@ -361,8 +363,8 @@ def add_changes(command: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="options of fairseq-train or of the criterion, for all arms, or average, beam or lenpen; for example "
-        "lr=0.001 max-epoch=20 (default: as the recipe says)",
+        help="set options of fairseq-train or of the criterion for all arms, or average, beam or lenpen; for example "
+        "lr=0.001 max-epoch=20 (default: as in the recipe)",
     )
     changes.add_argument(
         "--add-arm",
@@ -370,20 +372,18 @@ def add_changes(command: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=ARM,OPTION=VALUE",
-        help="arms made from another one; for example el_025=el,log-end=0.25 (default: none)",
+        help="add copies of arms with changed options; for example el_030=el,log-end=0.3 (default: none)",
     )
 
 
 def add_cluster_options(command: argparse.ArgumentParser) -> None:
     """Add the options for the GPUs and the precision of each training."""
     command.add_argument(
-        "--gpus", type=count, default=1, metavar="N", help="GPUs per training on each machine (default: %(default)s)"
+        "--gpus", type=count, default=1, metavar="N", help="GPUs per run, on each machine (default: %(default)s)"
     )
     command.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="arithmetic in training (default: fp16 on a GPU, fp32 on a CPU)",
+        help="floating-point format in training (default: fp16 on a GPU, fp32 on a CPU)",
     )
-    command.add_argument(
-        "--dry-run", action="store_true", help="only print the commands of the trainings (default: no)"
-    )
+    command.add_argument("--dry-run", action="store_true", help="only print the training commands (default: no)")

@@ -54,18 +54,20 @@ def parser(description: str, arms: dict[str, Options], settings: tuple[str, ...]
     """Return a parser with the options that both scripts have; their data options are added to it."""
     result = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known, metavar in (("arms", tuple(arms), "ARM"), ("settings", settings, "SETTING")):
-        text = f"of {', '.join(known)} (default: all)"
+        text = f"{name} to train: {', '.join(known)} (default: all)"
         result.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=metavar, help=text)
-    result.add_argument("--seeds", type=count, default=10, metavar="N", help="runs of each arm (default: %(default)s)")
+    result.add_argument("--seeds", type=count, default=10, metavar="N", help="number of seeds (default: %(default)s)")
     result.add_argument(
-        "--raw-dir", type=Path, metavar="DIR", help="folder with the files of the data set (default: download them)"
+        "--raw-dir", type=Path, metavar="DIR", help="folder that has the files of the data set (default: download them)"
     )
     result.add_argument(
         "--work-dir", type=Path, default=Path(folder), metavar="DIR",
-        help="folder of the runs; runs that are there already are not trained again (default: %(default)s)",
+        help="folder for the runs; finished runs in it are not repeated (default: %(default)s)",
     )  # fmt: skip
     result.add_argument(
-        "--report-only", action="store_true", help="only write the report of the finished runs (default: train first)"
+        "--report-only",
+        action="store_true",
+        help="only write the report, from the finished runs (default: train first)",
     )
     return result
 

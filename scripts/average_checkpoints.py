@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Average the last N checkpoints of a run, or the files named, into one that fairseq loads."""
+"""Average the last N checkpoints of a run, or the given files, into one checkpoint that fairseq can load."""
 
 import argparse
 from pathlib import Path
@@ -11,12 +11,14 @@ from encourage_mt.plugin.checkpoints import last_checkpoints
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", nargs="+", type=Path, required=True, help="checkpoint files, or one run directory")
+    parser.add_argument(
+        "--inputs", nargs="+", type=Path, required=True, help="checkpoint files, or the folder of one run"
+    )
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="the last N checkpoint<epoch>.pt")
+    group.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="average the last N checkpoint<epoch>.pt")
     group.add_argument(
-        "--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_<epoch>_<update>.pt"
+        "--num-update-checkpoints", type=int, metavar="N", help="average the last N checkpoint_<epoch>_<update>.pt"
     )
     args = parser.parse_args()
     kind = "epoch" if args.num_epoch_checkpoints is not None else "update"

@@ -139,7 +139,9 @@ def table(match: re.Match) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run (default: none)")
+    parser.add_argument(
+        "--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run to copy from (default: none)"
+    )
     parser.add_argument("--into", metavar="NAME", help="folder of results/ to write to (default: the recipe's name)")
     arguments = parser.parse_args()
     with exit_on_user_error("results.py"):

@@ -38,8 +38,8 @@ class LossOptions(_Checked):
 
     bonus: str = option(
         "log",
-        "term that rewards likelihood: none (plain label-smoothed cross entropy), log, power, cosine, or MODULE:NAME "
-        "for one of your own",
+        "bonus added to cross entropy: none (label-smoothed cross entropy), log, power, cosine, or MODULE:NAME for one "
+        "of your own",
     )
     log_end: float = option(
         0.5,
@@ -49,19 +49,19 @@ class LossOptions(_Checked):
     bonus_exponent: float = option(2.0, "exponent of the power bonus", between=(1, 10))
     bonus_weight: float = option(1.0, "factor of the bonus", between=(0, 2))
     bonus_start: float = option(
-        0.0, "probability s below which there is no bonus; from s on it is b(p) - b(s)", between=(0, 1)
+        0.0, "probability s below which there is no bonus; from s on, the bonus is b(p) - b(s)", between=(0, 1)
     )
-    label_smoothing: float = option(0.0, "share of the target's mass that goes to all types", between=(0, 1))
+    label_smoothing: float = option(0.0, "epsilon of label smoothing", between=(0, 1))
     smoothing_convention: str = option(
         "paper",
-        "how smoothing is divided: eps/V to each type (paper; so does torch) or eps/(V-1) to each except the target "
-        "(fairseq)",
+        "how label smoothing is distributed: eps/V to every class, as in torch (paper), or eps/(V-1) to every class "
+        "except the target (fairseq)",
         choices=("fairseq", "paper"),
     )
 
     @property
     def has_bonus(self) -> bool:
-        """Whether the bonus plays any part; if not, the loss is label-smoothed cross entropy."""
+        """Whether there is a bonus; otherwise the loss is label-smoothed cross entropy."""
         return self.bonus != "none" and self.bonus_weight > 0
 
     def smoothing_masses(self, vocabulary: int) -> tuple[float, float]:
@@ -86,8 +86,8 @@ class BonusSchedule(_Checked):
     bonus_defer_updates: int = option(0, "number of updates before the bonus starts", between=(0, math.inf))
     bonus_schedule: str = option(
         "constant",
-        "how the weight of the bonus grows with x, the progress from 0 to 1 over --bonus-schedule-updates: constant "
-        "(1), linear (x), exp (e^(5 (x - 1))) or cosine ((1 - cos(pi x)) / 2)",
+        "factor of the bonus weight while x rises from 0 to 1 over --bonus-schedule-updates: constant (1), linear (x), "
+        "exp (e^(5 (x - 1))) or cosine ((1 - cos(pi x)) / 2)",
         choices=("constant", "linear", "exp", "cosine"),
     )
     bonus_schedule_updates: int = option(
@@ -124,16 +124,18 @@ class BonusSchedule(_Checked):
 class CriterionOptions(_Checked):
     """The options of the fairseq criterion that the loss does not have. Raises ValueError as `LossOptions` does."""
 
-    loss_backend: str = option("auto", "code that computes the loss; all give the same values", choices=BACKENDS)
+    loss_backend: str = option(
+        "auto", "implementation of the loss; all give the same values up to rounding", choices=BACKENDS
+    )
     fuse_projection: bool = option(
         False,
-        "in training, compute output projection and loss together in blocks of 1,024 tokens, so that the logits of a "
-        "batch are never in memory at once",
+        "during training, compute the output projection and the loss together in blocks of 1,024 tokens, without "
+        "storing the logits of the whole batch",
     )
     rdrop_alpha: float = option(
         0.0,
-        "R-Drop: train on each sentence twice in the batch, and add this factor times the divergence between both "
-        "predictions; 0 is off",
+        "R-Drop: pass each sentence twice through the model, and add this factor times the KL divergence between both "
+        "predictions; 0 turns it off",
         between=(0, 100),
     )
 

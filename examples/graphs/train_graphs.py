@@ -5,7 +5,7 @@
 trains every arm on 20 random splits of each data set and writes tables and pictures to runs/graphs/report.md. Finished
 runs are kept, so the same command continues after an interruption.
 
-A deferred arm has no bonus in the first epochs (PROTEINS 25, NCI1 130), because few graphs are well classified then.
+The arm el_050_deferred has no bonus in the first epochs (PROTEINS 25, NCI1 130), when few graphs are well classified.
 """
 
 import copy
@@ -132,7 +132,9 @@ def run(graphs: list[Data], name: str, epochs: int, options: Options, seed: int)
 def main() -> None:
     options = parser(__doc__, ARMS, tuple(PUBLISHED), "runs/graphs")
     options.set_defaults(seeds=20)
-    options.add_argument("--epochs", type=count, default=500, metavar="N", help="at most (default: %(default)s)")
+    options.add_argument(
+        "--epochs", type=count, default=500, metavar="N", help="maximum number of epochs (default: %(default)s)"
+    )
     with exit_on_user_error("train_graphs.py"):
         arguments = options.parse_args()
         torch.set_num_threads(1)

@@ -5,8 +5,8 @@
 trains every arm with every seed in four settings and writes tables and pictures to runs/images/report.md. Finished runs
 are kept, so the same command continues after an interruption.
 
-settings: long_tail_100 and long_tail_10 thin class k out to 100^(-k/9) or 10^(-k/9) of its images; balanced uses all;
-without_class trains without class 9, whose test images are unknown inputs then.
+Settings: long_tail_100 and long_tail_10 keep a share of 100^(-k/9) or 10^(-k/9) of the images of class k; balanced
+keeps all; without_class trains without class 9, whose test images are then unknown inputs.
 """
 
 import sys
@@ -123,8 +123,12 @@ def run(data: dict[str, Tensor], epochs: int, setting: str, options: Options, se
 
 def main() -> None:
     options = parser(__doc__, ARMS, SETTINGS, "runs/images")
-    options.add_argument("--digits", type=Path, metavar="FILE", help="MNIST's test images (default: download them)")
-    options.add_argument("--epochs", type=count, default=10, metavar="N", help="(default: %(default)s)")
+    options.add_argument(
+        "--digits", type=Path, metavar="FILE", help="file of the test images of MNIST (default: download it)"
+    )
+    options.add_argument(
+        "--epochs", type=count, default=10, metavar="N", help="number of epochs (default: %(default)s)"
+    )
     with exit_on_user_error("train_images.py"):
         arguments = options.parse_args()
         torch.set_num_threads(1)  # more threads are slower on images this small

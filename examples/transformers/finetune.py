@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Fine-tune an encoder-decoder model of Hugging Face on two text files and score it with sacreBLEU.
+"""Fine-tune an encoder-decoder model from Hugging Face on two text files and score it with sacreBLEU.
 
 python finetune.py --model Helsinki-NLP/opus-mt-de-en --train train.de train.en --test test.de test.en --output out
 
 Line n of the second file is the translation of line n of the first. --model is the name or the folder of a model.
-For the baseline, give --bonus none: label-smoothed cross entropy with all other options the same.
+For the baseline, pass --bonus none (label-smoothed cross entropy) and the same other options.
 """
 
 import argparse
@@ -57,19 +57,25 @@ def translate(model, tokenizer, sources, batch_size, beam, max_length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of an encoder-decoder model")
-    parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
-    parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
+    parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="files to train on")
+    parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="files to score on")
     parser.add_argument("--output", required=True, help="folder for the model and the translations")
-    parser.add_argument("--bonus", default="log", help="none, log, power or cosine (default: log)")
-    parser.add_argument("--log-end", type=float, default=0.5, help="of the log bonus (default: 0.5)")
-    parser.add_argument("--label-smoothing", type=float, default=0.1, help="(default: 0.1)")
-    parser.add_argument("--epochs", type=float, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--bonus", default="log", help="none (cross entropy), log, power, cosine or MODULE:NAME (default: log)"
+    )
+    parser.add_argument(
+        "--log-end", type=float, default=0.5, help="probability above which the log bonus is linear (default: 0.5)"
+    )
+    parser.add_argument("--label-smoothing", type=float, default=0.1, help="epsilon of label smoothing (default: 0.1)")
+    parser.add_argument("--epochs", type=float, default=3, help="number of epochs (default: 3)")
     parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
     parser.add_argument("--batch-size", type=int, default=16, help="sentences per batch and device (default: 16)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per update (default: 1)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a sentence (default: 256)")
-    parser.add_argument("--beam", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: 1)")
+    parser.add_argument(
+        "--max-length", type=int, default=256, help="maximum number of tokens per sentence (default: 256)"
+    )
+    parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
     args = parser.parse_args()
 
     set_seed(args.seed)
