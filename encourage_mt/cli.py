@@ -90,7 +90,7 @@ def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
     prepare(recipe, work_dir, **options)
     if recipe.filled:
         keep(recipe.filled, work_dir, gpus_of(arguments))
-        print(f"recipe: {work_dir / KEPT} has the options that were chosen; edit it, and the next command uses it")
+        print(f"recipe: wrote the chosen options to {work_dir / KEPT}; later commands use it, so you can edit it")
 
 
 def prepare_recipe(arguments) -> None:
@@ -121,7 +121,7 @@ def run_recipe(arguments) -> None:
     runs = [make_run(recipe, arm, seed, data, work_dir, cluster.precision) for seed in seeds for arm in arms]
     if not start_trainings(arguments, recipe, runs, cluster, parallel):
         return
-    print(f"{recipe.name} on {describe_hardware()}, {parallel} trainings at a time")
+    print(f"{recipe.name} on {describe_hardware()}, {parallel} runs at a time")
     prepare_data(arguments, recipe, work_dir)
     print_schedules(runs, cluster)
     train(runs, cluster, parallel)
@@ -161,7 +161,7 @@ def train_one(arguments) -> None:
     if cluster.nodes == 1:
         prepare_data(arguments, recipe, work_dir)
     elif not data.exists():
-        raise UserError(f"{data}: does not exist; run `encourage-mt prepare` once, then train on the machines")
+        raise UserError(f"{data}: does not exist; run `encourage-mt prepare` once before training on several machines")
     print_schedules([run], cluster)
     train([run], cluster, 1)
     print(f"Trained: {run.folder}. To score it: encourage-mt evaluate {run.folder}")

@@ -34,7 +34,7 @@ def as_user_error(message: str):
 def exit_on_user_error(program: str):
     """Print a UserError or OSError of the block as one line and exit with code 2; Ctrl-C exits with 130.
 
-    If the reader of the output has closed it, the program ends without a word and with code 141, like other tools.
+    If the reader of the output has closed it, the program ends silently with code 141, like other tools.
     Standard streams that were closed before the start are empty.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

@@ -72,10 +72,10 @@ def _is_special(external_attributes):
 
 def _write(archive, entries, members, folder, open_entry):
     if len(entries) > MAX_MEMBERS:
-        raise UserError(f"{archive}: refused, it has more than {MAX_MEMBERS:,} members")
+        raise UserError(f"{archive}: refused because it has more than {MAX_MEMBERS:,} members")
     for name, is_folder, is_special, _ in entries:
         if is_special or not is_safe_relative_path(f"{name}/x" if is_folder else name):
-            raise UserError(f"{archive}: refused, it has a link or a path that leads out of it: {name!r}")
+            raise UserError(f"{archive}: refused because it contains a link or an unsafe path: {name!r}")
     names = [str(PurePosixPath(name)) for name, *_ in entries]
     count = Counter(names)
     for member in members:
@@ -95,6 +95,6 @@ def _write(archive, entries, members, folder, open_entry):
                 if limit < 0:
                     size = size_limit(archive)
                     raise UserError(
-                        f"{archive}: refused, its members have more than {size:,} bytes; extract it yourself"
+                        f"{archive}: refused because it expands to more than {size:,} bytes; extract it yourself"
                     )
                 out.write(block)

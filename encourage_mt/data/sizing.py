@@ -12,7 +12,7 @@ from .sources import Sources
 
 KEPT = "recipe.yaml"  # in the work directory
 CHOSEN_FOR = "# Chosen for "  # its first line, which then names the machine
-HELD_OUT = 1000  # pairs of valid and of test, if the corpus has eight times as many
+HELD_OUT = 1000  # pairs for validation, and for testing, if the corpus has eight times as many
 
 
 class Size(NamedTuple):

@@ -33,7 +33,7 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
             try:
                 learn_bpe.learn_bpe(lines, codes, options["merges"])
             except ValueError:  # it takes the maximum over no pairs of characters
-                raise UserError("subword model: no word of train has two characters") from None
+                raise UserError("subword model: every word of the training set has only one character") from None
         return {"learned_on_lines": 2 * count}
     step = -(-2 * count // SAMPLED_LINES)
     lines = (line for pair in islice(pairs, 0, None, step) for line in pair)

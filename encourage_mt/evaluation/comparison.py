@@ -1,4 +1,4 @@
-"""Compare two groups of runs, seed by seed, and refuse what cannot be compared."""
+"""Compare two groups of runs, seed by seed, after checking that they are comparable."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +139,7 @@ def check_comparable(groups: list[list[Result]], allow_differences: bool) -> lis
         unequal += same_models(results)
     if unequal and not allow_differences:
         raise UserError(
-            f"not comparable, the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
+            f"not comparable because the runs differ in {'; '.join(unequal)} (--allow-differences compares them anyway)"
         )
     return unequal
 
@@ -169,7 +169,7 @@ def _compare_scores(sides, split):
     scores = [{seed: result.scores.get(split, {}) for seed, (_, result) in side.items()} for side in sides]
     metrics = [set(of_run) for side in scores for of_run in side.values()]
     if not all(HEADLINE in names for names in metrics):
-        raise UserError(f"not every run has a {HEADLINE} of {split}")
+        raise UserError(f"not every run has a {HEADLINE} of {split}; run `encourage-mt evaluate` on all of them")
     shared = [metric for metric in next(iter(scores[0].values())) if all(metric in names for names in metrics)]
     return {
         metric: MetricComparison(

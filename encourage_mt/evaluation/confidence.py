@@ -1,4 +1,4 @@
-"""Measure how confident a model is of translations: one pass over pairs of sentences, given the translation's prefix.
+"""Measure how confident a model is of translations, in one pass with teacher forcing.
 
 Definitions per piece of a translation (its end of sentence included), with logits z, p = softmax(z) and the piece y:
 - log-probability: log p_y, in nats;

@@ -1,4 +1,4 @@
-"""Measure a trained model on held-out text, given the true prefix: probabilities, margins, energies, gradients.
+"""Measure a trained model on held-out text, with teacher forcing: probabilities, margins, energies, gradients.
 
 Definitions per target token, with logits z, p = softmax(z) and target y:
 - margin: z_y - max_{k != y} z_k, in nats; negative if another type is preferred (Zhao et al. 2022, section 4.3);
@@ -155,7 +155,7 @@ def analyse(run: Run) -> Analysis:
     options = loss_options(Result.read(run.folder).criterion)
     model, task = load(checkpoint, run.data, SPLIT, "train")
     if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
-        raise UserError(f"{run.folder}: only fairseq's Transformers can be analysed, not {type(model).__name__}")
+        raise UserError(f"{run.folder}: diagnostics support only fairseq's Transformers, not {type(model).__name__}")
     weight = model.decoder.output_projection.weight.detach()
     values = measure(batches(model, task, run.name), frequencies(task), options, weight)
     write_json(path, {"format": 2, "source": source.model_dump(), **values})

@@ -34,7 +34,7 @@ def evaluate_all(runs: list[Run], comet: Path | None = None, engine: Engine = "f
         codes = run_on_gpus([evaluate_command(run, comet, engine) for run in runs], gpus)
         failed = [run.name for run, code in zip(runs, codes, strict=True) if code]
         if failed:
-            raise UserError(f"{', '.join(failed)}: could not be scored, the reason is above")
+            raise UserError(f"{', '.join(failed)}: could not be scored; the reasons are above")
     return [evaluate(run, comet, engine) for run in runs]  # what was scored on a GPU is only read
 
 
@@ -65,7 +65,9 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
             checkpoints_sha256={path.name: file_hash(path) for path in paths},
         )
         if run.provenance.get("data_sha256") not in (None, data.checksum):
-            raise UserError(f"{run.data}: not the data that {run.name} was trained on, its checksum differs")
+            raise UserError(
+                f"{run.data}: not the data that {run.name} was trained on, its checksum differs; name the right folder with --data"
+            )
         if (run.folder / "scores.json").exists():
             result = Result.read(run.folder)
             if result.evaluation == settings and result.translations_sha256 == hash_translations(run.folder, data):

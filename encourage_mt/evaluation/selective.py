@@ -1,9 +1,9 @@
-"""Ask whether a model knows how good its translations are: selective translation, and calibration of its confidence.
+"""Measure how well confidence predicts the quality of translations: selective translation, and calibration.
 
-Selective translation keeps the most confident sentences and leaves the rest to others. Its risk-coverage curve
-(Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps of 5%. The area is
-the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the area above BLEU of
-all sentences, which is 0 on average for a random ranking, shows the ranking alone.
+Selective translation keeps the most confident sentences and leaves the others to people or another system. Its
+risk-coverage curve (Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps
+of 5%. The area is the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the
+area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone.
 
 The calibration error (Guo et al. 2017, equation 3, 15 bins) of pieces compares the probability of generated pieces with
 the share that is correct as `confidence` defines it (Wang et al. 2020); that of sentences compares a sentence's mean

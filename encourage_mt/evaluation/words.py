@@ -1,9 +1,9 @@
-"""Compare translations by how often their words occur in train: unseen, rare and frequent words, names and numbers.
+"""Compare translations by the training frequency of words: unseen, rare and frequent words, names and numbers.
 
 The definitions are those of the word accuracy of compare-mt (Neubig et al. 2019):
-- a word of a translation is matched if the reference of its sentence has it too, a repeated word at most as often as
-  there; its frequency is how often it occurs in the target side of train, case included;
-- accuracy is the share of the reference's words that are matched (recall), F1 the harmonic mean of it and precision.
+- a word of a translation is matched if it is also in the reference of the sentence; repetitions count at most as often
+  as in the reference; its frequency is that in the target side of the training set, case-sensitive;
+- accuracy is the share of the reference's words that are matched (recall), F1 the harmonic mean of that and precision.
 Words are the Moses tokens of tokenized data, otherwise the tokens of sacreBLEU's tokenizer for the language.
 "All words" is the micro-average, "mean of frequencies" the macro-average: the mean over the ranges with words.
 A number is a word with a digit. A name is a capitalised word of two characters or more, not at the start of a sentence,

@@ -49,7 +49,7 @@ def loss_terms(
             f"expected logits [tokens, V] and target [tokens], got {list(logits.shape)} and {list(target.shape)}"
         )
     if logits.size(1) < 2:
-        raise ValueError("the loss needs at least 2 types")
+        raise ValueError("the loss needs at least 2 classes")
     ignored = target.eq(ignore_index)
     implementation = find_backend(backend, options, logits.device.type, logits.dtype)
     terms: LossTerms = implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)

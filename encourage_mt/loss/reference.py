@@ -1,6 +1,6 @@
-"""Define the encouraging loss: cross entropy plus a bonus that rewards likelihood (arXiv 2110.06537).
+"""Define the encouraging loss: cross entropy plus a bonus for well-classified targets (arXiv 2110.06537).
 
-With p = softmax(logits) over V types and q the (smoothed) target distribution, the loss of one token is
+With p = softmax(logits) over V classes and q the (smoothed) target distribution, the loss of one token is
 
     sum_k q_k * (-log p_k + bonus_weight * b(p_k))
 

@@ -1,4 +1,4 @@
-"""Extend fairseq, inside its processes: the criterion, safe checkpoints, fault tolerance, several sets to translate."""
+"""Extend fairseq inside its processes: criterion, safe checkpoints, fault tolerance, generation of several sets."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""Draw where one side is better: gains with their intervals, BLEU by coverage, calibration of translations."""
+"""Draw charts of where a loss helps: gains with their intervals, BLEU by coverage, calibration of translations."""
 
 from collections.abc import Sequence
 from dataclasses import replace

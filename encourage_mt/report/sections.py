@@ -27,15 +27,15 @@ from .measure_charts import coverage, gains, reliability
 
 SHOWN = 10  # translations on each side
 DIAGNOSTICS_NOTE = (
-    "Measured on valid, where the model gets the true beginning of each sentence. The paper makes three claims: "
+    "Measured on the validation set with teacher forcing. The paper makes three claims: "
     "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
-    "relative to that of other types, and the margin grows."
+    "relative to that of other tokens, and the margin grows."
 )
 WHERE_NOTE = (
-    "Words: F1 and accuracy of the translations by how often a word occurs in train, as compare-mt defines them "
-    "(Neubig et al. 2019); the number of words in the references is in brackets. Confidence: a model that knows when "
-    "it is right ranks its good translations first, so BLEU of the most confident sentences is above that of all; the "
-    "area is the mean over the shares kept. Calibration errors are in percent, and their gain is a reduction."
+    "Words: F1 and accuracy of the translations by the training frequency of words, as compare-mt defines them "
+    "(Neubig et al. 2019); the number of words in the references is in brackets. Confidence: if confidence "
+    "predicts quality, BLEU of the most confident sentences is above that of all; the area is the mean over the shares "
+    "kept. Calibration errors are in percent, and their gain is a reduction."
 )
 CORRECTION_NOTE = "The p-values in brackets are corrected for all comparisons of the page, as above."
 SELECTION = "Selecting by confidence", "gain in area above BLEU of all"

@@ -1,1 +1,1 @@
-"""Measure how translation changes under noise, and whether a model's confidence shows that a text is foreign to it."""
+"""Measure how translations change under noise, and how well confidence detects out-of-distribution text."""

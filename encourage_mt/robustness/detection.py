@@ -1,11 +1,11 @@
-"""Measure how well a confidence separates sentences inside a distribution from those outside: AUROC and FPR95.
+"""Measure how well a confidence score separates in-distribution from out-of-distribution sentences.
 
-- AUROC: the probability that a random sentence inside has a higher confidence than a random one outside; ties count one
-  half (Hendrycks and Gimpel 2017). It is the statistic of Mann and Whitney, divided by the number of pairs.
-- AUROC of equal length: the same over pairs with equally long sources, so that a confidence that depends on the length
-  alone gets 0.5.
-- FPR95: the share of sentences outside that are accepted by the threshold that accepts 95% of those inside (Liu et al.
-  2020).
+- AUROC: the probability that a random in-distribution sentence has a higher score than a random out-of-distribution
+  one; ties count one half (Hendrycks and Gimpel 2017). It is the Mann-Whitney U statistic divided by the number of
+  pairs.
+- AUROC of equal length: the same over pairs with equally long sources, so that a score that depends only on the length
+  gets 0.5.
+- FPR95: the share of out-of-distribution sentences above the threshold that 95% of the others exceed (Liu et al. 2020).
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Measure a run: translate its test sets under noise, and score its confidence in them and in foreign text.
+"""Measure a run: translate its test sets under noise, and compute its confidence in them and in foreign text.
 
 Everything is kept in the run's folder, in robustness.json and robustness/, and measured again only if the checkpoint,
 the search or the text has changed.
@@ -270,7 +270,7 @@ def choose(
     foreign: dict[str, list[str]] = {}
     for name, path in files:
         if name in (CLEAN, SHUFFLED, REVERSED, *foreign):
-            raise UserError(f"--ood {name}: is the name of another set that is measured; choose another name")
+            raise UserError(f"--ood {name}: the name is taken by another set; choose another name")
         foreign[name] = [line for line in read_lines(path) if line.strip()]
         if len(foreign[name]) < 2:
             raise UserError(f"--ood {name}: {path} has {len(foreign[name])} sentences; at least 2 are needed")

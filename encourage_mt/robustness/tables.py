@@ -1,4 +1,4 @@
-"""Write what noise and foreign text show as tables: values of each arm, then the tests of their gains."""
+"""Make the tables of noise and foreign text: values of each arm, then the tests of their gains."""
 
 from ..evaluation.formatting import Table, escape, format_mean, signature_lines
 from ..evaluation.results import HEADLINE
@@ -9,13 +9,13 @@ NOISE_NOTE = (
     "Change: score of the translation of the noisy text minus that of the clean text. Consistency: chrF++ of the "
     "translation of the noisy text against that of the clean text. chrF++ and consistency are means over sentences. An "
     "attack changes one character of each sentence; the worst attack is the one with the lowest chrF++. Total noise is "
-    "a check: almost no BLEU must be left."
+    "a sanity check: BLEU must be close to 0."
 )
 FOREIGN_NOTE = (
-    "In percent. AUROC: probability that a sentence of the test set has a higher score than a foreign one; 50 is "
-    "chance. Of equal length: only between sources of equal length, so that a score does not win by length alone. "
-    "FPR95: foreign sentences that pass the threshold which 95% of the test set pass. Source length and fewest pieces "
-    "are checks: they do not look into the model."
+    "Foreign text is out of distribution. In percent. AUROC: probability that a sentence of the test set has a higher "
+    "score than a foreign one; 50 is chance. Of equal length: only between sources of equal length, so that length "
+    "alone gets 50. FPR95: share of foreign sentences above the threshold that 95% of the test set exceed. Source "
+    "length and fewest pieces are controls that ignore the model."
 )
 
 

@@ -1,4 +1,4 @@
-"""Write the model card of an export: data, options, scores with signatures, and what its user should know."""
+"""Write the model card of an export: data, options, scores with signatures, and limitations."""
 
 import shlex
 

@@ -48,7 +48,9 @@ def _export(run: Run, output: Path, quantization: str) -> None:
         raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as partial:
-        print(f"{run.name}: converting to CTranslate2, then comparing its translations of valid with fairseq's")
+        print(
+            f"{run.name}: converting to CTranslate2, then comparing translations of the validation set with fairseq's"
+        )
         convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
         for path in data.folder.glob("subword.[cm]*"):
             shutil.copy(path, partial)
@@ -108,7 +110,7 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
     loss = agreement.bleu_fairseq - agreement.bleu_ctranslate2
     differs = agreement.share < LEAST_SHARE if is_exact else loss > LARGEST_LOSS
     if differs:
-        raise UserError(f"not exported, the models differ too much: {agreement.describe()}")
+        raise UserError(f"not exported because the translations differ too much from fairseq's: {agreement.describe()}")
     return agreement
 
 

@@ -110,7 +110,7 @@ class Model(Record):
             if not path.is_file():
                 raise UserError(f"{path}: is missing; {AGAIN}")
             if file_hash(path) != checksum:
-                raise UserError(f"{path}: is not the file that was exported, its checksum differs; {AGAIN}")
+                raise UserError(f"{path}: has changed since the export (its checksum differs); {AGAIN}")
         return model
 
     def write(self) -> None:

@@ -1,4 +1,4 @@
-"""Decide from a training's log and scores whether its result means anything."""
+"""Detect runs whose scores mean nothing: a loss that diverged, BLEU near zero, a warm-up that did not end."""
 
 import math
 from itertools import groupby

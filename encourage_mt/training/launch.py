@@ -33,10 +33,12 @@ class Cluster:
             raise UserError(f"--nodes {self.nodes} needs --master HOST:PORT of machine 0, got {self.master}")
 
     def check_machine(self, parallel: int = 1) -> None:
-        """Raise UserError if this machine has too few GPUs for `parallel` trainings."""
+        """Raise UserError if this machine has too few GPUs for `parallel` runs."""
         here = len(visible_gpus())
         if here and self.gpus * parallel > here and self.gpus > 1:
-            raise UserError(f"--gpus {self.gpus} for {parallel} trainings at a time: this machine has {here} GPUs")
+            raise UserError(
+                f"--gpus {self.gpus}: {parallel} runs at a time need {self.gpus * parallel} GPUs, there are {here}"
+            )
 
     def devices(self, slot: int) -> dict[str, str]:
         """Return the environment that gives the training in `slot` (from 0) its share of the machine's GPUs."""
@@ -79,7 +81,9 @@ def share_batch(options: dict[str, Scalar], processes: int) -> dict[str, int]:
         if name in options:
             share[name] = int(options[name]) * whole // (processes * frequency)
             if not share[name]:
-                raise UserError(f"--gpus: {processes} processes are too many to share {name} {options[name]}")
+                raise UserError(
+                    f"--gpus: {name} {options[name]} cannot be split over {processes} processes; use fewer GPUs"
+                )
     return share
 
 

@@ -1,4 +1,4 @@
-"""Say before a training how many updates it will make, and how many of them are warm-up."""
+"""Compute, before a training starts, its number of updates and how many of them are warm-up."""
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
     lengths = np.maximum(source, target)
     if lengths.max() > max_tokens:
         raise UserError(
-            f"max-tokens: a sentence of train has {lengths.max():,} pieces, and a batch of one process holds "
+            f"max-tokens: a training sentence has {lengths.max():,} pieces, but a batch of one process holds only "
             f"{max_tokens:,} tokens; use fewer --gpus, or a larger --set max-tokens=N"
         )
     order = np.lexsort((target, source))
