@@ -66,7 +66,8 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
         )
         if run.provenance.get("data_sha256") not in (None, data.checksum):
             raise UserError(
-                f"{run.data}: not the data that {run.name} was trained on, its checksum differs; name the right folder with --data"
+                f"{run.data}: not the data that {run.name} was trained on, its checksum differs; name the right folder "
+                "with --data"
             )
         if (run.folder / "scores.json").exists():
             result = Result.read(run.folder)
