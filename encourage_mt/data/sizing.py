@@ -115,7 +115,7 @@ def describe_kept(path: Path, gpus: int) -> str:
     """Return in one line that the recipe in `path` is used, with a warning if it was chosen for the other machine."""
     with open(path, encoding="utf-8", errors="replace") as file:
         first = file.readline().strip()
-    line = f"{path}, from an earlier command; delete it to have its sizes chosen again"
+    line = f"using {path} of an earlier command; delete it to choose the sizes again"
     ours, other = ("a GPU", "a CPU") if gpus else ("a CPU", "a GPU")
     if first != CHOSEN_FOR + other:
         return line
