@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--parallel",
         type=count,
         metavar="N",
-        help="number of runs to train at a time (default: GPUs of the machine divided by --gpus; without a GPU, cores)",
+        help="number of runs to train at a time (default: as many as the GPUs allow; without a GPU, one per core)",
     )
     add_engine(command)
 
