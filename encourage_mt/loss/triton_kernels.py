@@ -29,17 +29,22 @@ from torch import Tensor
 from .bonuses import LOG_BONUS_FLOOR, bonus_of
 from .options import LossOptions
 from .terms import LossTerms, clone_terms, refuse_double_backward
+from .triton_functions import (
+    BONUS_KINDS,
+    LOG,
+    NONE,
+    add_fractions,
+    add_quarters,
+    bonus_at,
+    is_at_top,
+    load,
+    quarters_of,
+)
 
-BONUS_KINDS = {"none": 0, "log": 1, "power": 2, "cosine": 3}
 STATISTICS = 5  # rows of the statistics: the forward kernel stores them, the backward kernel loads them
 WHOLE_ROW = 32768  # types of the longest row that stays in registers: 8 blocks
 BLOCK = 4096  # types of the longest block
 SMALLEST_BLOCK = 256  # of the forward kernel: 8 types a thread of one warp
-
-NONE, LOG, POWER, COSINE = (tl.constexpr(kind) for kind in BONUS_KINDS.values())
-FLOOR = tl.constexpr(LOG_BONUS_FLOOR)
-HALF_PI = tl.constexpr(math.pi / 2)
-PI = tl.constexpr(math.pi)
 
 
 def supports(options: LossOptions) -> bool:
@@ -178,79 +183,6 @@ def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[
 
 
 @triton.jit
-def _sine(x):
-    """Return sin(x) for 0 <= x <= pi / 2, to one rounding step of float32; tl.sin would spill registers."""
-    square = x * x
-    tail = square * (2.7557319e-6 - square * (2.5052108e-8 - square * 1.6059044e-10))
-    return x * (1.0 - square * (1.0 / 6 - square * (1.0 / 120 - square * (1.0 / 5040 - tail))))
-
-
-@triton.jit
-def _bonus(
-    p, c, log_p, start, at_start, least, exponent,
-    KIND: tl.constexpr, FLOORED: tl.constexpr, STARTED: tl.constexpr,
-):  # fmt: skip
-    """Return (b(p), -p b'(p)) for p, its exact complement c, and log p."""
-    if KIND == LOG:
-        held = tl.maximum(c, least)
-        bonus = tl.log(held)
-        slope = p / held
-        if FLOORED:
-            slope = tl.where(c < FLOOR, 0.0, slope)
-        else:
-            bonus -= (held - c) / least
-    elif KIND == POWER:
-        power = tl.exp(exponent * log_p)
-        bonus = -power
-        slope = exponent * power
-    elif KIND == COSINE:
-        half = _sine(p * HALF_PI)
-        bonus = -2.0 * half * half
-        slope = p * PI * _sine(tl.minimum(p, c) * PI)
-    else:
-        bonus = p * 0.0
-        slope = p * 0.0
-    if STARTED:
-        bonus = tl.where(p < start, 0.0, bonus - at_start)
-        slope = tl.where(p < start, 0.0, slope)
-    return bonus, slope
-
-
-@triton.jit
-def _load(logits, types, vocabulary):
-    """Return (logits in float32, whether the types exist); logits are -inf where they do not."""
-    exists = types < vocabulary
-    return tl.load(logits + types, mask=exists, other=float("-inf")).to(tl.float32), exists
-
-
-@triton.jit
-def _is_at_top(z, highest, KIND: tl.constexpr, SMOOTHED: tl.constexpr, PAIRS: tl.constexpr):
-    """Whether z is the highest logit, in the form with which rows of WHOLE_ROW types spill no registers."""
-    if KIND == LOG and SMOOTHED and not PAIRS:
-        return z >= highest
-    else:
-        return z - highest >= 0.0
-
-
-@triton.jit
-def _quarters(x):
-    """Return four tensors of every fourth value of x; values move between registers of the same thread only."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0] // 4, 2, 2)))
-    return tl.split(even) + tl.split(odd)
-
-
-@triton.jit
-def _add_quarters(x):
-    first, second, third, fourth = _quarters(x)
-    return (first + second) + (third + fourth)
-
-
-@triton.jit
-def _add_fractions(numerator, denominator, other_numerator, other_denominator):
-    return numerator * other_denominator + other_numerator * denominator, denominator * other_denominator
-
-
-@triton.jit
 def _forward(
     logits, target, ignored, terms, statistics, tokens, vocabulary,
     target_mass, smoothing_mass, weight, start, at_start, least, exponent,
@@ -271,7 +203,7 @@ def _forward(
     highest_logits = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, end, BLOCKS * BLOCK):
         for block in tl.static_range(BLOCKS):
-            z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
+            z, _ = load(logits, first + block * BLOCK + types, vocabulary)
             highest_logits = tl.maximum(highest_logits, z)
     highest = tl.max(highest_logits, axis=0)
     # +inf leaves no finite rest: the row becomes NaN
@@ -282,13 +214,13 @@ def _forward(
     shifted_sums = tl.zeros((BLOCK // 4,), tl.float32)
     for first in range(0, end, BLOCKS * BLOCK):
         for block in tl.static_range(BLOCKS):
-            z, exists = _load(logits, first + block * BLOCK + types, vocabulary)
+            z, exists = load(logits, first + block * BLOCK + types, vocabulary)
             # NaN is not at the top, so that it reaches every result of the row
-            at_top = _is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
-            rests += _add_quarters(tl.where(at_top, 0.0, tl.exp(z - highest)))
-            ties += _add_quarters(tl.where(z == highest if KIND == LOG and SMOOTHED else at_top, 1.0, 0.0))
+            at_top = is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
+            rests += add_quarters(tl.where(at_top, 0.0, tl.exp(z - highest)))
+            ties += add_quarters(tl.where(z == highest if KIND == LOG and SMOOTHED else at_top, 1.0, 0.0))
             if SMOOTHED:
-                shifted_sums += _add_quarters(tl.where(exists, z - highest, 0.0))
+                shifted_sums += add_quarters(tl.where(exists, z - highest, 0.0))
     ties = tl.sum(ties, axis=0)
     rest = tl.sum(rests, axis=0) + (ties - 1.0)  # of all types but one of the highest logit
     total = 1.0 + rest
@@ -304,10 +236,10 @@ def _forward(
     shifted = z_target - highest
     p_target = tl.exp(shifted) / total
     c_target = tl.where(is_top, c_top, 1.0 - p_target)
-    b_target, slope_target = _bonus(
+    b_target, slope_target = bonus_at(
         p_target, c_target, shifted - log_total, start, at_start, least, exponent, KIND, FLOORED, STARTED
     )
-    b_top, slope_top = _bonus(p_top, c_top, -log_total, start, at_start, least, exponent, KIND, FLOORED, STARTED)
+    b_top, slope_top = bonus_at(p_top, c_top, -log_total, start, at_start, least, exponent, KIND, FLOORED, STARTED)
 
     # sums over q_k a_k as in chunked.py: the share of the target, of all types but the top, of all types, of the top
     a_target = target_mass * (1.0 + weight * slope_target)
@@ -333,11 +265,11 @@ def _forward(
             again = highest if PAIRS else highest + 0.0 * log_total
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
-                    z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    quarters = _quarters(z)
+                    z, _ = load(logits, first + block * BLOCK + types, vocabulary)
+                    quarters = quarters_of(z)
                     for quarter in tl.static_range(4):
                         z = quarters[quarter]
-                        p = tl.where(_is_at_top(z, again, KIND, SMOOTHED, PAIRS), 0.0, tl.exp(z - again)) * p_top
+                        p = tl.where(is_at_top(z, again, KIND, SMOOTHED, PAIRS), 0.0, tl.exp(z - again)) * p_top
                         if STARTED:
                             p = tl.where(p < start, 0.0, p)
                             excesses += tl.where(p >= start, least * at_start, 0.0)
@@ -347,7 +279,7 @@ def _forward(
                             excesses += held - (1.0 - p)
                         numerators = numerators * held + p * denominators
                         denominators *= held
-            numerator, denominator = tl.reduce((numerators, denominators), 0, _add_fractions)
+            numerator, denominator = tl.reduce((numerators, denominators), 0, add_fractions)
             b_sum = tl.log(denominator) - tl.sum(excesses, axis=0) / least
             slope_sum = numerator / denominator
         elif KIND != NONE:
@@ -355,11 +287,11 @@ def _forward(
             slope_sums = tl.zeros((BLOCK,), tl.float32)
             for first in range(0, end, BLOCKS * BLOCK):
                 for block in tl.static_range(BLOCKS):
-                    z, _ = _load(logits, first + block * BLOCK + types, vocabulary)
-                    at_top = _is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
+                    z, _ = load(logits, first + block * BLOCK + types, vocabulary)
+                    at_top = is_at_top(z, highest, KIND, SMOOTHED, PAIRS)
                     log_p = tl.where(at_top, float("-inf"), z - highest - log_total)
                     p = tl.exp(log_p)
-                    b, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
+                    b, slope = bonus_at(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
                     b_sums += b
                     slope_sums += slope
             b_sum = tl.sum(b_sums, axis=0)
@@ -411,7 +343,7 @@ def _backward(
     gradient = p * a_all - tl.where(types == correct, a_target, 0.0)
     if SMOOTHED:
         log_p = z - highest + tl.log(p_top)
-        _, slope = _bonus(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
+        _, slope = bonus_at(p, 1.0 - p, log_p, start, at_start, least, exponent, KIND, FLOORED, STARTED)
         gradient -= smoothing_mass * scale * (1.0 + weight * slope)
     # if p_top is at most 1/2 there may be several highest logits, and the difference above loses nothing
     only_top = tl.where(p_top > 0.5, highest, float("nan"))
