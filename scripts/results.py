@@ -8,8 +8,8 @@
                                                were evaluated in another way
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
-robustness, or published (the figures of a paper with ours); NAME is the folder in results/; without ARM all arms are
-shown, baselines first.
+robustness, published (the figures of a paper with ours), or measures (of a report, with "words TEST" or "confidence
+TEST" instead of arms); NAME is the folder in results/; without ARM all arms are shown, baselines first.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
 from encourage_mt.evaluation.results import Result
+from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.files import file_hash, read_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
@@ -41,7 +42,7 @@ RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
 TABLES = {"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table}
 TABLE = re.compile(
-    rf"<!-- (arms|published|robustness|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
+    rf"<!-- (arms|published|robustness|measures|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
 )
 CURVE = "valid_bleu.svg"
 
@@ -121,6 +122,10 @@ def table(match: re.Match) -> str:
     comparisons = [Comparison.read(path) for path in sorted(folder.glob("*.comparison.json"))]
     if kind == "robustness":
         lines = markdown(Summary.read(folder / "robustness.json"))
+    elif kind == "measures":
+        (comparison,), (measure, test) = comparisons, arms
+        compared = comparison.measures[measure][test]
+        lines = measures_table(kind, compared, comparison.baseline, comparison.candidate).markdown()
     elif kind == "published":
         lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
     else:
