@@ -41,9 +41,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
 TABLES = {"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table}
-TABLE = re.compile(
-    rf"<!-- (arms|published|robustness|measures|{'|'.join(TABLES)}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL
-)
+KINDS = "|".join(["arms", "published", "robustness", "measures", *TABLES])
+TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 CURVE = "valid_bleu.svg"
 
 
