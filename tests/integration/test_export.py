@@ -184,6 +184,6 @@ def test_a_damaged_file_of_the_engine_is_one_line(name, damage, model, tmp_path,
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / name
     path.write_bytes(damage(path.read_bytes()))
-    assert f"{path}: is not the file that was exported" in refused(capsys, "translate", tmp_path / "model")
+    assert f"{path}: has changed since the export" in refused(capsys, "translate", tmp_path / "model")
     Model.open(model).model_copy(update={"folder": tmp_path / "model", "files": {}}).write()
     assert "CTranslate2" in refused(capsys, "translate", tmp_path / "model", "--device", "cpu")
