@@ -180,10 +180,11 @@ def test_a_closed_pipe_ends_quietly(model, tiny):
         ("shared_vocabulary.json", lambda content: b'["a"]'),
     ],
 )
-def test_a_damaged_file_of_the_engine_is_one_line(name, damage, model, tmp_path, capsys):
+def test_a_damaged_file_of_the_engine_is_one_line(name, damage, model, tmp_path, capsys, monkeypatch):
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / name
     path.write_bytes(damage(path.read_bytes()))
     assert f"{path}: has changed since the export" in refused(capsys, "translate", tmp_path / "model")
     Model.open(model).model_copy(update={"folder": tmp_path / "model", "files": {}}).write()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Ein Haus.\n"), encoding="utf-8"))
     assert "CTranslate2" in refused(capsys, "translate", tmp_path / "model", "--device", "cpu")
