@@ -160,11 +160,13 @@ class Experiment:
         """Write report.md with tables, verdicts and pictures (SVG and PNG) of all finished runs, and print it."""
         folder = self.arguments.work_dir
         baseline, *others = self.chosen
-        lines = [f"# {self.title}", ""]
-        for setting in self.arguments.settings:
-            runs = self.finished(setting)
-            if baseline not in runs:
-                continue
+        finished = {setting: self.finished(setting) for setting in self.arguments.settings}
+        finished = {setting: runs for setting, runs in finished.items() if baseline in runs}
+        if not finished:
+            raise UserError(f"{folder}: has no finished run of {baseline}")
+        title = f"{self.headline.capitalize()} in each setting:"
+        lines = [f"# {self.title}", "", title, "", self.summary(finished), ""]
+        for setting, runs in finished.items():
             lines += [f"## {setting}", "", table(runs, self.published.get(setting, {})), "", costs(runs), ""]
             lines += self.tuning_lines(setting)
             tests = {arm: compare(runs[baseline], runs[arm], self.headline) for arm in others if arm in runs}
@@ -173,12 +175,19 @@ class Experiment:
             for chart in [*charts, *curve_charts(setting, runs)]:
                 chart.save(folder)
                 lines += ["", f"![{chart.title}]({chart.name}.svg)", "", chart.caption, ""]
-        if len(lines) == 2:
-            raise UserError(f"{folder}: has no finished run of {baseline}")
         text = "\n".join([*lines, NOTE, ""])
         with atomic_write(folder / "report.md") as file:
             file.write(text)
         print(text)
+
+    def summary(self, finished: dict[str, Runs]) -> str:
+        """Return a table of the headline, two rows for each setting; a cell is empty if an arm has no runs there."""
+        rows = []
+        for setting, runs in finished.items():
+            for row in measure_rows(setting, runs, self.headline):
+                cells = dict(zip(runs, row[1:], strict=True))
+                rows.append([row[0], *(cells.get(arm, "") for arm in self.chosen)])
+        return markdown_table(["", *self.chosen], rows)
 
     def tuning_lines(self, setting: str) -> list[str]:
         """Return a table of the held-out headline by learning rate, empty where a rate is not yet tried."""
@@ -202,12 +211,8 @@ def compare(baseline: dict[int, Result], candidate: dict[int, Result], measure: 
 
 
 def table(runs: Runs, published: dict[str, float]) -> str:
-    """Return two rows for each measure: mean ± standard deviation of each arm, and its change with interval and p.
-
-    A change is the arm's mean minus that of the first arm. p is corrected for the number of arms (Holm). A row of the
-    `published` values, {arm: value}, precedes them.
-    """
-    baseline, *others = runs
+    """Return the rows of each measure, and before them a row of the `published` values, {arm: value}."""
+    baseline = next(iter(runs))
     first = next(iter(runs[baseline].values()))
     rows = [["seeds", *(str(len(results)) for results in runs.values())]]
     rates = [sorted({run.rate for run in results.values()}) for results in runs.values()]
@@ -215,14 +220,21 @@ def table(runs: Runs, published: dict[str, float]) -> str:
     if published:
         rows.append(["in the paper", *(f"{published[arm]:.2f}" if arm in published else "" for arm in runs)])
     for measure in first.measures:
-        rows.append(
-            [measure, *(format_mean(r.measures[measure] for r in results.values()) for results in runs.values())]
-        )
-        tests = [compare(runs[baseline], runs[arm], measure) for arm in others]
-        corrected = holm([test.p for test in tests])
-        changes = [f"{test.format_gain()} p {format_p(p)}" for test, p in zip(tests, corrected, strict=True)]
-        rows.append(["change", "", *(change.removesuffix(" p ") for change in changes)])
+        rows += measure_rows(measure, runs, measure)
     return markdown_table(["", *runs], rows)
+
+
+def measure_rows(title: str, runs: Runs, measure: str) -> list[list[str]]:
+    """Return two rows: mean ± standard deviation of each arm, and its change with interval and p.
+
+    A change is the arm's mean minus that of the first arm. p is corrected for the number of arms (Holm).
+    """
+    baseline, *others = runs
+    means = [format_mean(run.measures[measure] for run in results.values()) for results in runs.values()]
+    tests = [compare(runs[baseline], runs[arm], measure) for arm in others]
+    corrected = holm([test.p for test in tests])
+    changes = [f"{test.format_gain()} p {format_p(p)}" for test, p in zip(tests, corrected, strict=True)]
+    return [[title, *means], ["change", "", *(change.removesuffix(" p ") for change in changes)]]
 
 
 def costs(runs: Runs) -> str:
