@@ -50,7 +50,7 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
     What a recipe for own text leaves out is chosen for the size of the text, unless the work directory has a
     recipe.yaml that was chosen before.
     """
-    from .data.sizing import KEPT, choose, count_pairs, describe, describe_kept
+    from .data.sizing import KEPT, choose, count_characters, count_pairs, describe, describe_kept
     from .recipe import load_recipe
 
     def load(path: Path, chosen: dict | None) -> "Recipe":
@@ -68,7 +68,7 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
         print(f"recipe: {describe_kept(kept, gpus_of(arguments))}")
         return load(kept, None), work_dir
     gpus, pairs = gpus_of(arguments), count_pairs(recipe, arguments.raw_dir)
-    chosen = choose(pairs, gpus)
+    chosen = choose(pairs, gpus, count_characters(recipe, arguments.raw_dir))
     recipe = load(arguments.recipe, chosen)
     print(f"recipe: {describe(recipe, chosen, pairs, gpus)}")
     return recipe, work_dir
@@ -101,6 +101,7 @@ def prepare_recipe(arguments) -> None:
 def run_recipe(arguments) -> None:
     """Carry out `encourage-mt run`."""
     from .evaluation.comparison import compare
+    from .evaluation.converted_model import import_ctranslate2
     from .evaluation.evaluate import evaluate_all
     from .report.page import write_report
     from .report.tables import arms_table, published_table, runs_table
@@ -121,6 +122,8 @@ def run_recipe(arguments) -> None:
     runs = [make_run(recipe, arm, seed, data, work_dir, cluster.precision) for seed in seeds for arm in arms]
     if not start_trainings(arguments, recipe, runs, cluster, parallel):
         return
+    if arguments.engine == "ctranslate2":
+        import_ctranslate2()  # raises an error now rather than after the trainings
     print(f"{recipe.name} on {describe_hardware()}, {parallel} runs at a time")
     prepare_data(arguments, recipe, work_dir)
     print_schedules(runs, cluster)

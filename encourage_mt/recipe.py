@@ -4,7 +4,7 @@ import copy
 import io
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -281,9 +281,13 @@ def change(content: dict, settings: Sequence[str], new_arms: Sequence[str]) -> N
 def _assignment(option: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
-        return name.removeprefix("--"), yaml.safe_load(value) if equals else None
+        parsed = yaml.safe_load(value) if equals else None
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{option} {short_repr(text)}: the value is not YAML") from None
+    if isinstance(parsed, str):
+        with suppress(ValueError):
+            parsed = float(parsed)  # 1e-3, which YAML 1.1 takes for text
+    return name.removeprefix("--"), parsed
 
 
 def _insert_bitext(content: dict, source: str | None, target: str | None, bitext: list[str] | None) -> None:

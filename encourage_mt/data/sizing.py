@@ -1,8 +1,11 @@
 """Choose vocabulary, model and training for a corpus of any size, on a CPU, one GPU or many."""
 
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from ..atomic import atomic_write
@@ -52,13 +55,15 @@ ONE_GPU = (
 )
 MANY_GPUS = (*ONE_GPU[:-1], Size(0, 32_000, 6, 1024, 4096, 16, 0.1, 4096, 16, 0.0007, 3000, 60_000_000))
 EPOCHS = 8, 100  # at least, at most
+COVERAGE, SAMPLED_LINES = 0.9999, 100_000  # the share of characters that are pieces; lines of a file that are counted
 WARMUP_SHARE = 20  # pairs for each update of the warm-up, so that it stays short with few pairs
 
 
-def choose(pairs: int, gpus: int) -> dict[str, Any]:
+def choose(pairs: int, gpus: int, characters: int = 0) -> dict[str, Any]:
     """Return the keys of a recipe for own text that depend on its number of pairs and the GPUs of a training (0: CPU).
 
-    They are held_out, subword, train and average, as in a recipe.yaml.
+    They are held_out, subword, train and average, as in a recipe.yaml. The vocabulary has room for all bytes, the
+    `characters` of `count_characters`, and as many longer pieces.
     """
     rows = (CPU, ONE_GPU, MANY_GPUS)[min(gpus, 2)]
     size = next(row for row in rows if pairs <= row.pairs or not row.pairs)
@@ -72,10 +77,11 @@ def choose(pairs: int, gpus: int) -> dict[str, Any]:
     return {
         "held_out": {"valid": held_out, "test": held_out},
         "subword": {
-            "vocab_size": size.vocabulary,
+            "vocab_size": max(size.vocabulary, 256 + 2 * characters),
+            "hard_vocab_limit": False,  # a small corpus may have fewer
             "model_type": "bpe",
             "byte_fallback": True,
-            "character_coverage": 0.9999,
+            "character_coverage": COVERAGE,
             "normalization_rule_name": "nmt_nfkc",
         },
         "train": {
@@ -91,6 +97,7 @@ def choose(pairs: int, gpus: int) -> dict[str, Any]:
             "lr-scheduler": "inverse_sqrt",
             "warmup-updates": max(10, min(size.warmup, pairs // WARMUP_SHARE)),
             "max-tokens": size.max_tokens,
+            "max-tokens-valid": 4096,  # held-out pairs may be longer than those of train, which are cleaned
             "update-freq": size.update_freq,
             "max-epoch": max(low, min(high, round(size.seen / pairs))),
         },
@@ -135,3 +142,13 @@ def count_pairs(recipe: Recipe, raw_dir: Path | None) -> int:
     name = recipe.data[0].splits["train"][0][0]
     path = Sources(recipe, raw_dir, Path()).find_local(name) or (raw_dir or recipe.folder) / name
     return sum(1 for _ in iterate_lines(path))
+
+
+def count_characters(recipe: Recipe, raw_dir: Path | None) -> int:
+    """Return how many characters, the frequent ones, make up COVERAGE of the beginning of own text's files."""
+    sources, counts = Sources(recipe, raw_dir, Path()), Counter[str]()
+    for path in filter(None, map(sources.find_local, recipe.data[0].splits["train"][0])):
+        for line in islice(iterate_lines(path), SAMPLED_LINES):
+            counts.update(line)
+    covered = np.cumsum(sorted(counts.values(), reverse=True))
+    return int((covered < COVERAGE * counts.total()).sum()) + 1

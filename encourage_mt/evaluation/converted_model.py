@@ -35,7 +35,7 @@ def convert_checkpoint(
     quantization: the type of the weights, such as float32, float16 or int8. Raises UserError, naming `log`, if the
     conversion fails, or if the checkpoint is damaged or CTranslate2 missing.
     """
-    _import_ctranslate2()
+    import_ctranslate2()
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         options = {
             "model_path": _with_flat_options(checkpoint, Path(folder)),
@@ -73,7 +73,7 @@ def load_model(folder: Path, device: str = "auto", threads: int | None = None) -
     threads: CPU threads (default: OMP_NUM_THREADS, otherwise one per core). Raises UserError if the model cannot be
     loaded or CTranslate2 is missing.
     """
-    ctranslate2 = _import_ctranslate2()
+    ctranslate2 = import_ctranslate2()
     if device == "cuda" and not ctranslate2.get_cuda_device_count():
         raise UserError("--device cuda: no GPU was found")
     default = 0 if "OMP_NUM_THREADS" in os.environ else cores()  # 0: as that variable says
@@ -113,7 +113,8 @@ def translate_pieces(
         raise UserError(f"CTranslate2: {first_line(error)}") from None
 
 
-def _import_ctranslate2():
+def import_ctranslate2():
+    """Return the package. Raises UserError, which says how to install it, if it is missing."""
     try:
         import ctranslate2
     except ImportError:

@@ -15,7 +15,8 @@ from .model import Model
 
 logger = logging.getLogger(__name__)
 
-END_OF_SENTENCE = tuple(".!?。！？…")
+UNSPACED_END = tuple("。！？")  # no space follows them in Chinese and Japanese
+END_OF_SENTENCE = (*".!?…", *UNSPACED_END)
 
 
 class Hypothesis(NamedTuple):
@@ -81,12 +82,12 @@ class Translator:
         if len(pieces) <= MAX_PIECES:
             return pieces
         is_sentencepiece = self.model.remove_bpe == "sentencepiece"
+        places = range(MAX_PIECES // 2, MAX_PIECES + 1)
         ends = [
-            i
-            for i in range(MAX_PIECES // 2, MAX_PIECES + 1)
-            if (pieces[i].startswith("▁") if is_sentencepiece else not pieces[i - 1].endswith("@@"))
+            i for i in places if (pieces[i].startswith("▁") if is_sentencepiece else not pieces[i - 1].endswith("@@"))
         ]
-        sentences = [i for i in ends if pieces[i - 1].endswith(END_OF_SENTENCE)]
+        marks = [(i, END_OF_SENTENCE if i in ends else UNSPACED_END) for i in places]
+        sentences = [i for i, end in marks if pieces[i - 1].endswith(end)]
         return pieces[: (sentences or ends or [MAX_PIECES])[-1]]
 
     def _combine(self, parts: list[list[Translation]], nbest: int) -> list[Hypothesis]:
@@ -124,6 +125,7 @@ def translate_stream(
     Writes `nbest` lines for each line, also if it is empty, with `scores` as SCORE tab TEXT. `lines` are read and
     translated together. Raises UserError if the text is not UTF-8 or a line is longer than MAX_LINE bytes.
     """
+    translator.hypotheses([], beam, nbest)  # refuses wrong options before the first line
     for chunk in chunks(read_stream(source), lines):
         for hypotheses in translator.hypotheses((line for (line,) in chunk), beam, nbest):
             for text, score in hypotheses:

@@ -11,7 +11,7 @@ from .run_folder import Run
 def describe_schedules(runs: list[Run], processes: int) -> list[str]:
     """Return a line for each schedule among `runs`, and warnings where the warm-up is more than a third of it.
 
-    Raises UserError if a sentence of train does not fit the batch of a process.
+    Raises UserError if a sentence of train or valid does not fit the batch of a process.
     """
     lines: dict[str, list[str]] = {}
     for run in runs:
@@ -49,6 +49,13 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
         raise UserError(
             f"max-tokens: a training sentence has {lengths.max():,} pieces, but a batch of one process holds only "
             f"{max_tokens:,} tokens; use fewer --gpus, or a larger --set max-tokens=N"
+        )
+    longest = 1 + max((side.longest for side in data.lengths_in_pieces.get("valid", {}).values()), default=0)
+    valid_tokens = int(run.options.get("max-tokens-valid", run.options["max-tokens"]))
+    if longest > valid_tokens:
+        raise UserError(
+            f"max-tokens-valid: a validation sentence has {longest:,} pieces, but a batch holds only {valid_tokens:,} "
+            f"tokens; use --set max-tokens-valid={longest}"
         )
     order = np.lexsort((target, source))
     return len(data_utils.batch_by_size(order, None, lengths[order], max_tokens, batch_size))

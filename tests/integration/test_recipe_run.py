@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, refused, write_recipe
 from encourage_mt.errors import UserError
 from encourage_mt.training.run_folder import open_run, read_log
 from encourage_mt.training.schedule import describe_schedules, schedule
+from encourage_mt.training.train import make_run
 
 
 def test_arms_of_a_run_differ_by_criterion_alone(work):
@@ -51,6 +52,18 @@ def test_the_updates_announced_are_those_of_the_training(work):
         schedule(run, 200)  # 5 tokens each
 
 
+def test_a_validation_sentence_that_is_longer_than_a_batch_is_refused_before_training(tiny, tmp_path):
+    run = make_run(tiny[0], "el", 1, tiny[1], tmp_path, "fp32")
+    longest = 1 + max(side.longest for side in run.prepared().lengths_in_pieces["valid"].values())
+    fits, exceeds = (
+        run.model_copy(update={"options": {**run.options, "max-tokens-valid": limit}})
+        for limit in (longest, longest - 1)
+    )
+    assert schedule(fits, 1) == schedule(run, 1)
+    with pytest.raises(UserError, match=f"--set max-tokens-valid={longest}"):
+        schedule(exceeds, 1)
+
+
 @pytest.mark.parametrize("warmup, warns", [(6, False), (7, True)])
 def test_a_long_warm_up_is_announced(warmup, warns, work):
     run = open_run(work.folder / "el.seed1")
@@ -63,6 +76,13 @@ def test_a_long_warm_up_is_announced(warmup, warns, work):
 def test_an_architecture_fairseq_does_not_know_is_refused_before_anything_is_made(tmp_path, capsys):
     recipe = write_recipe(tmp_path, train={**TINY["train"], "arch": "transfromer"})
     assert "transfromer" in refused(capsys, "run", recipe, "--work-dir", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_without_the_engine_a_run_ends_before_it_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    argv = ("run", write_recipe(tmp_path), "--work-dir", tmp_path / "work", "--engine", "ctranslate2")
+    assert "pip install ctranslate2" in refused(capsys, *argv)
     assert not (tmp_path / "work").exists()
 
 

@@ -231,6 +231,12 @@ def test_settings_change_training_criterion_and_translation(tmp_path):
     assert recipe.arms["el"].options == {**EL, "label-smoothing": 0.2, "log-end": 0.25}
 
 
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    recipe = changed(tmp_path, ["lr=1e-3", "label-smoothing=2e-1"], ["soft=el,log-end=5e-1"])
+    assert recipe.train["lr"] == 0.001 and recipe.arms["ce"].options["label-smoothing"] == 0.2
+    assert recipe.arms["soft"].options["log-end"] == 0.5
+
+
 def test_an_arm_is_made_from_another_one(tmp_path):
     recipe = changed(tmp_path, ["label-smoothing=0.2"], ["soft=el,log-end=0.25,max-update=7,adam-betas=(0.9, 0.98)"])
     assert recipe.arms["soft"].options == {**EL, "label-smoothing": 0.2, "log-end": 0.25}
@@ -245,6 +251,7 @@ def test_an_arm_is_made_from_another_one(tmp_path):
         (["user-dir=x"], [], "train.user-dir: "),
         (["lr=$(rm)"], [], "train.lr: "),
         (["lr"], [], "train.lr: "),
+        (["lr=nan"], [], "train.lr: "),
         (["lr=["], [], "--set"),
         (["max-epoch=1"], [], "average: "),
         (["beam=0"], [], "beam: "),

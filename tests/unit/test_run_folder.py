@@ -96,7 +96,8 @@ def test_another_training_in_the_same_folder_is_refused(run):
     ):
         with pytest.raises(UserError, match=f"different {name} .*--work-dir"):
             run.model_copy(update=update).save()
-    run.model_copy(update={"options": {**OPTIONS, "log-interval": 7, "keep-last-epochs": 3}}).save()
+    watching = {"log-interval": 7, "keep-last-epochs": 3, "max-tokens-valid": 9}
+    run.model_copy(update={"options": {**OPTIONS, **watching}}).save()
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,11 @@ def test_merges_are_cut_between_words(tmp_path, no_engine):
     assert [len(part) for part in parts] == [198, 198, 4]
 
 
+def test_text_without_spaces_is_cut_after_a_sentence(echo):
+    parts = echo._split(["▁", *"这是一句话。" * 60])
+    assert [(len(part), part[-1]) for part in parts] == [(199, "。"), (162, "。")]
+
+
 # --- options
 
 
@@ -211,6 +216,8 @@ def test_several_translations_with_scores(echo):
     assert scores[0] > scores[1] and scores[2:] == [0, 0]
     with pytest.raises(UserError, match="--nbest 4.* 3"):
         echo.hypotheses(["a"], nbest=4)
+    with pytest.raises(UserError, match="--nbest 4.* 3"):
+        stream(echo, "", nbest=4)
     with pytest.raises(TypeError, match="list of lines"):
         echo.translate("ein Hund")
 

@@ -4,7 +4,19 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from encourage_mt.data.sizing import CPU, KEPT, MANY_GPUS, ONE_GPU, choose, count_pairs, describe, describe_kept, keep
+from encourage_mt.data.sizing import (
+    CPU,
+    KEPT,
+    MANY_GPUS,
+    ONE_GPU,
+    choose,
+    count_characters,
+    count_pairs,
+    describe,
+    describe_kept,
+    keep,
+)
+from encourage_mt.data.subwords import learn
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
 
@@ -57,6 +69,7 @@ def test_the_choice_is_a_valid_recipe(pairs, gpus):
     chosen = choose(pairs, gpus)
     recipe = own(chosen)
     assert recipe.average <= recipe.train["max-epoch"] and recipe.filled["train"] == recipe.train
+    assert recipe.train["max-tokens-valid"] >= 1024, "the longest sentence that the model takes is validated"
     for side in ("encoder", "decoder"):
         assert recipe.train[f"{side}-embed-dim"] % recipe.train[f"{side}-attention-heads"] == 0
     text = describe(recipe, chosen, pairs, gpus)
@@ -101,3 +114,23 @@ def test_pairs_are_counted_in_the_first_file(tmp_path):
     assert count_pairs(own(choose(0, 0)), tmp_path) == 3
     with pytest.raises(UserError, match="none.de: "):
         count_pairs(own(choose(0, 0), files=("none.de", "a.en")), tmp_path)
+
+
+@pytest.mark.parametrize("pairs, types", [(12, 26), (200, 1500)], ids=["a few sentences", "many characters"])
+def test_the_vocabulary_fits_any_text(pairs, types, tmp_path):
+    letters = [chr(0x4E00 + number) for number in range(types)]
+    lines = ["".join(letters[(7 * line + place) % types] for place in range(20)) for line in range(pairs)]
+    for language in ("zh", "ja"):
+        (tmp_path / f"a.{language}").write_text("\n".join(lines), encoding="utf-8")
+    recipe = own(choose(0, 0), files=("a.zh", "a.ja"))
+    subword = choose(pairs, 0, count_characters(recipe, tmp_path))["subword"]
+    learn(zip(lines, lines, strict=True), pairs, subword, tmp_path / "subword")
+    assert len((tmp_path / "subword.vocab").read_text(encoding="utf-8").splitlines()) <= subword["vocab_size"]
+
+
+def test_the_vocabulary_grows_with_the_characters_alone(tmp_path):
+    assert choose(8000, 0, 100)["subword"]["vocab_size"] == 2000
+    assert choose(8000, 0, 2500)["subword"]["vocab_size"] == 5256
+    (tmp_path / "a.tsv").write_text("ab\tba\n" * 9999 + "c\td\n", encoding="utf-8")
+    recipe = load_recipe(OWN, "xx", "yy", ["a.tsv"], choose(0, 0))
+    assert count_characters(recipe, tmp_path) == 3, "a, b and the tab; c and d are rare"
