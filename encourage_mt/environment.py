@@ -18,6 +18,7 @@ Engine = Literal["fairseq", "ctranslate2"]  # what translates
 PACKAGES = (
     *("encourage-mt", "fairseq", "fairseq-fixed", "torch", "numpy"),
     *("ctranslate2", "regex", "sacrebleu", "sacremoses", "sentencepiece", "subword-nmt"),
+    *("torch-geometric", "torch_geometric"),  # the name depends on its version
 )
 
 

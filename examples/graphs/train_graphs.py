@@ -29,7 +29,7 @@ from experiment import Experiment, Options, parser  # noqa: E402
 from encourage_mt import EncouragingLoss  # noqa: E402
 from encourage_mt.arguments import count  # noqa: E402
 from encourage_mt.environment import DOWNLOADS  # noqa: E402
-from encourage_mt.errors import UserError, exit_on_user_error  # noqa: E402
+from encourage_mt.errors import UserError, as_user_error, exit_on_user_error  # noqa: E402
 
 ARMS: dict[str, Options] = {
     "ce": {"bonus": "none"},
@@ -53,6 +53,11 @@ class SAGPool(nn.Module):
         super().__init__()
         self.convolutions = nn.ModuleList(GCNConv(size, HIDDEN) for size in (features, HIDDEN, HIDDEN))
         self.pools = nn.ModuleList(SAGPooling(HIDDEN, RATIO, GNN=GCNConv) for _ in range(3))
+        for pool in self.pools:
+            for weight in pool.select.parameters():
+                # Lee et al. have no such weight. Its sign decides whether nodes with the highest or the lowest scores
+                # are kept, and weight decay brings it to 0 (torch_geometric's issue 9862).
+                nn.init.ones_(weight).requires_grad_(False)
         sizes = (2 * HIDDEN, HIDDEN, HIDDEN // 2, classes)
         self.linear = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
 
@@ -75,16 +80,18 @@ def load(name: str, raw: Path | None, work: Path) -> TUDataset:
     if raw:
         root = work / "data"
         target = root / name / "raw"
-        target.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:
-            path = raw / name / f"{name}_{part}.txt"
+        paths = [raw / name / f"{name}_{part}.txt" for part in PARTS]
+        for path in paths:
             if not path.exists():
                 raise UserError(f"{path}: no such file; name the folder that has {name}/ with --raw-dir")
+        target.mkdir(parents=True, exist_ok=True)
+        for path in paths:
             shutil.copy(path, target)
-    try:
+    with as_user_error(f"{raw / name if raw else root / name}: damaged; remove it, and get the data set again"):
         graphs = TUDataset(str(root), name, force_reload=raw is not None)
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise UserError(f"{root / name}: damaged ({error}); remove it, and get the data set again") from None
+        for graph in graphs:
+            graph.validate()  # edges lead to nodes that have features
+            graph.y.item()
     return graphs
 
 
@@ -110,7 +117,7 @@ def run(graphs: list[Data], name: str, epochs: int, options: Options, seed: int)
     criterion = EncouragingLoss(**{option: value for option, value in options.items() if option != "deferred"})
     start = DEFERRED_EPOCHS[name] if options.get("deferred") else 0
     optimizer = torch.optim.Adam(model.parameters(), RATE, weight_decay=DECAY)
-    best, best_epoch, state = -1.0, 0, {}
+    best, best_epoch, state, has_bonus = -1.0, 0, {}, False
     with tqdm(range(epochs), unit="epoch", leave=False) as bar:
         for epoch in bar:
             criterion.bonus_weight = float(epoch >= start)
@@ -123,10 +130,16 @@ def run(graphs: list[Data], name: str, epochs: int, options: Options, seed: int)
             reached = accuracy(model, valid)
             if reached > best:
                 best, best_epoch, state = reached, epoch, copy.deepcopy(model.state_dict())
+                has_bonus = criterion.options.has_bonus
             if epoch - best_epoch >= PATIENCE:
                 break
     model.load_state_dict(state)
-    return {"accuracy": accuracy(model, test), "valid accuracy": best, "best epoch": best_epoch + 1.0}
+    return {
+        "accuracy": accuracy(model, test),
+        "valid accuracy": best,
+        "best epoch": best_epoch + 1.0,
+        "trained with bonus (%)": 100.0 * has_bonus,  # 0 if the best epoch is a deferred one
+    }
 
 
 def main() -> None:
@@ -145,7 +158,8 @@ def main() -> None:
         def train(name, loss, seed, rate, tuning):
             return run(data[name], name, arguments.epochs, loss, seed)
 
-        training = {"epochs": arguments.epochs, "batch": BATCH}
+        deferred = {f"deferred epochs, {name}": number for name, number in DEFERRED_EPOCHS.items()}
+        training = {"epochs": arguments.epochs, "patience": PATIENCE, "batch": BATCH, **deferred}
         Experiment("Graphs", arguments, ARMS, (RATE,), "accuracy", training, train, PUBLISHED).run()
 
 

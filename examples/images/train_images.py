@@ -76,7 +76,10 @@ def choose(labels: Tensor, setting: str, tuning: bool) -> tuple[Tensor, Tensor]:
 
 
 def fit(criterion: nn.Module, images: Tensor, labels: Tensor, seed: int, rate: float, epochs: int):
-    """Return a trained network and its loss in each step: SGD, the rate rises for a fifth of the steps, then falls."""
+    """Return a trained network and its loss in each step: SGD, the rate rises for a fifth of the steps, then falls.
+
+    OneCycleLR moves the momentum against the rate, from 0.95 to 0.85 and back, whatever MOMENTUM is.
+    """
     torch.manual_seed(seed)
     model = Net(int(labels.max()) + 1)
     optimizer = torch.optim.SGD(model.parameters(), rate, MOMENTUM, weight_decay=DECAY, nesterov=True)

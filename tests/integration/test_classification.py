@@ -264,10 +264,32 @@ def test_graphs_are_trained_and_reported(graphs, graph_files, tmp_path, monkeypa
             run("--seeds", "2", *options)
         errors = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2 and problem in errors[-1]
-    (graph_files / "PROTEINS/PROTEINS_A.txt").unlink()
-    with pytest.raises(SystemExit) as end:
-        run()
-    assert end.value.code == 2 and "PROTEINS_A.txt: no such file" in capsys.readouterr().err
+    shares = {arm: record["measures"]["trained with bonus (%)"] for arm, record in records.items()}
+    assert (shares["ce"], shares["el_050"]) == (0, 100) and records["ce"]["training"]["deferred epochs, PROTEINS"] == 2
+
+    shutil.rmtree(work)
+    labels = graph_files / "PROTEINS/PROTEINS_node_labels.txt"
+    labels.write_text(labels.read_text()[:-20])
+    for problem in ("PROTEINS: damaged", "PROTEINS_node_labels.txt: no such file"):
+        with pytest.raises(SystemExit) as end:
+            run()
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and problem in errors.strip().splitlines()[-1] and "Traceback" not in errors
+        labels.unlink(missing_ok=True)
+        is_written = work.exists()
+        shutil.rmtree(work, ignore_errors=True)
+    assert not is_written
+
+
+def test_the_pooling_keeps_the_nodes_of_the_highest_score(graphs):
+    network, edges = graphs.SAGPool(3, 2), torch.tensor([[*range(8)], [*range(1, 8), 0]])
+    for pool in network.pools:
+        nodes = torch.randn(8, graphs.HIDDEN)
+        scores = pool.gnn(nodes, edges).tanh().flatten()
+        *_, kept, score = pool(nodes, edges)
+        assert set(kept.tolist()) == set(scores.topk(4).indices.tolist())
+        torch.testing.assert_close(score, scores[kept])
+        assert not any(weight.requires_grad for weight in pool.select.parameters())  # weight decay would flip its sign
 
 
 def test_the_bonus_is_deferred_and_splits_are_shared(graphs, graph_files, tmp_path, monkeypatch):
@@ -280,8 +302,9 @@ def test_the_bonus_is_deferred_and_splits_are_shared(graphs, graph_files, tmp_pa
             return super().forward(logits, target)
 
     monkeypatch.setattr(graphs, "EncouragingLoss", Recorded)
-    graphs.run(data, "PROTEINS", 4, graphs.ARMS["el_050_deferred"], 1)
+    measures = graphs.run(data, "PROTEINS", 4, graphs.ARMS["el_050_deferred"], 1)
     assert weights == [0, 0, 1, 1]
+    assert measures["trained with bonus (%)"] == 100 * (measures["best epoch"] > 2)
     parts = graphs.split(60, 3)
     assert parts == graphs.split(60, 3) != graphs.split(60, 4)
     assert sorted(sum(parts, [])) == list(range(60)) and [len(part) for part in parts] == [48, 6, 6]
