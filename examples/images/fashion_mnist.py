@@ -44,8 +44,8 @@ def load(raw: Path | None, digits: Path | None) -> dict[str, Tensor]:
             images = data[name.replace("labels", "images")]
             if shape != [len(images)] or values.max() >= CLASSES:
                 raise UserError(f"{path}: must have one label below {CLASSES} for each of {len(images):,} images")
-        elif shape[1:] != [SIZE, SIZE]:
-            raise UserError(f"{path}: must have images of {SIZE} x {SIZE} pixels, has the shape {shape}")
+        elif shape[1:] != [SIZE, SIZE] or not shape[0] or values.dtype != torch.uint8:
+            raise UserError(f"{path}: must have images of {SIZE} x {SIZE} bytes, has the shape {shape}, {values.dtype}")
     return data
 
 
@@ -65,9 +65,9 @@ def read(path: Path) -> Tensor:
         if path.suffix == ".npz":
             return torch.from_numpy(np.load(path)["images"])
         content = gzip.decompress(path.read_bytes())
-    except (EOFError, KeyError, ValueError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+    except (EOFError, LookupError, TypeError, ValueError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a complete {path.suffix} file ({error})") from None
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         raise UserError(f"{path}: not an IDX file of bytes")
     shape = np.frombuffer(content, ">i4", content[3], 4)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))

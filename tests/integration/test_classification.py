@@ -138,8 +138,14 @@ def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
     labels.write_bytes((raw / labels.name).read_bytes())
     (tmp_path / "digits.npz").write_bytes(b"PK")
     assert f"{tmp_path / 'digits.npz'}: not a complete .npz file" in refused(folder=tmp_path)
-    np.savez(tmp_path / "digits.npz", images=np.zeros((2, 8, 8), dtype=np.uint8))
-    assert "has the shape [2, 8, 8]" in refused(folder=tmp_path)
+    for values, problem in (
+        (np.zeros((2, 8, 8), dtype=np.uint8), "has the shape [2, 8, 8]"),
+        (np.zeros((0, 28, 28), dtype=np.uint8), "has the shape [0, 28, 28]"),
+        (np.zeros((2, 28, 28)), "has the shape [2, 28, 28], torch.float64"),  # would be divided by 255 again
+        (np.array(["one"]), "not a complete .npz file"),
+    ):
+        np.savez(tmp_path / "digits.npz", images=values)
+        assert problem in refused(folder=tmp_path)
 
 
 def test_without_bonus_all_steps_equal_those_of_torch(images, raw):
