@@ -238,7 +238,7 @@ def translate_text(arguments) -> None:
 
     with redirect_stdout(sys.stderr):
         folder = arguments.model
-        if folder.is_dir() and not (folder / "model.json").exists():
+        if folder.is_dir() and not any((folder / name).exists() for name in ("model.json", "model.bin")):
             from .serving.export import exported
             from .training.run_folder import open_run
 

@@ -52,7 +52,7 @@ class Translator:
         """
         if isinstance(lines, str):
             raise TypeError("lines must be a list of lines, got one text")
-        beam = beam or self.model.beam
+        beam = self.model.beam if beam is None else beam
         if nbest > beam:
             raise UserError(f"--nbest {nbest}: must be at most the beam size, {beam}")
         parts = [self._split(self._pieces(line)) for line in lines]

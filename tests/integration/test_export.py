@@ -188,3 +188,5 @@ def test_a_damaged_file_of_the_engine_is_one_line(name, damage, model, tmp_path,
     Model.open(model).model_copy(update={"folder": tmp_path / "model", "files": {}}).write()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Ein Haus.\n"), encoding="utf-8"))
     assert "CTranslate2" in refused(capsys, "translate", tmp_path / "model", "--device", "cpu")
+    (tmp_path / "model/model.json").unlink()
+    assert "has no model.json" in refused(capsys, "translate", tmp_path / "model")

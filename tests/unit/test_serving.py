@@ -218,6 +218,8 @@ def test_several_translations_with_scores(echo):
         echo.hypotheses(["a"], nbest=4)
     with pytest.raises(UserError, match="--nbest 4.* 3"):
         stream(echo, "", nbest=4)
+    with pytest.raises(UserError, match="--nbest 1.* 0"):
+        echo.hypotheses(["a"], beam=0)
     with pytest.raises(TypeError, match="list of lines"):
         echo.translate("ein Hund")
 
