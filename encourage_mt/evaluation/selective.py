@@ -3,7 +3,8 @@
 Selective translation keeps the most confident sentences and leaves the others to people or another system. Its
 risk-coverage curve (Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps
 of 5%. The area is the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the
-area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone.
+area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone. If only a part of
+the sentences with equal confidence is kept, each of them counts by that share, so their order in the file is no matter.
 
 The calibration error (Guo et al. 2017, equation 3, 15 bins) of pieces compares the probability of generated pieces with
 the share that is correct as `confidence` defines it (Wang et al. 2020); that of sentences compares a sentence's mean
@@ -35,22 +36,39 @@ class SelectiveRun:
 
     def __init__(self, statistics: np.ndarray, confidence: SetConfidence):
         self.statistics = statistics.astype(np.float32)  # whole numbers, exact
-        self.orders = [np.argsort(-np.array(values), kind="stable") for values in confidence.scores.values()]
+        self.orders = []  # for each score: sentences, most confident first, and where each confidence starts
+        for values in confidence.scores.values():
+            order = np.argsort(-np.array(values), kind="stable")
+            self.orders.append((order, np.unique(-np.array(values)[order], return_index=True)[1]))
         pieces = zip(confidence.probability, confidence.correct, strict=True)
         self.pieces = [(np.array(probability), np.array(correct)) for probability, correct in pieces]
         self.sentences = [(p.mean(keepdims=True), c.mean(keepdims=True)) if len(p) else (p, c) for p, c in self.pieces]
 
     def curves(self, drawn: np.ndarray) -> np.ndarray:
         """Return BLEU by COVERAGE for each of SCORES and sample of sentences: [scores, samples, coverages]."""
-        ends, coverages = np.unique(np.ceil(COVERAGE * drawn.shape[1]).astype(int), return_inverse=True)
-        starts = [0, *ends[:-1]]
+        kept = -(-np.arange(1, len(COVERAGE) + 1) * drawn.shape[1] // len(COVERAGE))  # rounded up
+        ends, coverages = np.unique(kept, return_inverse=True)
         curves = []
-        for order in self.orders:
+        for order, starts in self.orders:
+            if len(starts) < len(order):
+                curves.append(bleu(self._sums_with_ties(drawn, kept, order, starts)))
+                continue
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
             chosen = self.statistics[order[np.sort(rank[drawn], axis=1)]]
-            curves.append(bleu(np.add.reduceat(chosen, starts, axis=1).cumsum(axis=1)[:, coverages]))
+            curves.append(bleu(np.add.reduceat(chosen, [0, *ends[:-1]], axis=1).cumsum(axis=1)[:, coverages]))
         return np.array(curves)
+
+    def _sums_with_ties(self, drawn, kept, order, starts) -> np.ndarray:
+        """Return the summed statistics of the `kept` most confident sentences of each sample: [samples, kept, 10]."""
+        counts = count_draws(drawn).T[order, :, None].astype(np.float32)
+        columns = np.pad(self.statistics, ((0, 0), (0, 1)), constant_values=1)[order, None]  # the last counts sentences
+        sums = np.add.reduceat(counts * columns, starts).cumsum(axis=0)
+        sums = np.concatenate([np.zeros_like(sums[:1]), sums])  # [confidences, samples, 11]
+        lowest = np.array([np.searchsorted(sizes, kept) for sizes in sums[:, :, -1].T])  # confidence that is kept
+        sample = np.arange(len(drawn))[:, None]
+        above, group = sums[lowest - 1, sample], sums[lowest, sample] - sums[lowest - 1, sample]
+        return (above + group * ((kept - above[..., -1]) / group[..., -1])[..., None])[..., :-1]
 
     def areas(self, drawn: np.ndarray) -> np.ndarray:
         """Return each of AREAS, in BLEU: [samples, rows]."""

@@ -192,11 +192,12 @@ def correct(comparisons: Sequence[MetricComparison]) -> None:
 
 def describe_correction(comparisons: Sequence[MetricComparison]) -> str:
     """Return how many measures are compared, how many of them chance alone would show, and how p is corrected."""
-    count = len(comparisons)
+    count, over_seeds = len(comparisons), sum(each.p is not None for each in comparisons)
+    exception = f", those over seeds for the {over_seeds} that have one" if 0 < over_seeds < count else ""
     return (
         f"In all, there are {count} comparisons: if nothing differed, about {count / 20:.0f} of them would have "
-        f"p < 0.05. The p-values in brackets are corrected for all {count} (Holm 1979); only they are evidence. p over "
-        "sentences comes from a paired bootstrap and says nothing about other seeds."
+        f"p < 0.05. The p-values in brackets are corrected for all {count} (Holm 1979){exception}; only they are "
+        "evidence. p over sentences comes from a paired bootstrap and says nothing about other seeds."
     )
 
 

@@ -7,7 +7,8 @@ The definitions are those of the word accuracy of compare-mt (Neubig et al. 2019
 Words are the Moses tokens of tokenized data, otherwise the tokens of sacreBLEU's tokenizer for the language.
 "All words" is the micro-average, "mean of frequencies" the macro-average: the mean over the ranges with words.
 A number is a word with a digit. A name is a capitalised word of two characters or more, not at the start of a sentence,
-that train never has in lower case; in German, which capitalises nouns, this includes most nouns.
+that train never has in lower case; in German, which capitalises nouns, this includes most nouns. As in compare-mt, a
+matched word is a name if it is one in the reference, wherever the translation has it.
 """
 
 import logging
@@ -130,10 +131,13 @@ def match_words(translations: list[list[str]], references: list[list[str]], trai
     """
     table = np.zeros((len(references), NUMBER + 1, 3))
     for sentence, pair in enumerate(zip(references, translations, strict=True)):
-        reference, translation = (group_words(words, train) for words in pair)
-        for column, counted in enumerate((reference & translation, reference, translation)):
-            for (group, _), number in counted.items():
-                table[sentence, group, column] += number
+        wanted, given = (group_words(words, train) for words in pair)
+        reference, translation = map(Counter, pair)
+        unmatched = translation - reference
+        for key in wanted | given:
+            group, word = key
+            matched = min(wanted[key], translation[word])
+            table[sentence, group] += matched, wanted[key], matched + min(given[key], unmatched[word])
     return table
 
 

@@ -1,8 +1,9 @@
 """Perturb sentences, reproducibly: characters, words, case, diacritics, punctuation, and total noise.
 
-Swapped letters and neighbouring keys are those of Belinkov and Bisk (2018, "Synthetic and natural noise both break
-neural machine translation"); dropped and doubled letters are two other common errors of typing. A rate is the
-probability that a word is changed. Letters that are not on an English keyboard have no neighbours.
+Swapped letters and neighbouring keys follow Belinkov and Bisk (2018, "Synthetic and natural noise both break neural
+machine translation"), who do not swap the first and the last letter; dropped and doubled letters are two other common
+errors of typing. A rate is the probability that a word is changed, if it can be: a number has no letters to change.
+Letters that are not on an English keyboard have no neighbours. Spaces are kept, those that do not break among them.
 """
 
 import random
@@ -63,7 +64,7 @@ def change_words(variants: Callable[[str], list[str]], rate: float) -> Perturbat
 
 
 def drop_words(rate: float) -> Perturbation:
-    return lambda line, rng: " ".join(word for word in line.split() if rng.random() >= rate)
+    return lambda line, rng: re.sub(r"\S+\s*", lambda match: match[0] if rng.random() >= rate else "", line)
 
 
 def repeat_words(rate: float) -> Perturbation:
@@ -92,13 +93,12 @@ def total_noise(line: str, rng: random.Random) -> str:
 
 def attack(line: str, rng: random.Random) -> str:
     """Change one character of one random word, if a word can be changed."""
-    words = line.split()
-    for place in rng.sample(range(len(words)), len(words)):
-        variants = [rng.choice(options) for make in CHARACTER_ERRORS.values() if (options := make(words[place]))]
+    words = list(re.finditer(r"\S+", line))
+    for word in rng.sample(words, len(words)):
+        variants = [rng.choice(options) for make in CHARACTER_ERRORS.values() if (options := make(word[0]))]
         if variants:
-            words[place] = rng.choice(variants)
-            break
-    return " ".join(words)
+            return line[: word.start()] + rng.choice(variants) + line[word.end() :]
+    return line
 
 
 def perturbations(percentages: list[int]) -> dict[str, Perturbation]:

@@ -128,7 +128,7 @@ def shared_names(sets: list[dict[str, Any]]) -> list[str]:
 def noise_changes(record: dict[str, Noise], names: list[str]) -> dict[str, tuple[float, np.ndarray, np.ndarray]]:
     """Return {noise: the value, or one for each sentence, of each of NOISE}.
 
-    The attacks are summed up by sentence, as their mean and the worst.
+    The attacks are summed up by sentence, as their mean and the lowest value of each measure.
     """
     clean, changes = record[CLEAN], {}
     for name in names:

@@ -8,8 +8,8 @@ from .summary import Row, Summary
 NOISE_NOTE = (
     "Change: score of the translation of the noisy text minus that of the clean text. Consistency: chrF++ of the "
     "translation of the noisy text against that of the clean text. chrF++ and consistency are means over sentences. An "
-    "attack changes one character of each sentence; the worst attack is the one with the lowest chrF++. Total noise is "
-    "a sanity check: BLEU must be close to 0."
+    "attack changes one character of each sentence; the worst attack is the lowest value of each sentence. Total noise "
+    "is a sanity check: BLEU must be close to 0."
 )
 FOREIGN_NOTE = (
     "Foreign text is out of distribution. In percent. AUROC: probability that a sentence of the test set has a higher "

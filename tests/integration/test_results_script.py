@@ -13,7 +13,7 @@ from encourage_mt.evaluation.comparison import Comparison, differences
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
 
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/robustness.md")
 
 
 ROBUSTNESS = {

@@ -48,6 +48,16 @@ def test_perturbations_do_what_they_say():
         assert sum(a != b for a, b in zip(attacked, LINES[0].split(), strict=True)) == 1
 
 
+def test_spaces_that_do_not_break_are_kept():
+    line = "Il dit\u00a0: \u00ab\u00a0oui\u00a0\u00bb"
+    every = perturbations([20])
+    for number in range(1, 9):
+        (attacked,) = perturb([line], every["attack 1"], "attack 1", number)
+        assert attacked != line and abs(len(attacked) - len(line)) <= 1 and attacked.count("\u00a0") == 3
+    kept = "".join(perturb([line] * 20, every["dropped words 20%"], "dropped words 20%", 1))
+    assert "dit\u00a0" in kept and "dit :" not in kept
+
+
 @pytest.mark.parametrize("percent", [10, 20, 100])
 def test_the_percentage_is_that_of_the_words(percent):
     words = [" ".join(["abc"] * 20)] * 200
@@ -207,6 +217,9 @@ def test_arms_are_compared_over_seeds_and_sentences(arms, tmp_path):
     rows = {(row.name, row.score): row.values for row in found.rows}
     worst, mean = (rows[f"attack, {kind} of 8", ""]["chrF++ change"]["ce"][1] for kind in ("worst", "mean"))
     assert worst < mean - 1 and ("attack 1", "") not in rows
+    attacks = [arms["ce"][1].noise["test"][f"attack {number}"] for number in range(1, 9)]
+    lowest = np.mean(np.min([each.consistency for each in attacks], axis=0))
+    assert rows["attack, worst of 8", ""]["consistency"]["ce"][1] == pytest.approx(lowest)
     auroc = rows[SHUFFLED, "maximum logit"]["AUROC"]
     expected = [100 * stats.norm.cdf(shift / np.sqrt(2)) for shift in (1, 3)]
     assert [np.mean(list(side.values())) for side in auroc.values()] == pytest.approx(expected, abs=4)

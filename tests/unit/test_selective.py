@@ -105,6 +105,29 @@ def test_an_empty_translation_has_no_pieces_to_calibrate():
     assert run.calibration_errors()(np.array([[0, 1], [1, 1]])).tolist() == [[25, 25], [25, 25]]
 
 
+def test_sentences_of_equal_confidence_count_in_part_whatever_their_order():
+    rng = np.random.default_rng(6)
+    references, translations = texts(rng)
+    statistics = np.array(count(translations, references, BLEU()), dtype=float)
+    drawn = np.stack([np.arange(COUNT), rng.integers(COUNT, size=COUNT)])
+    assert np.ptp(a_run(statistics, np.zeros(COUNT)).curves(drawn), axis=2).max() < 1e-3
+    ranking, order = np.arange(COUNT) // 30, rng.permutation(COUNT)
+    position = np.argsort(order)
+    areas = [a_run(statistics, ranking).areas(drawn), a_run(statistics[order], ranking[order]).areas(position[drawn])]
+    assert areas[0] == pytest.approx(areas[1], abs=1e-3)
+    curve = a_run(statistics, ranking).curves(drawn[:1])[0, 0]  # 10 sentences, then 30 at a time
+    for coverage, least in ((1, 90), (7, 60)):  # 10% and 40%
+        assert curve[coverage] == pytest.approx(bleu(statistics[least:].sum(axis=0)), abs=1e-3)
+    half = statistics[90:].sum(axis=0) + statistics[60:90].sum(axis=0) / 2
+    assert curve[4] == pytest.approx(bleu(half), abs=1e-3), "25% are 10 sentences and half of the next 30"
+
+
+def test_coverage_rounds_up_without_errors_of_floats():
+    statistics = np.array(count(*[draw_references(np.random.default_rng(7), COUNT)] * 2, BLEU()), dtype=float)
+    statistics[55:, :4] = 0
+    assert a_run(statistics, -np.arange(COUNT)).curves(np.arange(COUNT)[None])[0, 0, 10] == pytest.approx(100), "of 55"
+
+
 def test_few_sentences_have_a_curve_of_steps():
     references = ["w1 w2 w3 w4 w5", "w6 w7 w8 w9", "w1 w2 w3 w4"]
     translations = [*references[:2], "x y z"]

@@ -51,6 +51,15 @@ def test_names_and_numbers_are_found_without_a_tagger():
     assert found[NUMBER] == 3
 
 
+def test_a_matched_name_is_found_wherever_the_translation_has_it():
+    reference, other = "on Berlin sat".split(), "Berlin sat".split()
+    assert match_words([other], [reference], TRAIN)[0, NAME].tolist() == [1, 1, 1]
+    assert match_words([reference], [other], TRAIN)[0, NAME].tolist() == [0, 0, 0], "no name in the reference"
+    twice = "on Berlin Berlin".split()
+    assert match_words([twice], [reference], TRAIN)[0, NAME].tolist() == [1, 1, 2]
+    assert match_words([reference], [twice], TRAIN)[0, NAME].tolist() == [1, 2, 1]
+
+
 def test_a_copy_of_the_reference_is_perfect_and_no_overlap_is_zero():
     references = ["the cat sat on Berlin 3", "zebra mat dog unseen"]
     assert np.nanmin(scores_of(references, references)) == 100
