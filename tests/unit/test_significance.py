@@ -200,6 +200,14 @@ def test_a_mean_has_its_standard_deviation_if_there_is_one():
 # --- several comparisons
 
 
+def test_the_correction_names_the_comparisons_without_p_over_seeds():
+    pair, single = ({seed: float(seed) for seed in range(count)} for count in (2, 1))
+    tested, other = MetricComparison("a", pair, {0: 3.0, 1: 5.0}), MetricComparison("b", single, single)
+    text = significance.describe_correction([tested, other, other])
+    assert "corrected for all 3 (Holm 1979), those over seeds for the 1 that have one;" in text
+    assert "that have one" not in significance.describe_correction([tested]) + significance.describe_correction([other])
+
+
 def test_holm_corrects_for_the_number_of_tests():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # by hand: 3 x 0.01, 2 x 0.03, and no less
     assert holm([0.5, None, 0.001, 0.9]) == [1.0, None, 0.003, 1.0]
