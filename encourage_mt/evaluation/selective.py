@@ -3,8 +3,8 @@
 Selective translation keeps the most confident sentences and leaves the others to people or another system. Its
 risk-coverage curve (Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps
 of 5%. The area is the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the
-area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone. If only a part of
-the sentences with equal confidence is kept, each of them counts by that share, so their order in the file is no matter.
+area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone. If most sentences
+share their confidence with others, and only a part of equals is kept, each of them counts by that share.
 
 The calibration error (Guo et al. 2017, equation 3, 15 bins) of pieces compares the probability of generated pieces with
 the share that is correct as `confidence` defines it (Wang et al. 2020); that of sentences compares a sentence's mean
@@ -50,7 +50,7 @@ class SelectiveRun:
         ends, coverages = np.unique(kept, return_inverse=True)
         curves = []
         for order, starts in self.orders:
-            if len(starts) < len(order):
+            if 2 * len(starts) < len(order):  # a few ties hardly change BLEU, and would cost five times the time
                 curves.append(bleu(self._sums_with_ties(drawn, kept, order, starts)))
                 continue
             rank = np.empty_like(order)
