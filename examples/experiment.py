@@ -274,6 +274,8 @@ def curve_charts(setting: str, runs: Runs) -> list[Chart]:
             means = [statistics.mean(run.measures[name] for run in results.values()) for name in points.values()]
             ax.plot(list(points), means, color=color, marker="o", markersize=3, linewidth=1, label=arm)
         ax.set_xscale("log")
+        ax.set_xticks(list(points), [f"{eps:g}" for eps in points])
+        ax.minorticks_off()
         ax.legend(fontsize=7)
         name = re.sub(r"\W+", "_", f"{setting}_{group}")
         charts.append(Chart(name, f"{setting}: {group}", "Accuracy under the attack, mean over seeds.", figure))

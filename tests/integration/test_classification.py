@@ -114,8 +114,14 @@ def test_the_published_report_is_of_the_published_runs(run, images, tmp_path, mo
     report = (published / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "images/report.md").read_text(encoding="utf-8") == report, "write it again with --report-only"
     page = (ROOT / "docs/classification.md").read_text(encoding="utf-8").partition("\n## Results\n")[2]
-    tables = [line for line in page.splitlines() if line.startswith("|")]
+    tables, claims = (
+        [line for line in part.splitlines() if line.startswith("|")] for part in page.split("\n## ", maxsplit=1)
+    )
     assert tables and set(tables) <= set(report.splitlines())
+    measured = {cell.strip() for line in report.splitlines() for cell in line.split("|")}
+    assert claims and {cell.strip() for line in claims[2:] for cell in line.split("|")[5:-1]} <= measured
+    pictures = sorted((tmp_path / "images").glob("*.svg"))
+    assert pictures and not any("$" in picture.read_text(encoding="utf-8") for picture in pictures)  # raw TeX
 
 
 def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
