@@ -16,11 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch_geometric.data import Batch, Data
-from torch_geometric.datasets import TUDataset
-from torch_geometric.loader import DataLoader
-from torch_geometric.nn import GCNConv, SAGPooling, global_max_pool, global_mean_pool
 from tqdm import tqdm
+
+try:
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.datasets import TUDataset
+    from torch_geometric.loader import DataLoader
+    from torch_geometric.nn import GCNConv, SAGPooling, global_max_pool, global_mean_pool
+except ImportError:
+    print("train_graphs.py: error: install torch_geometric: pip install -e '.[classification]'", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
 

@@ -293,6 +293,14 @@ def test_graphs_are_trained_and_reported(graphs, graph_files, tmp_path, monkeypa
     assert not is_written
 
 
+def test_without_torch_geometric_the_script_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "train_graphs", raising=False)
+    monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
+    with pytest.raises(SystemExit) as end:
+        load("graphs", "train_graphs")
+    assert end.value.code == 2 and "pip install -e '.[classification]'" in capsys.readouterr().err
+
+
 def test_the_pooling_keeps_the_nodes_of_the_highest_score(graphs):
     network, edges = graphs.SAGPool(3, 2), torch.tensor([[*range(8)], [*range(1, 8), 0]])
     for pool in network.pools:
