@@ -211,6 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
             )
         add_data_option(command)
         add_allow_differences(command)
+        command.add_argument(
+            "--engine",
+            choices=get_args(Engine),
+            help="stop if another program translated a run (default: any, if it is the same for all runs)",
+        )
     command.add_argument(
         "--output",
         type=Path,

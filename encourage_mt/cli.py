@@ -300,11 +300,18 @@ def report_runs(arguments) -> None:
 
 
 def open_sides(arguments) -> list[list["Run"]]:
-    """Return the runs of the baseline and those of the candidate."""
+    """Return the runs of the baseline and those of the candidate. Raises UserError if not all are of --engine."""
+    from .evaluation.results import Result
     from .training.run_folder import open_run
 
-    sides = arguments.baseline, arguments.candidate
-    return [[open_run(folder, data=arguments.data) for folder in side] for side in sides]
+    sides = [
+        [open_run(folder, data=arguments.data) for folder in side] for side in (arguments.baseline, arguments.candidate)
+    ]
+    for run in (run for side in sides if arguments.engine for run in side):
+        if (engine := Result.read(run.folder).evaluation.engine) != arguments.engine:
+            remedy = f"use `encourage-mt evaluate --engine {arguments.engine} {run.folder}`"
+            raise UserError(f"{run.folder}: was translated by {engine}; {remedy}")
+    return sides
 
 
 def print_user_dir(arguments) -> None:

@@ -108,3 +108,6 @@ def test_scores_name_the_engine_and_engines_are_not_compared_silently(model, wor
     assert "ce.seed1: scored already" in capsys.readouterr().out
     error = refused(capsys, "compare", "--baseline", folder, "--candidate", work.folder / "el.seed1")
     assert "engine: ctranslate2 or fairseq" in error
+    for command in ("compare", "report"):
+        argv = (command, "--baseline", folder, "--candidate", work.folder / "el.seed1", "--engine", "ctranslate2")
+        assert "el.seed1: was translated by fairseq; use `encourage-mt evaluate" in refused(capsys, *argv)
