@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -307,7 +308,7 @@ def open_sides(arguments) -> list[list["Run"]]:
     sides = [
         [open_run(folder, data=arguments.data) for folder in side] for side in (arguments.baseline, arguments.candidate)
     ]
-    for run in (run for side in sides if arguments.engine for run in side):
+    for run in chain(*sides) if arguments.engine else ():
         if (engine := Result.read(run.folder).evaluation.engine) != arguments.engine:
             remedy = f"use `encourage-mt evaluate --engine {arguments.engine} {run.folder}`"
             raise UserError(f"{run.folder}: was translated by {engine}; {remedy}")

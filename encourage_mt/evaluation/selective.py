@@ -38,8 +38,9 @@ class SelectiveRun:
         self.statistics = statistics.astype(np.float32)  # whole numbers, exact
         self.orders = []  # for each score: sentences, most confident first, and where each confidence starts
         for values in confidence.scores.values():
-            order = np.argsort(-np.array(values), kind="stable")
-            self.orders.append((order, np.unique(-np.array(values)[order], return_index=True)[1]))
+            doubt = -np.array(values)
+            order = np.argsort(doubt, kind="stable")
+            self.orders.append((order, np.unique(doubt[order], return_index=True)[1]))
         pieces = zip(confidence.probability, confidence.correct, strict=True)
         self.pieces = [(np.array(probability), np.array(correct)) for probability, correct in pieces]
         self.sentences = [(p.mean(keepdims=True), c.mean(keepdims=True)) if len(p) else (p, c) for p, c in self.pieces]

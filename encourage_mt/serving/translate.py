@@ -86,8 +86,7 @@ class Translator:
         ends = [
             i for i in places if (pieces[i].startswith("▁") if is_sentencepiece else not pieces[i - 1].endswith("@@"))
         ]
-        marks = [(i, END_OF_SENTENCE if i in ends else UNSPACED_END) for i in places]
-        sentences = [i for i, end in marks if pieces[i - 1].endswith(end)]
+        sentences = [i for i in places if pieces[i - 1].endswith(END_OF_SENTENCE if i in ends else UNSPACED_END)]
         return pieces[: (sentences or ends or [MAX_PIECES])[-1]]
 
     def _combine(self, parts: list[list[Translation]], nbest: int) -> list[Hypothesis]:
