@@ -309,8 +309,8 @@ def bench_steps(repeats, quick):
                     "model": name,
                     "vocabulary": vocabulary,
                     "ms": round(1e3 * seconds, 1),
-                    "tokens/s, of LSCE's": round(results[BASELINE][0] / seconds, 3),
-                    "loss's share of the step": round(alone[row][0] / seconds, 3) if row in alone else None,
+                    "tokens/s / LSCE's": round(results[BASELINE][0] / seconds, 3),
+                    "share of the loss in the step": round(alone[row][0] / seconds, 3) if row in alone else None,
                 }
             )
     return rows

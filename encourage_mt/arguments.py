@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
     for name, kind, meaning in (
-        ("average", count, "number of epoch checkpoints to average, the last ones"),
+        ("average", count, "number of last epoch checkpoints to average"),
         ("beam", count, "beam size"),
         ("lenpen", finite_number, "length penalty, as in fairseq-generate"),
     ):
@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(
             "robustness",
             "measure how translations change under noise, and how well a model's confidence detects "
-            "out-of-distribution (foreign) text; every arm is compared with the first; finished steps are skipped",
+            "out-of-distribution text; every arm is compared with the first; finished steps are skipped",
         )
     )
 
@@ -214,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--engine",
             choices=get_args(Engine),
-            help="stop if another program translated a run (default: any, if it is the same for all runs)",
+            help="require that this program translated all runs (default: any program, but the same for all runs)",
         )
     command.add_argument(
         "--output",
@@ -281,7 +281,8 @@ def add_allow_differences(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-differences",
         action="store_true",
-        help="compare even if the runs differ in more than the criterion (default: stop and name the differences)",
+        help="compare even if the runs differ in more than the criterion, or two seeds have the same model (default: "
+        "stop and name the difference)",
     )
 
 
@@ -337,7 +338,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for all output (default: runs/NAME, with the name of the recipe)",
     )
-    data.add_argument("--overwrite", action="store_true", help="replace prepared data that exists (default: keep it)")
+    data.add_argument("--overwrite", action="store_true", help="replace existing prepared data (default: keep it)")
     data.add_argument("--reverse", action="store_true", help="swap source and target language (default: no)")
     data.add_argument(
         "--modern",
@@ -361,7 +362,7 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 
 def add_changes(command: argparse.ArgumentParser) -> None:
     """Add the options that change a recipe."""
-    changes = command.add_argument_group("changes of the recipe")
+    changes = command.add_argument_group("changes to the recipe")
     changes.add_argument(
         "--set",
         nargs="+",

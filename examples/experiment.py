@@ -55,8 +55,10 @@ def parser(description: str, arms: dict[str, Options], settings: tuple[str, ...]
     result = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known, metavar in (("arms", tuple(arms), "ARM"), ("settings", settings, "SETTING")):
         text = f"{name} to train: {', '.join(known)} (default: all)"
+        text += f"; {known[0]}, the baseline, is always among them" if name == "arms" else ""
         result.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=metavar, help=text)
-    result.add_argument("--seeds", type=count, default=10, metavar="N", help="number of seeds (default: %(default)s)")
+    text = "number of seeds: N trains seeds 1 to N (default: %(default)s)"
+    result.add_argument("--seeds", type=count, default=10, metavar="N", help=text)
     result.add_argument(
         "--raw-dir", type=Path, metavar="DIR", help="folder that has the files of the data set (default: download them)"
     )

@@ -151,7 +151,7 @@ def robustness(material: Material) -> Section:
     """Show what `encourage-mt robustness` measured."""
     summary = material.robustness
     if not summary:
-        return Section("Noise and foreign text")
+        return Section("Noise and out-of-distribution text")
     baseline, candidate = summary.arms
     tables, charts = [], []
     for test, by_measure in summary.comparisons[candidate].items():
@@ -160,7 +160,8 @@ def robustness(material: Material) -> Section:
             name = f"{measure.split()[0].replace('+', '')}_{test}"
             tables.append(measures_table(f"gains_{name}", compared, baseline, candidate))
             charts.append(gains(f"gains_{name}", f"{measure}, {test}", compared, f"gain in {measure}"))
-    return Section("Noise and foreign text", f"{NOISE_NOTE} {FOREIGN_NOTE} {CORRECTION_NOTE}", tables, charts)
+    note = f"{NOISE_NOTE} {FOREIGN_NOTE} {CORRECTION_NOTE}"
+    return Section("Noise and out-of-distribution text", note, tables, charts)
 
 
 def summarize_measured(groups: dict[str, list[Run]]) -> Summary | None:

@@ -1,4 +1,4 @@
-"""Make the tables of noise and foreign text: values of each arm, then the tests of their gains."""
+"""Make the tables of noise and out-of-distribution (OOD) text: values of each arm, then the tests of their gains."""
 
 from ..evaluation.formatting import Table, escape, format_mean, signature_lines
 from ..evaluation.results import HEADLINE
@@ -12,10 +12,10 @@ NOISE_NOTE = (
     "is a sanity check: BLEU must be close to 0."
 )
 FOREIGN_NOTE = (
-    "Foreign text is out of distribution. In percent. AUROC: probability that a sentence of the test set has a higher "
-    "score than a foreign one; 50 is chance. Of equal length: only between sources of equal length, so that length "
-    "alone gets 50. FPR95: share of foreign sentences above the threshold that 95% of the test set exceed. Source "
-    "length and fewest pieces are controls that ignore the model."
+    "Out-of-distribution (OOD) text, in percent. AUROC: probability that a sentence of the test set has a higher score "
+    "than one of the OOD text; 50 is chance. Of equal length: only between sources of equal length, so that length "
+    "alone gets 50. FPR95: share of OOD sentences above the threshold that 95% of the test set exceed. Source length "
+    "and fewest pieces are controls that ignore the model."
 )
 
 
@@ -52,7 +52,7 @@ def noise_table(summary: Summary, test: str) -> Table:
 
 def foreign_table(summary: Summary, test: str) -> Table:
     rows = [row for row in summary.rows if row.test == test and row.score]
-    return values_table(f"foreign_{test}", ["foreign text", "score"], [[row.name, row.score] for row in rows], rows)
+    return values_table(f"foreign_{test}", ["OOD text", "score"], [[row.name, row.score] for row in rows], rows)
 
 
 def values_table(name: str, header: list[str], first: list[list[str]], rows: list[Row]) -> Table:

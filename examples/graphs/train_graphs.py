@@ -24,7 +24,7 @@ try:
     from torch_geometric.loader import DataLoader
     from torch_geometric.nn import GCNConv, SAGPooling, global_max_pool, global_mean_pool
 except ImportError:
-    print("train_graphs.py: error: install torch_geometric: pip install -e '.[classification]'", file=sys.stderr)
+    print("train_graphs.py: error: needs torch_geometric: pip install -e '.[recipes,classification]'", file=sys.stderr)
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py

@@ -26,7 +26,10 @@ from encourage_mt.integrations.transformers import EncouragingLossForTrainer
 
 def read_pairs(source, target):
     """Return the lines of two parallel files; exit if their numbers differ."""
-    sources, targets = (Path(path).read_text(encoding="utf-8").splitlines() for path in (source, target))
+    sources, targets = (
+        Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines() also splits at U+2028
+        for path in (source, target)
+    )
     if len(sources) != len(targets):
         raise SystemExit(f"error: {source} has {len(sources)} lines, {target} has {len(targets)}")
     return sources, targets
@@ -57,15 +60,15 @@ def translate(model, tokenizer, sources, batch_size, beam, max_length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of an encoder-decoder model")
-    parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="files to train on")
-    parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="files to score on")
+    parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="text to train on")
+    text = "text to translate, and its reference translation"
+    parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help=text)
     parser.add_argument("--output", required=True, help="folder for the model and the translations")
     parser.add_argument(
         "--bonus", default="log", help="none (cross entropy), log, power, cosine or MODULE:NAME (default: log)"
     )
-    parser.add_argument(
-        "--log-end", type=float, default=0.5, help="probability above which the log bonus is linear (default: 0.5)"
-    )
+    text = "probability above which the log bonus continues linearly, along its tangent (default: 0.5)"
+    parser.add_argument("--log-end", type=float, default=0.5, help=text)
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="epsilon of label smoothing (default: 0.1)")
     parser.add_argument("--epochs", type=float, default=3, help="number of epochs (default: 3)")
     parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")

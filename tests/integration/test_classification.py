@@ -16,6 +16,8 @@ from torch import nn
 from encourage_mt import EncouragingLoss
 from encourage_mt.files import read_json, write_json
 
+NO_GRAPHS = "torch_geometric is not installed: pip install -e .[recipes,classification]"
+
 
 @pytest.fixture(scope="module")
 def images():
@@ -106,22 +108,32 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
     assert code == 2 and "el_050.seed1.json: log_end: is 0.75, now 0.5" in errors.strip().splitlines()[-1]
 
 
-def test_the_published_report_is_of_the_published_runs(run, images, tmp_path, monkeypatch):
+def test_the_published_reports_are_of_the_published_runs(run, images, tmp_path, monkeypatch):
+    def published_report(name, write):
+        published, copy = ROOT / "results" / name, tmp_path / name
+        shutil.copytree(published, copy)
+        write(copy)
+        report = (published / "report.md").read_text(encoding="utf-8")
+        assert (copy / "report.md").read_text(encoding="utf-8") == report, "write it again with --report-only"
+        pictures = sorted(copy.glob("*.svg"))
+        assert pictures and not any("$" in picture.read_text(encoding="utf-8") for picture in pictures)  # raw TeX
+        return report.splitlines()
+
+    def write_graphs(folder):
+        monkeypatch.setattr(sys, "argv", ["train_graphs.py", "--work-dir", str(folder), "--report-only"])
+        load("graphs", "train_graphs").main()
+
     monkeypatch.setattr(images, "RATES", images.ALL_RATES)
-    published = ROOT / "results/images"
-    shutil.copytree(published, tmp_path / "images")
-    assert run("--work-dir", tmp_path / "images", "--report-only", "--epochs", 10)[0] == 0
-    report = (published / "report.md").read_text(encoding="utf-8")
-    assert (tmp_path / "images/report.md").read_text(encoding="utf-8") == report, "write it again with --report-only"
+    rows = published_report("images", lambda folder: run("--work-dir", folder, "--report-only", "--epochs", 10))
+    pytest.importorskip("torch_geometric", reason=NO_GRAPHS)
+    rows += published_report("graphs", write_graphs)
     page = (ROOT / "docs/classification.md").read_text(encoding="utf-8").partition("\n## Results\n")[2]
     tables, claims = (
         [line for line in part.splitlines() if line.startswith("|")] for part in page.split("\n## ", maxsplit=1)
     )
-    assert tables and set(tables) <= set(report.splitlines())
-    measured = {cell.strip() for line in report.splitlines() for cell in line.split("|")}
+    assert tables and set(tables) <= set(rows)
+    measured = {cell.strip() for line in rows for cell in line.split("|")}
     assert claims and {cell.strip() for line in claims[2:] for cell in line.split("|")[5:-1]} <= measured
-    pictures = sorted((tmp_path / "images").glob("*.svg"))
-    assert pictures and not any("$" in picture.read_text(encoding="utf-8") for picture in pictures)  # raw TeX
 
 
 def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
@@ -223,12 +235,12 @@ def test_attacks_and_scores_equal_their_definitions(images):
     assert scores["FPR95 x, logit"] == 50
 
 
-@pytest.fixture(scope="module")
-def graphs():
+@pytest.fixture
+def graphs(monkeypatch):
     """The module train_graphs, with a bonus deferred by two epochs."""
-    pytest.importorskip("torch_geometric", reason="torch_geometric is not installed: pip install -e .[classification]")
+    pytest.importorskip("torch_geometric", reason=NO_GRAPHS)
     module = load("graphs", "train_graphs")
-    module.DEFERRED_EPOCHS = {name: 2 for name in module.DEFERRED_EPOCHS}
+    monkeypatch.setattr(module, "DEFERRED_EPOCHS", {name: 2 for name in module.DEFERRED_EPOCHS})
     return module
 
 
@@ -298,7 +310,7 @@ def test_without_torch_geometric_the_script_says_how_to_install_it(monkeypatch, 
     monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
     with pytest.raises(SystemExit) as end:
         load("graphs", "train_graphs")
-    assert end.value.code == 2 and "pip install -e '.[classification]'" in capsys.readouterr().err
+    assert end.value.code == 2 and "pip install -e '.[recipes,classification]'" in capsys.readouterr().err
 
 
 def test_the_pooling_keeps_the_nodes_of_the_highest_score(graphs):

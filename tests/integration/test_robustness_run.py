@@ -106,7 +106,7 @@ def test_the_report_has_a_section_if_all_runs_are_measured_and_corrects_all_its_
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     measures = Comparison.read(tmp_path / "report" / "comparison.json").measures
     everything = [each for kind in ("words", "confidence", "robustness") for each in measures[kind]["test"]]
-    assert "Noise and foreign text" in page and f"corrected for all {len(everything)} " in page
+    assert "Noise and out-of-distribution text" in page and f"corrected for all {len(everything)} " in page
     assert [each.bootstrap_holm_p for each in everything] == holm([each.bootstrap_p for each in everything])
     assert (tmp_path / "report" / "figures" / "gains_chrF_test.svg").exists()
     assert "attack, worst of 8" in (tmp_path / "report" / "tables" / "noise_test.csv").read_text(encoding="utf-8")
