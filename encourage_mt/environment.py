@@ -70,6 +70,8 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Return the commit of this project, with -dirty if files differ from it; None outside a git checkout."""
+    if not (USER_DIR.parent / ".git").exists():  # installed, perhaps inside another project
+        return None
     argv = ["git", "-C", str(USER_DIR), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()

@@ -42,10 +42,11 @@ class Sources:
 
     def choose(self) -> Corpus:
         """Choose the first alternative of the recipe's data whose files are all found locally, otherwise the first."""
-        for corpus in reversed(self.recipe.data):
+        for corpus in (*self.recipe.data, self.recipe.data[0]):
+            self.corpus = corpus  # `find_local` asks it whether there are addresses
             names = {name for lists in corpus.splits.values() for files in lists for name in files}
             if all(self.find_local(name.partition(":")[0]) for name in names):
-                self.corpus = corpus
+                break
         return self.corpus
 
     def collect(self, names: list[str], extracted: Path) -> dict[str, Path]:

@@ -125,8 +125,12 @@ class Trainings:
         """Start trainings up to the number allowed at a time, wait a second, and handle those that ended."""
         while self.waiting and len(self.active) < self.parallel:
             slot = min(set(range(1, self.parallel + 1)) - {training.slot for training in self.active})
-            self.active.append(Training(self.waiting.pop(0), self.cluster, self.environment, slot))
-            self.bar.initial += self.active[-1].share
+            try:
+                self.active.append(Training(self.waiting.pop(0), self.cluster, self.environment, slot))
+            except UserError as error:  # such as another process that trains it
+                self.failures.append(str(error))
+            else:
+                self.bar.initial += self.active[-1].share
         time.sleep(1)
         shown = sys.stderr.isatty() or time.monotonic() > self.next_line  # a log file gets a line a minute
         self.next_line = time.monotonic() + 60 if shown else self.next_line

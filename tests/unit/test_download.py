@@ -286,6 +286,17 @@ def test_local_files_are_found_in_the_folder_or_its_subfolder_of_the_corpus(tmp_
         sources_of(tmp_path, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("local_first", [False, True])
+def test_files_beside_the_recipe_are_preferred_to_a_download(local_first, tmp_path):
+    held_out = {"held_out": {"valid": 1, "test": 1}, "columns": [1, 2]}
+    data = [{"urls": ["https://example.org"], "train": ["a.tsv"], **held_out}, {"train": ["b.tsv"], **held_out}]
+    data = data[::-1] if local_first else data
+    sources = Sources(load_recipe(write_recipe(tmp_path, data=data)), None, tmp_path / "downloads")
+    assert sources.choose() is sources.recipe.data[0]
+    (tmp_path / "b.tsv").write_text("eins\tone\n")
+    assert sources.choose().splits["train"] == [["b.tsv"]] and not sources.corpus.urls
+
+
 def test_extracted_files_replace_their_archive(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "t.de").write_text("eins\n")

@@ -1,5 +1,6 @@
 """Train with a stand-in for fairseq-train: the progress bars, and which training gets which GPU."""
 
+import re
 import subprocess
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import TINY, write_recipe
 from samples import sample_data
 
+from encourage_mt import environment, processes
 from encourage_mt.environment import visible_gpus
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
@@ -91,6 +93,15 @@ def test_a_training_that_saved_nothing_is_not_done(runs, stand_in, tmp_path):
     assert not (tmp_path / "ce.seed1" / "train.done").exists()
 
 
+def test_a_run_that_another_process_trains_does_not_stop_the_others(runs, stand_in, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    stand_in(f"cd {tmp_path}; mkdir -p $1/checkpoints; touch $1/checkpoints/checkpoint_last.pt")
+    both = runs([1], **{"max-epoch": 2})
+    with processes.locked(tmp_path / "el.seed1"), pytest.raises(UserError, match=r"el\.seed1: in use by process"):
+        training.train(both, Cluster("fp32"), 2)
+    assert [(run.folder / "train.done").exists() for run in both] == [True, False]
+
+
 @pytest.mark.parametrize("named, count, expected", [("", 2, ["0", "1"]), ("GPU-a, GPU-b", 2, ["GPU-a", "GPU-b"])])
 def test_gpus_are_named_as_cuda_names_them(named, count, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -98,3 +109,13 @@ def test_gpus_are_named_as_cuda_names_them(named, count, expected, monkeypatch):
     assert visible_gpus() == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert visible_gpus() == [], "on a machine without a GPU"
+
+
+def test_an_installed_package_does_not_record_the_revision_of_the_project_around_it(tmp_path, monkeypatch):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    for folder, expected in (("encourage_mt", r"[0-9a-f]{40}"), (".venv/encourage_mt", "None")):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(environment, "USER_DIR", tmp_path / folder)
+        assert re.fullmatch(expected, str(environment.git_revision()))
