@@ -12,13 +12,13 @@ from ..data.manifest import PreparedData
 from ..data.subwords import restore_bytes
 from ..data.tokenization import detokenize
 from ..environment import Engine, describe_hardware, versions, visible_gpus
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..files import atomic_write, file_hash
 from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
-from ..training.run_folder import Run, finite_rows, mapping, options_of, read_log, training_settings
+from ..training.run_folder import Run, finite_rows, mapping, read_log, training_settings
 from . import scoring
 from .averaging import average
 from .engines import translate_sets
@@ -92,7 +92,7 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
 def _evaluate(run, data, settings, paths, comet, output):
     state = load_checkpoint(paths[-1])
     check_dictionary(data, state)
-    with options_of(paths[-1]):
+    with as_user_error(f"{paths[-1]}: its training options cannot be read"):
         training, criterion = map(as_json, (training_settings(state), mapping(state["cfg"]["criterion"])))
     parameters = count_parameters(state["model"])
     del state  # keep one checkpoint at a time in memory
@@ -165,7 +165,7 @@ def score(lines: list[str], data: PreparedData, split: str, output: Path, comet:
     hypotheses = read_lines(output / f"{split}.{data.target}")
     scores = scoring.score(hypotheses, references, data.target, data.lowercase)
     if data.is_tokenized:
-        scores[TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, data.read_tokenized(split, data.target))
+        scores[TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, data.read_text(split, data.target, "tokenized"))
     if comet:
         sources = data.read_text(split, data.source)
         scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, torch.cuda.device_count())

@@ -1,6 +1,7 @@
 """Write tables in Markdown: runs, arms over their seeds, diagnostics, learning curves, published figures."""
 
 import statistics
+from itertools import dropwhile, takewhile
 from operator import attrgetter
 
 from ..evaluation.comparison import Comparison
@@ -125,13 +126,13 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
     spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
-    sizes = dict.fromkeys(f", {count:,} parameters" for count in counts)
+    sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
     return {
         "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
         "model": f"{each('training', 'arch')}, {layers}, {each('training', 'encoder_embed_dim')} wide"
-        f"{' or'.join(sizes)}",
+        f"{f', {sizes} parameters' if sizes else ''}",
         "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
         f"{search('lenpen')}{engine}",
@@ -207,8 +208,7 @@ def published_table(recipe: Recipe, results: list[Result]) -> str:
 
 def criterion_options(result: Result) -> dict[str, Scalar]:
     """Return the criterion and its options, which come last on the command line."""
-    names = list(result.options)
-    return {name: result.options[name] for name in (names[names.index("criterion") :] if "criterion" in names else ())}
+    return dict(dropwhile(lambda option: option[0] != "criterion", result.options.items()))
 
 
 def criterion_line(result: Result) -> str:
@@ -235,15 +235,12 @@ def name_sides(sides: dict[str, Result]) -> str:
 
 def training_differences(result: Result, other: Result) -> str:
     """Return the options of fairseq-train, except seed and criterion, in which a result differs from another."""
-
-    def training(options):
-        names = list(options)
-        return {name: options[name] for name in names[: names.index("criterion")] if name != "seed"}
-
-    if "criterion" not in result.options or "criterion" not in other.options:
+    if not (criterion_options(result) and criterion_options(other)):
         return ""
-    first, second = training(other.options), training(result.options)
-    names = dict.fromkeys([*second, *first])
+    first, second = (
+        dict(takewhile(lambda option: option[0] != "criterion", side.options.items())) for side in (other, result)
+    )
+    names = [name for name in dict.fromkeys([*second, *first]) if name != "seed"]
     return ", ".join(f"{name} {second.get(name, 'unset')}" for name in names if first.get(name) != second.get(name))
 
 

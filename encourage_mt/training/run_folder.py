@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..data.manifest import PreparedData
 from ..environment import USER_DIR, Precision
-from ..errors import UserError, first_line
+from ..errors import UserError, as_user_error
 from ..files import Record, Scalar, read_record, write_record
 from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
 from ..recipe import AVERAGE, BEAM, LENPEN, Name
@@ -194,13 +193,14 @@ def open_run(folder: Path, **changes) -> Run:
     for path in (*folder.iterdir(), *folder.glob("robustness/*")):
         if path.is_symlink() and WRITTEN.fullmatch(path.name):
             raise UserError(f"{path}: is a link, and evaluation would write through it; remove it")
+    changes = {name: value for name, value in changes.items() if value is not None}
     if (folder / "run.json").exists():
         run = read_record(folder / "run.json", Run, folder=folder)
         if not run.data.is_dir():
-            changes = {"data": folder.parent / "data", **changes}  # the whole work directory was moved
+            changes.setdefault("data", folder.parent / "data")  # the whole work directory was moved
     else:
         run = run_by_hand(folder)
-    run = run.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    run = run.model_copy(update=changes)
     if not run.data.is_dir():
         raise UserError(
             f"{folder}: its data {run.data} does not exist; name the folder of the prepared data with --data"
@@ -213,7 +213,7 @@ def run_by_hand(folder: Path) -> Run:
     """Return the run of a fairseq-train that was started without this program, from its newest checkpoint."""
     path = newest_checkpoint(checkpoint_folder(folder))
     state = load_checkpoint(path)
-    with options_of(path):
+    with as_user_error(f"{path}: its training options cannot be read"):
         options = state["cfg"]
         return Run(
             folder=folder,
@@ -241,21 +241,11 @@ def training_cwd(checkpoints: Path, save_dir: str) -> Path:
     return Path(*checkpoints.parts[:start]) if is_inside else Path.cwd()
 
 
-@contextmanager
-def options_of(path: Path):
-    """Raise UserError if the block cannot find an option of the training in the state from checkpoint `path`."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path}: its training options cannot be read ({problem})") from None
-
-
 def training_settings(state: dict) -> dict:
     """Return a checkpoint's training options except criterion, seed, paths and logging; flat, for comparison.
 
     `tokens per update` is the effective batch: max-tokens x update-freq x processes (0 where only sentences are
-    counted); `sentences per update` likewise. Use it inside `options_of`, which reports missing options.
+    counted); `sentences per update` likewise. Raises KeyError, TypeError or the like if an option is missing.
     """
     options = state["cfg"]
     world = options["distributed_training"]["distributed_world_size"]

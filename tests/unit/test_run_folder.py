@@ -70,7 +70,7 @@ def test_a_moved_work_directory_finds_its_data(run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "data").rename(tmp_path / "elsewhere" / "data")
     shutil.copytree(run.folder, tmp_path / "elsewhere" / "el.seed1")
-    moved = open_run(tmp_path / "elsewhere" / "el.seed1")
+    moved = open_run(tmp_path / "elsewhere" / "el.seed1", data=None)
     assert moved.data == tmp_path / "elsewhere" / "data"
     assert f"--save-dir={tmp_path / 'elsewhere' / 'el.seed1' / 'checkpoints'}" in moved.command_line()
 

@@ -11,6 +11,7 @@ from encourage_mt.report.tables import (
     DIAGNOSTICS,
     arms_table,
     curve_table,
+    describe_setting,
     diagnostics_table,
     learning_curve,
     name_sides,
@@ -166,3 +167,9 @@ def test_published_figures_are_shown_with_ours_or_not_yet_run(results, tmp_path)
     assert rows_of(published_table(recipe, results[:3]))[2] == ["test, here", ce, "not yet run", ""]
     assert rows_of(published_table(recipe, results))[2] == ["test, here", ce, el, "+1.00"]
     assert not recipe.reversed().published and not recipe.modern().published, "another task"
+
+
+def test_models_of_different_sizes_are_named(results):
+    sizes = [result.model_copy(update={"parameters": 4_000 + 1_000 * (result.arm == "el")}) for result in results]
+    assert describe_setting(sizes)["model"].endswith("32 wide, 4,000 or 5,000 parameters")
+    assert describe_setting(results)["model"].endswith("32 wide")
