@@ -31,17 +31,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see: {self.prog} --help)")
 
 
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return whole_number(text, 1)
-
-
 def index(text: str) -> int:
     """Parse a whole number of at least 0."""
-    return whole_number(text, 0)
+    return count(text, least=0)
 
 
-def whole_number(text: str, least: int) -> int:
+def count(text: str, least: int = 1) -> int:
+    """Parse a whole number of at least `least`."""
     try:
         value = int(text)
     except ValueError:

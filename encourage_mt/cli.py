@@ -94,11 +94,6 @@ def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
         print(f"recipe: wrote the chosen options to {work_dir / KEPT}; later commands use it, so you can edit it")
 
 
-def prepare_recipe(arguments) -> None:
-    """Carry out `encourage-mt prepare`."""
-    prepare_data(arguments, *open_recipe(arguments))
-
-
 def run_recipe(arguments) -> None:
     """Carry out `encourage-mt run`."""
     from .evaluation.comparison import compare
@@ -252,6 +247,7 @@ def translate_text(arguments) -> None:
 
 def measure_robustness(arguments) -> None:
     """Carry out `encourage-mt robustness`."""
+    from .files import write_record
     from .robustness.measure import choose, measure
     from .robustness.summary import group, summarize
     from .robustness.tables import markdown
@@ -266,7 +262,7 @@ def measure_robustness(arguments) -> None:
     }
     summary = summarize(measured, differences)
     if arguments.output:
-        summary.write(arguments.output)
+        write_record(arguments.output, summary)
     print(f"\n{markdown(summary)}")
 
 
@@ -315,13 +311,8 @@ def open_sides(arguments) -> list[list["Run"]]:
     return sides
 
 
-def print_user_dir(arguments) -> None:
-    """Carry out `encourage-mt user-dir`."""
-    print(USER_DIR)
-
-
 COMMANDS = {
-    "prepare": prepare_recipe,
+    "prepare": lambda arguments: prepare_data(arguments, *open_recipe(arguments)),
     "run": run_recipe,
     "train": train_one,
     "evaluate": evaluate_runs,
@@ -330,5 +321,5 @@ COMMANDS = {
     "robustness": measure_robustness,
     "compare": compare_runs,
     "report": report_runs,
-    "user-dir": print_user_dir,
+    "user-dir": lambda arguments: print(USER_DIR),
 }

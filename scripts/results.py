@@ -22,7 +22,7 @@ from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
 from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import measures_table
-from encourage_mt.files import file_hash, read_record
+from encourage_mt.files import file_hash, read_record, write_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
     arms_table,
@@ -62,17 +62,17 @@ def add(folder: Path, name: str | None) -> None:
     results = [read_result(run) for run in runs]
     records: dict[str, Result | Comparison | Summary] = {result.name: result for result in results}
     for path in sorted(folder.glob("report-*/comparison.json")):
-        comparison = Comparison.read(path)
+        comparison = read_record(path, Comparison)
         for compared, score, run_name in scores_of(comparison, results):
             if compared != score:
                 raise UserError(f"{path}: is not of the present scores of {run_name}; make the report again")
         records[f"{path.parent.name.removeprefix('report-')}.comparison"] = comparison
     if (folder / "robustness.json").exists():
-        records["robustness"] = Summary.read(folder / "robustness.json")
+        records["robustness"] = read_record(folder / "robustness.json", Summary)
     target = RESULTS / (name or recipe)
     target.mkdir(parents=True, exist_ok=True)
     for stem, record in records.items():
-        record.write(target / f"{stem}.json")
+        write_record(target / f"{stem}.json", record)
     picture = folder / "report-ce-el" / "figures" / CURVE
     if picture.exists() and not name:  # otherwise the trainings, and so their curves, are the same as before
         shutil.copy(picture, ROOT / "docs" / "pictures" / f"{recipe.split('_')[0]}_{CURVE}")
@@ -85,7 +85,7 @@ def read_result(run: Run) -> Result:
     values = None
     if path.exists():
         analysis = read_record(path, Analysis)
-        if analysis.source.checkpoint_sha256 != file_hash(run.folder / "average.pt"):
+        if analysis.source["checkpoint_sha256"] != file_hash(run.folder / "average.pt"):
             raise UserError(f"{path}: is of another average than the scores; make the report again")
         values = diagnostic_values(analysis)
     starts = []
@@ -118,9 +118,9 @@ def table(match: re.Match) -> str:
     kind, recipe, arms = match[1], match[2], match[3].split()
     folder = RESULTS / recipe
     results = [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
-    comparisons = [Comparison.read(path) for path in sorted(folder.glob("*.comparison.json"))]
+    comparisons = [read_record(path, Comparison) for path in sorted(folder.glob("*.comparison.json"))]
     if kind == "robustness":
-        lines = markdown(Summary.read(folder / "robustness.json"))
+        lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
         (comparison,), (measure, test) = comparisons, arms
         compared = comparison.measures[measure][test]

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from ..files import file_hash
 from ..processes import run_quietly
@@ -11,23 +11,12 @@ from ..recipe import Recipe
 from . import subwords
 
 
-class Binarized(NamedTuple):
-    """The output of fairseq-preprocess.
-
-    unknown is {split: {language: percentage of unknown pieces}}, dictionary {language: types}, checksums
-    {file: sha256}.
-    """
-
-    unknown: dict[str, dict[str, float]]
-    dictionary: dict[str, int]
-    checksums: dict[str, str]
-
-
-def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: int, log: Path) -> Binarized:
+def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: int, log: Path) -> dict[str, Any]:
     """Make `folder`/data-bin from `folder`/pieces; the test sets become test, test1, ... in the order of the recipe.
 
     With `piece_counts`, the dictionary has every piece of the subword model, so every byte, even if train lacks it.
-    Raises UserError, naming `log`, if fairseq-preprocess fails.
+    Returns percent_unknown, dictionary and checksums, as `PreparedData` has them. Raises UserError, naming `log`, if
+    fairseq-preprocess fails.
     """
     text, data_bin = folder / "pieces", folder / "data-bin"
     tests = ",".join(str(text / test) for test in recipe.tests)
@@ -52,11 +41,11 @@ def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: 
         unknown[Path(path).name.removesuffix(f".{language}")][language] = float(percentage)
     sizes = dict(re.findall(r"\[(\w+)\] Dictionary: (\d+) types", log_text))
     files = [path for path in sorted(data_bin.iterdir()) if path.suffix != ".log"]
-    return Binarized(
-        unknown,
-        {language: int(size) for language, size in sizes.items()},
-        {path.name: file_hash(path) for path in files},
-    )
+    return {
+        "percent_unknown": unknown,
+        "dictionary": {language: int(size) for language, size in sizes.items()},
+        "checksums": {path.name: file_hash(path) for path in files},
+    }
 
 
 def _write_dictionary(path: Path, prefix: Path, piece_counts: Counter[str]) -> None:

@@ -142,18 +142,11 @@ class PreparedData(Record):
             raise UserError(f"{self.folder / 'manifest.json'}: options: subword: must be a mapping; {self.remedy}")
         return options
 
-    def read_text(self, split: str, language: str) -> list[str]:
-        """Return the lines of valid or a test set as published, which translations are scored against.
+    def read_text(self, split: str, language: str, kind: Literal["text", "tokenized"] = "text") -> list[str]:
+        """Return the lines of valid or a test set as published, which translations are scored against, or as tokens.
 
-        Raises UserError if their number is not that of the manifest.
+        Only data that `is_tokenized` has tokens. Raises UserError if the number of lines is not that of the manifest.
         """
-        return self._read("text", split, language)
-
-    def read_tokenized(self, split: str, language: str) -> list[str]:
-        """Return the tokenized lines of valid or a test set, as `read_text`; only if the data `is_tokenized`."""
-        return self._read("tokenized", split, language)
-
-    def _read(self, kind: str, split: str, language: str) -> list[str]:
         path = self.folder / kind / f"{split}.{language}"
         lines = read_lines(path)
         if len(lines) != self.lines[split]:

@@ -5,6 +5,7 @@ Text is processed in chunks and kept on disk between the steps: memory does not 
 """
 
 import errno
+import functools
 import shutil
 import tempfile
 from array import array
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from ..files import file_hash
 from ..processes import locked, program_path
 from ..recipe import Clean, Recipe
 from . import subwords
-from .binarize import Binarized, binarize
+from .binarize import binarize
 from .bitext import iterate_pairs
 from .manifest import Lengths, PreparedData, count_repetitions, describe_dropped, find_warnings
 from .sources import Sources
@@ -147,7 +149,7 @@ class _Preparation:
         data.write()
         return data
 
-    def _manifest(self, learned_on: int, binarized: Binarized) -> PreparedData:
+    def _manifest(self, learned_on: int, binarized: dict[str, Any]) -> PreparedData:
         recipe = self.recipe
         duplicates, leakage = count_repetitions(self.hashes)
         return PreparedData(
@@ -163,14 +165,12 @@ class _Preparation:
             sources=self.sources.used,
             counts={split: dict(counts) for split, counts in self.counts.items()},
             learned_on_lines=learned_on,
-            percent_unknown=binarized.unknown,
-            dictionary=binarized.dictionary,
-            checksums=binarized.checksums,
+            **binarized,
             lengths_in_pieces=self.lengths,
             duplicate_train_pairs=duplicates,
             leakage=leakage,
             versions=versions(),
-            warnings=find_warnings(recipe.expected, self.counts, binarized.dictionary, leakage, self.lengths),
+            warnings=find_warnings(recipe.expected, self.counts, binarized["dictionary"], leakage, self.lengths),
         )
 
     # --- text
@@ -201,7 +201,17 @@ class _Preparation:
         every = self.corpus.valid_every if split == "train" else None
         passed = 0  # pairs that were not dropped
         with ExitStack() as files:
-            raw, tokenized = _Writer(self, files, "text"), _Writer(self, files, "tokenized")
+
+            @functools.cache
+            def opened(kind, destination):
+                (self.folder / kind).mkdir(exist_ok=True)
+                paths = [self._path(kind, destination, lang) for lang in (self.recipe.source, self.recipe.target)]
+                return [files.enter_context(_open(path, "w")) for path in paths]
+
+            def write(kind, destination, pair):
+                for file, line in zip(opened(kind, destination), pair, strict=True):
+                    file.write(line + "\n")
+
             for chunk, rows in ordered_map(stage, pairs, self.workers):
                 for pair, (reason, *tokens) in zip(chunk, rows, strict=True):
                     position = counts["read"]
@@ -217,8 +227,8 @@ class _Preparation:
                         counts["held_out"] += 1
                         self.counts[destination]["read"] += 1
                     if destination != "train":
-                        raw.write(destination, pair)
-                    tokenized.write(destination, tokens)
+                        write("text", destination, pair)
+                    write("tokenized", destination, tokens)
                     self.counts[destination]["before_cleaning"] += 1
                     self.counts[destination]["with_text"] += bool(tokens[0].strip() and tokens[1].strip())
         if self.recipe.clean.unit == "tokens" and not passed:
@@ -284,24 +294,6 @@ class _Preparation:
         }
         self.hashes[split] = [np.frombuffer(values, dtype=np.uint64) for values in hashes]
         return piece_counts
-
-
-class _Writer:
-    """Writes pairs to KIND/SPLIT.LANG, opening the files when they are needed."""
-
-    def __init__(self, preparation, files, kind):
-        self.preparation, self.files, self.kind, self.sides = preparation, files, kind, {}
-        (preparation.folder / kind).mkdir(exist_ok=True)
-
-    def write(self, split, pair):
-        if split not in self.sides:
-            recipe = self.preparation.recipe
-            self.sides[split] = [
-                self.files.enter_context(_open(self.preparation._path(self.kind, split, language), "w"))
-                for language in (recipe.source, recipe.target)
-            ]
-        for file, line in zip(self.sides[split], pair, strict=True):
-            file.write(line + "\n")
 
 
 def _open(path, mode="r"):

@@ -14,8 +14,10 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import UserError
+from ..files import Record
 from ..processes import set_up_worker
 from ..recipe import Clean, Recipe
 from . import subwords
@@ -52,19 +54,15 @@ def ordered_map(stage: Callable, pairs: Iterable[tuple[str, str]], workers: int)
         for chunk in parts:
             yield chunk, stage(chunk)
         return
-    # fork, because a spawned worker would import everything again
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (stage, os.getpid()))
-    waiting: deque = deque()
+    context = multiprocessing.get_context("fork")  # a spawned worker would import everything again
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (stage, os.getpid()))
+    results = ((chunk, pool.submit(_apply, chunk)) for chunk in parts)
     try:
-        for chunk in parts:
-            waiting.append((chunk, pool.submit(_apply, chunk)))
-            if len(waiting) > WAITING * workers:
-                done, result = waiting.popleft()
-                yield done, result.result()
+        waiting = deque(islice(results, WAITING * workers))
         while waiting:
-            done, result = waiting.popleft()
-            yield done, result.result()
+            chunk, result = waiting.popleft()
+            waiting.extend(islice(results, 1))
+            yield chunk, result.result()
     except BrokenProcessPool:
         raise UserError("a worker process was killed, probably out of memory; try --workers 1") from None
     finally:
@@ -95,30 +93,35 @@ def drop_reason(source_length: int, target_length: int, clean: Clean) -> str:
     return "ratio" if longer / shorter > (clean.max_ratio or longer) else ""
 
 
-def text_steps(
-    language: str,
-    tokenizer: str,
-    aggressive_hyphens: bool,
-    straight_apostrophes: bool,
-    normalize_punctuation: bool,
-    lowercase: bool,
-) -> list[Callable[[str], str]]:
-    """Return the functions that prepare a line in `language`, to be applied one after the other.
+class Preparation(Record):
+    """How a line of raw text is prepared before it is split into pieces: options of a recipe."""
 
-    The options are those of a recipe.
-    """
-    steps: list[Callable[[str], str]] = []
-    if straight_apostrophes:
-        steps.append(lambda line: line.replace("’", "'"))
-    if normalize_punctuation:
-        steps.append(PunctuationNormalizer(language))
-    if tokenizer == "moses":
-        steps.append(Tokenizer(language, aggressive_hyphens))
-    else:
-        steps.append(lambda line: CONTROL.sub(" ", line))
-    if lowercase:
-        steps.append(str.lower)
-    return steps
+    tokenizer: Literal["none", "moses"]
+    aggressive_hyphens: bool
+    straight_apostrophes: bool
+    normalize_punctuation: bool
+    lowercase: bool
+
+    @classmethod
+    def of(cls, options: dict[str, Any], like_train: bool) -> "Preparation":
+        """Return how a recipe with these options prepared text; like_train: that of train, or held out of it."""
+        values = {name: options.get(name, False) for name in cls.model_fields}
+        return cls(**{**values, "straight_apostrophes" if like_train else "normalize_punctuation": False})
+
+    def steps(self, language: str) -> list[Callable[[str], str]]:
+        """Return the functions that prepare a line in `language`, to be applied one after the other."""
+        steps: list[Callable[[str], str]] = []
+        if self.straight_apostrophes:
+            steps.append(lambda line: line.replace("’", "'"))
+        if self.normalize_punctuation:
+            steps.append(PunctuationNormalizer(language))
+        if self.tokenizer == "moses":
+            steps.append(Tokenizer(language, self.aggressive_hyphens))
+        else:
+            steps.append(lambda line: CONTROL.sub(" ", line))
+        if self.lowercase:
+            steps.append(str.lower)
+        return steps
 
 
 @dataclass
@@ -134,15 +137,8 @@ class TextStage:
 
     @cached_property
     def sides(self):
-        recipe = self.recipe
-        options = {
-            "tokenizer": recipe.tokenizer,
-            "aggressive_hyphens": recipe.aggressive_hyphens,
-            "straight_apostrophes": recipe.straight_apostrophes and not self.is_train,
-            "normalize_punctuation": recipe.normalize_punctuation and self.is_train,
-            "lowercase": recipe.lowercase,
-        }
-        return [text_steps(language, **options) for language in (recipe.source, recipe.target)]
+        preparation = Preparation.of(self.recipe.preparation, self.is_train)
+        return [preparation.steps(language) for language in (self.recipe.source, self.recipe.target)]
 
     def __call__(self, pairs):
         columns = []
@@ -150,13 +146,10 @@ class TextStage:
             for step in steps:
                 lines = map(step, lines)
             columns.append(lines)
-        clean = self.recipe.clean if self.is_train and self.recipe.clean.unit == "tokens" else None
-        if clean is None:
-            return [("", source, target) for source, target in zip(*columns, strict=True)]
-        return [
-            (drop_reason(len(source.split()), len(target.split()), clean), source, target)
-            for source, target in zip(*columns, strict=True)
-        ]
+        prepared = zip(*columns, strict=True)
+        if not (self.is_train and self.recipe.clean.unit == "tokens"):
+            return [("", *pair) for pair in prepared]
+        return [(drop_reason(*(len(side.split()) for side in pair), self.recipe.clean), *pair) for pair in prepared]
 
 
 @dataclass
@@ -189,7 +182,7 @@ class EncodeStage:
         text, lengths, hashes = ([], []), (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
         for pair in pairs:
             encoded = [self.encode(side) for side in pair]
-            length = [_length(side) for side in encoded]
+            length = [side.count(" ") + 1 if side else 0 for side in encoded]
             reason = drop_reason(*length, self.clean) if self.clean is not None else ""
             kept.append(not reason)
             if reason:
@@ -207,10 +200,6 @@ class EncodeStage:
 
 
 _ODD = 0x9E3779B97F4A7C15
-
-
-def _length(pieces):
-    return pieces.count(" ") + 1 if pieces else 0
 
 
 def hash64(text: str) -> int:

@@ -68,34 +68,19 @@ def _load_bpe(prefix: Path) -> apply_bpe.BPE:
             raise ValueError(messages.getvalue()) from None
 
 
-class SentencePieceEncoder:
-    """Callable that turns text into pieces joined by spaces."""
+def encoder(options: dict, prefix: Path) -> Callable[[str], str]:
+    """Return a function that splits text into pieces joined by spaces, with the model that `learn` wrote."""
+    if "merges" not in options:
+        encode = _load_sentencepiece(prefix).encode
+        return lambda line: " ".join(encode(line, out_type=str))
+    bpe = _load_bpe(prefix)
 
-    def __init__(self, prefix: Path):
-        self._encode = _load_sentencepiece(prefix).encode
-
-    def __call__(self, line: str) -> str:
-        return " ".join(self._encode(line, out_type=str))
-
-
-class BPEEncoder:
-    """Callable that turns tokens into pieces joined by spaces, as subword-nmt does, with a cache of words."""
-
-    def __init__(self, prefix: Path):
-        bpe = _load_bpe(prefix)
-        self._word = functools.lru_cache(CACHED_WORDS)(lambda word: self._segment(bpe, word))
-
-    def _segment(self, bpe, word):
+    @functools.lru_cache(CACHED_WORDS)
+    def segment(word: str) -> str:
         bpe.cache.clear()  # it would grow without limit
         return bpe.segment(word)
 
-    def __call__(self, line: str) -> str:
-        return " ".join(map(self._word, line.split()))
-
-
-def encoder(options: dict, prefix: Path) -> Callable[[str], str]:
-    """Return the encoder of the model that `learn` wrote with these options."""
-    return BPEEncoder(prefix) if "merges" in options else SentencePieceEncoder(prefix)
+    return lambda line: " ".join(map(segment, line.split()))
 
 
 def sample(lines: list[str], prefix: Path, seed: int) -> list[str] | None:

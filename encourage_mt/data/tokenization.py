@@ -132,13 +132,6 @@ class PunctuationNormalizer:
 _NORMALIZABLE = re.compile("[\r()`„“”–—´‘‚’…«»\u00a0\"]|  | [%:;]|''")  # every rule needs one of these to match
 _NOT_PRINTING = regex.compile(r"\p{C}")
 
-tokenizer = functools.cache(Tokenizer)
-
-
-def tokenize(lines: list[str], language: str, aggressive_hyphens: bool = False) -> list[str]:
-    """Return the Moses tokens of each line, joined by spaces, XML-escaped."""
-    return [tokenizer(language, aggressive_hyphens)(line) for line in lines]
-
 
 def detokenize(lines: list[str], language: str) -> list[str]:
     """Return plain text from Moses tokens: punctuation joined to its words, @-@ and XML escapes undone."""

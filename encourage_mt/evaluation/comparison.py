@@ -1,7 +1,6 @@
 """Compare two groups of runs, seed by seed, after checking that they are comparable."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData
 from ..errors import UserError
-from ..files import Record, read_record, write_record
+from ..files import Record
 from ..training.run_folder import Run
 from . import scoring
 from .formatting import Table, escape, signature_lines
@@ -56,17 +55,9 @@ class Comparison(Record):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> "Comparison":
-        """Return the comparison in a file. Raises UserError if it is missing or damaged."""
-        return read_record(path, cls)
-
-    @classmethod
     def upgrade(cls, content: dict) -> dict:
         """Return a comparison of version 0.1, which differs only in having no `format`."""
         return {"format": 2, **content}
-
-    def write(self, path: Path) -> None:
-        write_record(path, self)
 
     def table(self, split: str) -> Table:
         """Return the scores of each seed of a test set, both tests over sentences, and the means."""
@@ -119,12 +110,7 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
     names = _names(*(next(iter(side.values())) for side in sides))
     alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in everything if result.alarms]
     return Comparison(
-        baseline=names[0],
-        candidate=names[1],
-        tests=tests,
-        signatures=signatures,
-        differences=unequal,
-        alarms=alarms,
+        baseline=names[0], candidate=names[1], tests=tests, signatures=signatures, differences=unequal, alarms=alarms
     )
 
 

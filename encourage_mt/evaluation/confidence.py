@@ -80,10 +80,7 @@ def measure_confidence(run: Run) -> Confidence:
     """
     path, data = run.folder / "confidence.json", run.prepared()
     checkpoint = evaluated_checkpoint(run)
-    source = {
-        "checkpoint_sha256": file_hash(checkpoint),
-        "translations_sha256": hash_translations(run.folder, data),
-    }
+    source = {"checkpoint_sha256": file_hash(checkpoint), "translations_sha256": hash_translations(run.folder, data)}
     if path.exists():
         found = read_record(path, Confidence)
         sizes = {split: len(of_set.correct) for split, of_set in found.sets.items()}

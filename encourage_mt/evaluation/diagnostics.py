@@ -95,18 +95,13 @@ class FrequencyRange(Record):
     f1: FiniteScore | None
 
 
-class Source(Record):
-    split: str
-    checkpoint_sha256: str
-
-
 class Analysis(Record):
-    """The content of analysis.json: the measurements of the averaged checkpoint on `source.split`."""
+    """The content of analysis.json: the measurements of the averaged checkpoint on the split of `source`."""
 
     remedy: ClassVar[str] = "remove it"
 
     format: Literal[2] = 2
-    source: Source
+    source: dict[str, str]  # split and checkpoint_sha256
     tokens: int
     accuracy: float
     nll: float
@@ -147,7 +142,7 @@ def analyse(run: Run) -> Analysis:
     """
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
-    source = Source(split=SPLIT, checkpoint_sha256=file_hash(checkpoint))
+    source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint)}
     if path.exists():
         analysis = read_record(path, Analysis)
         if analysis.source == source:
@@ -158,7 +153,7 @@ def analyse(run: Run) -> Analysis:
         raise UserError(f"{run.folder}: diagnostics support only fairseq's Transformers, not {type(model).__name__}")
     weight = model.decoder.output_projection.weight.detach()
     values = measure(batches(model, task, run.name), frequencies(task), options, weight)
-    write_json(path, {"format": 2, "source": source.model_dump(), **values})
+    write_json(path, {"format": 2, "source": source, **values})
     return read_record(path, Analysis)
 
 

@@ -65,7 +65,8 @@ def compare_words(sides: list[list[Run]], splits: list[str]) -> dict[str, list[M
     compared = {}
     for split in splits:
         lines = data.read_text(split, data.target)
-        references = words_of(data.read_tokenized(split, data.target) if data.is_tokenized else lines, data)
+        tokens = data.read_text(split, data.target, "tokenized") if data.is_tokenized else lines
+        references = words_of(tokens, data)
         statistics: list[dict[int, Statistic]] = [{}, {}]
         for side, runs in zip(statistics, sides, strict=True):
             for run in runs:

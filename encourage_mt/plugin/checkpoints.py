@@ -10,6 +10,7 @@ import argparse
 import collections
 import functools
 import logging
+import math
 import re
 import typing
 import zipfile
@@ -19,11 +20,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from ..errors import UserError, first_line
+from ..errors import UserError, as_user_error, first_line
 
 logger = logging.getLogger(__name__)
 
-PATTERNS = {"epoch": r"checkpoint(\d+)\.pt", "update": r"checkpoint_\d+_(\d+)\.pt"}
+PATTERNS = {"epoch": r"checkpoint\d+\.pt", "update": r"checkpoint_\d+_\d+\.pt"}
 UNSAFE = "torch %s runs any code a checkpoint carries: load only those you trust, or use torch 2.6 or newer"
 
 
@@ -33,8 +34,16 @@ def install() -> None:
 
     if torch_version() >= (2, 6):
         torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
-    if not hasattr(checkpoint_utils.load_checkpoint_to_cpu, "__wrapped__"):  # otherwise it is installed already
-        checkpoint_utils.load_checkpoint_to_cpu = check_before(checkpoint_utils.load_checkpoint_to_cpu)
+    load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
+    if hasattr(load_to_cpu, "__wrapped__"):  # installed already
+        return
+
+    @functools.wraps(load_to_cpu)
+    def check_and_load(path, *args, **kwargs):
+        check(path)
+        return load_to_cpu(path, *args, **kwargs)
+
+    checkpoint_utils.load_checkpoint_to_cpu = check_and_load
 
 
 def torch_version() -> tuple[int, int]:
@@ -49,15 +58,9 @@ def types_in_files() -> list:
     processes summed theirs, float64, pickled under the module name of numpy 1 or 2.
     """
     reconstruct = numpy.array(0).__reduce__()[0]
-    return [
-        argparse.Namespace,
-        numpy.ndarray,
-        numpy.dtype,
-        type(numpy.dtype(numpy.int64)),
-        type(numpy.dtype(numpy.float64)),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-    ]
+    named = [(reconstruct, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")]
+    numbers = [type(numpy.dtype(kind)) for kind in (numpy.int64, numpy.float64)]
+    return [argparse.Namespace, numpy.ndarray, numpy.dtype, *numbers, *named]
 
 
 def types_in_broadcasts() -> list:
@@ -67,30 +70,8 @@ def types_in_broadcasts() -> list:
     from omegaconf.base import ContainerMetadata, Metadata
     from omegaconf.nodes import AnyNode
 
-    return [
-        DictConfig,
-        ListConfig,
-        AnyNode,
-        ContainerMetadata,
-        Metadata,
-        _TensorPlaceholder,
-        (typing.Any, "typing.Any"),
-        collections.defaultdict,
-        dict,
-        list,
-        int,
-    ]
-
-
-def check_before(load_to_cpu):
-    """Wrap checkpoint_utils.load_checkpoint_to_cpu."""
-
-    @functools.wraps(load_to_cpu)
-    def check_and_load(path, *args, **kwargs):
-        check(path)
-        return load_to_cpu(path, *args, **kwargs)
-
-    return check_and_load
+    options = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata]
+    return [*options, _TensorPlaceholder, (typing.Any, "typing.Any"), collections.defaultdict, dict, list, int]
 
 
 def check(path) -> None:
@@ -99,17 +80,13 @@ def check(path) -> None:
     Files of torch before 1.6 are not archives and have no checksums. Files that are not on this disk are not checked.
     """
     path = Path(path)
-    if path.is_file() and read_start(path) == b"PK":
-        reason = find_corruption(path)
-        if reason:
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_archive = file.read(2) == b"PK"
+        if is_archive and (reason := find_corruption(path)):
             raise UserError(f"{path}: damaged checkpoint ({reason}); resume the training to replace it, or use another")
     if torch_version() < (2, 6):
         warn_unsafe()
-
-
-def read_start(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(2)
 
 
 @functools.cache  # once a process
@@ -127,33 +104,21 @@ def find_corruption(path: Path) -> str | None:
     return f"{broken} does not match its checksum" if broken else None
 
 
-def load(path) -> dict:
-    """Return the state in checkpoint file `path`, on the CPU.
-
-    Raises UserError for a file with changed bytes, pickle.UnpicklingError for a type that is not listed, and whatever
-    torch.load raises for other damage.
-    """
-    check(path)
-    if torch_version() < (2, 6):
-        return torch.load(path, map_location="cpu")
-    with torch.serialization.safe_globals(types_in_files()):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_checkpoint(path: Path) -> dict:
-    """Return the state in a checkpoint file.
+    """Return the state in a checkpoint file, on the CPU.
 
     Raises UserError if it is missing or damaged, cannot be loaded safely, or has no model.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    try:
-        state = load(path)
+    with as_user_error(f"{path}: not a checkpoint that can be loaded safely"):
+        check(path)
+        if torch_version() < (2, 6):
+            state = torch.load(path, map_location="cpu")
+        else:
+            with torch.serialization.safe_globals(types_in_files()):
+                state = torch.load(path, map_location="cpu", weights_only=True)
         sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: not a checkpoint that can be loaded safely ({first_line(error)})") from None
     if not sane:
         raise UserError(f"{path}: its model contains values that are not tensors; was it saved by fairseq-train?")
     return state
@@ -166,24 +131,27 @@ def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Pat
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such directory")
-    numbered = {}
-    for path in run_dir.iterdir():
-        match = re.fullmatch(PATTERNS[kind], path.name)
-        if match:
-            numbered[int(match.group(1))] = path
-    if len(numbered) < count:
-        raise UserError(f"{run_dir}: has {len(numbered)} {kind} checkpoints, {count} are needed")
-    return [numbered[number] for number in sorted(numbered)[-count:]]
+    paths = [path for path in reversed(saved_checkpoints(run_dir)) if re.fullmatch(PATTERNS[kind], path.name)]
+    if len(paths) < count:
+        raise UserError(f"{run_dir}: has {len(paths)} {kind} checkpoints, {count} are needed")
+    return paths[-count:]
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """Return checkpoint_last.pt or, without it, the newest numbered checkpoint; UserError if there is none."""
-    last = run_dir / "checkpoint_last.pt"
-    if last.exists():
-        return last
-    for kind in PATTERNS:
-        try:
-            return last_checkpoints(run_dir, 1, kind)[0]
-        except UserError:
-            continue
-    raise UserError(f"{run_dir}: has no checkpoints, so it is not the folder of a training")
+    """Return the first of `saved_checkpoints`. Raises UserError if there is none."""
+    paths = saved_checkpoints(run_dir)
+    if not paths:
+        raise UserError(f"{run_dir}: has no checkpoints, so it is not the folder of a training")
+    return paths[0]
+
+
+def saved_checkpoints(folder: Path, suffix: str = "") -> list[Path]:
+    """Return checkpoint_last.pt, then epoch and update checkpoints, newest first, then checkpoint_best.pt."""
+    order: dict[Path, tuple[float, float]] = {}
+    for path in folder.glob("checkpoint*.pt"):
+        match = re.fullmatch(rf"checkpoint(_last|_best|_?(\d+)(?:_(\d+))?){re.escape(suffix)}\.pt", path.name)
+        if match:
+            kind, epoch, updates = match.groups()
+            number = math.inf if kind == "_last" else int(epoch or -1)
+            order[path] = number, int(updates) if updates else math.inf
+    return sorted(order, key=order.__getitem__, reverse=True)

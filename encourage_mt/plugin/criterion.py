@@ -55,12 +55,8 @@ LabelSmoothedEncouragingLossConfig.__module__ = __name__  # for pickle
 
 def read_options(kind, cfg):
     """Return the options of dataclass `kind` from a configuration, in which choices are enumerations."""
-    return kind(
-        **{
-            each.name: str(getattr(cfg, each.name)) if each.metadata["choices"] else getattr(cfg, each.name)
-            for each in fields(kind)
-        }
-    )
+    values = {each.name: getattr(cfg, each.name) for each in fields(kind)}
+    return kind(**{name: str(value) if OPTIONS[name].metadata["choices"] else value for name, value in values.items()})
 
 
 def repeat_twice(net_input):
@@ -213,13 +209,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         features = self.without_prefix(net_output[0]).reshape(-1, weight.size(1))
         target = self.without_prefix(model.get_targets(sample, net_output)).reshape(-1)
         return projected_loss_terms(
-            features,
-            weight,
-            target,
-            self.options,
-            self.padding_idx,
-            self.loss_backend,
-            self.report_accuracy,
+            features, weight, target, self.options, self.padding_idx, self.loss_backend, self.report_accuracy
         )
 
     def without_prefix(self, positions):

@@ -8,7 +8,6 @@ or stopped and started again ends with the parameters of an undisturbed one, bit
 import errno
 import functools
 import logging
-import re
 import shutil
 import signal
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from ..atomic import atomic_write
 from ..errors import first_line
-from .checkpoints import find_corruption
+from .checkpoints import find_corruption, saved_checkpoints
 from .worker import SAVED, STOPPED
 
 logger = logging.getLogger(__name__)
@@ -137,36 +136,20 @@ def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
 
     The damaged one is kept as checkpoint_last.pt.damaged. Ends the process with exit code 2 if none is intact.
     """
-    last = folder / f"checkpoint_last{suffix}.pt"
-    if last.exists():
-        reason = find_corruption(last)
-        if reason is None:
-            return
-        logger.error("%s is damaged (%s)", last, reason)
-    others = saved_checkpoints(folder, suffix)
-    for path in others:
+    last, paths = folder / f"checkpoint_last{suffix}.pt", saved_checkpoints(folder, suffix)
+    for path in paths:
         reason = find_corruption(path)
         if reason is None:
-            if last.exists():
-                last.rename(f"{last}.damaged")
-            copy_whole(str(path), str(last))
-            logger.warning("resuming from %s, the newest intact checkpoint", path)
+            if path != last:
+                if last.exists():
+                    last.rename(f"{last}.damaged")
+                copy_whole(str(path), str(last))
+                logger.warning("resuming from %s, the newest intact checkpoint", path)
             return
         logger.error("%s is damaged (%s)", path, reason)
-    if last.exists() or others:
+    if paths:
         logger.error("no checkpoint in %s is whole: remove them to start over", folder)
         sys.exit(CANNOT_SAVE)
-
-
-def saved_checkpoints(folder: Path, suffix: str) -> list[Path]:
-    """Return epoch and update checkpoints, newest first, then checkpoint_best.pt."""
-    order: dict[Path, tuple[float, float]] = {}
-    for path in folder.glob("checkpoint*.pt"):
-        match = re.fullmatch(rf"checkpoint(?:_?(\d+)(?:_(\d+))?|_best){re.escape(suffix)}\.pt", path.name)
-        if match:
-            epoch, updates = match.groups()
-            order[path] = (int(epoch or -1), int(updates) if updates else float("inf"))
-    return sorted(order, key=order.__getitem__, reverse=True)
 
 
 # --- stopping, and saving within an epoch

@@ -12,7 +12,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -31,34 +30,24 @@ def die_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
-def placement(environment: Mapping[str, str], gpu: bool) -> dict:
-    """Return fairseq's distributed options for the rank that torchrun's `environment` describes; gloo on a CPU."""
-    options = {
-        "distributed_world_size": environment["WORLD_SIZE"],
-        "distributed_rank": environment["RANK"],
-        "device_id": environment["LOCAL_RANK"],
-        "distributed_init_method": "env://",
-        "distributed_no_spawn": True,
-    }
-    if not gpu:
-        options.update(distributed_backend="gloo", ddp_backend="legacy_ddp")
-    return options
-
-
 def rank_options(program: str) -> list[str]:
-    """Return the command-line words that make fairseq's `program` run as the rank that torchrun assigned."""
+    """Return the words that make fairseq's `program` run as the rank that torchrun assigned; with gloo on a CPU."""
     import torch
 
+    options = {
+        "distributed_world_size": os.environ["WORLD_SIZE"],
+        "distributed_rank": os.environ["RANK"],
+        "device_id": os.environ["LOCAL_RANK"],
+        "distributed_init_method": "env://",
+    }
     gpu = torch.cuda.is_available()
-    options = placement(os.environ, gpu)
+    if not gpu:
+        options |= {"distributed_backend": "gloo", "ddp_backend": "legacy_ddp"}
     if program == "fairseq-hydra-train":
         words = [f"distributed_training.{name}={value}" for name, value in options.items()]
-        return words + ([] if gpu else ["common.cpu=true"])
-    words = [] if gpu else ["--cpu"]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        words.append(flag if value is True else f"{flag}={value}")
-    return words
+        return [*words, "distributed_training.distributed_no_spawn=True", *([] if gpu else ["common.cpu=true"])]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [*words, "--distributed-no-spawn", *([] if gpu else ["--cpu"])]
 
 
 def main() -> None:

@@ -74,15 +74,6 @@ def axes(xlabel: str, ylabel: str):
     return figure, ax
 
 
-def draw_bars(ax, groups: dict[str, list[float]], names: list[str]) -> None:
-    """Draw the bars of both sides beside each other, those of the second side hatched. groups: {label: values}."""
-    for offset, hatch, style, (label, values) in zip((-0.2, 0.2), ("", "//"), STYLES, groups.items(), strict=True):
-        look = {"color": style["color"], "hatch": hatch, "edgecolor": "white"}
-        ax.bar(np.arange(len(values)) + offset, values, 0.4, label=label, **look)
-    ax.set_xticks(range(len(names)), names, fontsize=8)
-    ax.legend()
-
-
 def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
     """Draw valid BLEU and nll over updates. groups: {label: runs}; runs without a log are left out."""
     bleu = ("valid_bleu", "valid BLEU (fairseq, beam 1)", "BLEU on valid as fairseq-train logs it")
@@ -240,16 +231,13 @@ def calibration(sides: list[Side]) -> Chart:
 
 def by_frequency(sides: list[Side], field: str, ylabel: str) -> Chart:
     figure, ax = axes("occurrences of the target type in train", ylabel)
-    kept = [index for index, row in enumerate(sides[0].analyses[0].frequency) if row.tokens]
-    values = {
-        side.label: [
-            statistics.mean(getattr(analysis.frequency[index], field) or 0 for analysis in side.analyses)
-            for index in kept
-        ]
-        for side in sides
-    }
-    rows = [sides[0].analyses[0].frequency[index] for index in kept]
-    draw_bars(ax, values, [f"{name_range(row)}\n({row.tokens:,})" for row in rows])
+    rows = {index: row for index, row in enumerate(sides[0].analyses[0].frequency) if row.tokens}
+    for side, offset, hatch in zip(sides, (-0.2, 0.2), ("", "//"), strict=True):
+        means = [np.mean([getattr(each.frequency[index], field) or 0 for each in side.analyses]) for index in rows]
+        look = {"color": side.style["color"], "hatch": hatch, "edgecolor": "white"}
+        ax.bar(np.arange(len(rows)) + offset, means, 0.4, label=side.label, **look)
+    ax.set_xticks(range(len(rows)), [f"{name_range(row)}\n({row.tokens:,})" for row in rows.values()], fontsize=8)
+    ax.legend()
     caption = "Predictions of subwords, by how often the type occurs in train; number of target tokens in brackets."
     title = f"{'F1' if field == 'f1' else 'Accuracy'} of frequent and rare types"
     return Chart(f"frequency_{field}", title, caption, figure)

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..evaluation.comparison import Comparison
 from ..evaluation.formatting import Table, escape
 from ..evaluation.results import Result
+from ..files import write_record
 from ..processes import locked
 from ..training.run_folder import Run, render_options
 from .sections import SECTIONS, Material, Section, disagree
@@ -61,7 +62,7 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
             (partial / folder).mkdir(parents=True)
         (partial / "report.html").write_text(html, encoding="utf-8")
         (partial / "report.md").write_text(markdown(title, setting, comparison, [*sections, last]), encoding="utf-8")
-        comparison.write(partial / "comparison.json")
+        write_record(partial / "comparison.json", comparison)
         for table in (*scores.values(), *(table for section in [*sections, last] for table in section.tables)):
             table.save(partial / "tables")
         for chart in (chart for section in sections for chart in section.charts):

@@ -202,7 +202,5 @@ def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str,
 def mark_words(line: str, reference: str) -> list[tuple[str, bool]]:
     """Return the words of `line`, each with whether it is missing from the words that both share in the same order."""
     words = line.split()
-    shared: set[int] = set()
-    for block in difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_matching_blocks():
-        shared.update(range(block.a, block.a + block.size))
-    return [(word, index not in shared) for index, word in enumerate(words)]
+    changes = difflib.SequenceMatcher(None, words, reference.split(), autojunk=False).get_opcodes()
+    return [(word, kind != "equal") for kind, start, end, *_ in changes for word in words[start:end]]

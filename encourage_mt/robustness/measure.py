@@ -15,11 +15,10 @@ from tqdm import tqdm
 from ..data import subwords
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData, hash_text
-from ..data.stages import text_steps
 from ..errors import UserError, as_user_error
 from ..evaluation import scoring
 from ..evaluation.confidence import SCORES, encode, score_pairs, sentence_scores
-from ..evaluation.converted_model import MAX_PIECES, Translation, load_model, translate_pieces
+from ..evaluation.converted_model import MAX_PIECES, Translation, translate_pieces
 from ..evaluation.diagnostics import load
 from ..evaluation.evaluate import evaluated_checkpoint, write_lines
 from ..evaluation.results import HEADLINE, FiniteScore, Result
@@ -27,8 +26,7 @@ from ..fields import Split
 from ..files import Record, file_hash, read_record, write_record
 from ..processes import locked
 from ..serving.export import exported
-from ..serving.model import Model
-from ..serving.translate import restore_text
+from ..serving.translate import Translator
 from ..training.run_folder import Run
 from .perturbations import perturb, perturbations, shuffle_words
 
@@ -113,11 +111,9 @@ class Robustness(Record):
 class Measurement:
     """Measures one evaluated run, whose folder must be locked, with the model that it was exported to."""
 
-    def __init__(self, run: Run, model: Model, choice: Choice):
-        self.run, self.model, self.choice, self.data = run, model, choice, run.prepared()
-        self.steps = text_steps(model.source, **model.preparation.model_dump())
-        self.encode = subwords.encoder(model.subword, model.folder / "subword")
-        self.engine = load_model(model.folder)
+    def __init__(self, run: Run, translator: Translator, choice: Choice):
+        self.run, self.translator, self.choice, self.data = run, translator, choice, run.prepared()
+        self.model = translator.model
         self.metrics = scoring.metrics(self.data.target, self.data.lowercase)
         self.record = self._open()
         self.fairseq: tuple[Any, Any] | None = None  # model and task
@@ -159,17 +155,12 @@ class Measurement:
         for name, perturbation in perturbations(self.choice.percentages).items():
             yield name, list(map(self._pieces, perturb(source, perturbation, name, self.choice.seed)))
         prefix = self.model.folder / "subword"
-        sampled = subwords.sample(list(map(self._prepare, source)), prefix, self.choice.seed)
+        sampled = subwords.sample(list(map(self.translator.prepare, source)), prefix, self.choice.seed)
         if sampled:
             yield SEGMENTATION, [tuple(line.split()) for line in sampled]
 
-    def _prepare(self, line: str) -> str:
-        for step in self.steps:
-            line = step(line)
-        return line
-
     def _pieces(self, line: str) -> Pieces:
-        return tuple(self.encode(self._prepare(line)).split())
+        return tuple(self.translator.pieces(line))
 
     def _measure_noise(self, test, name, pieces, changed, references, clean, translation) -> list[str]:
         """Return the translation of a noisy set. clean: {pieces: translation}; translation: that of the clean set."""
@@ -181,8 +172,8 @@ class Measurement:
             if len(lines) == len(pieces):
                 return lines
         new = list(dict.fromkeys(line for line in pieces if line not in clean))
-        texts = (self._text(found.pieces) for found in self._translate(new, f"{self.run.name} {test}, {name}"))
-        known = clean | dict(zip(new, texts, strict=True))
+        found = self._translate(new, f"{self.run.name} {test}, {name}")
+        known = clean | {line: self.translator.text(best.pieces) for line, best in zip(new, found, strict=True)}
         lines = [known[line] for line in pieces]
         path.parent.mkdir(exist_ok=True)
         write_lines(path, lines)
@@ -222,15 +213,12 @@ class Measurement:
         self._save()
 
     def _translate(self, sources: list[Pieces], description: str) -> Iterable[Translation]:
-        found = translate_pieces(self.engine, map(list, sources), self.model.beam, self.model.lenpen)
+        found = translate_pieces(self.translator.engine, map(list, sources), self.model.beam, self.model.lenpen)
         try:
             for (best,) in tqdm(found, desc=description, total=len(sources), unit="sentence", leave=False):
                 yield best
         except UserError as error:  # such as a sentence that is too long
             raise UserError(f"{description}: {error}") from None
-
-    def _text(self, pieces: list[str]) -> str:
-        return restore_text(subwords.join_pieces(pieces, self.model.remove_bpe), self.model)
 
     def _save(self) -> None:
         self.has_worked = True
@@ -285,9 +273,9 @@ def measure(run: Run, choice: Choice) -> Robustness:
 
     Raises UserError if the run is not evaluated, a file is missing or damaged, or CTranslate2 is not installed.
     """
-    model = Model.open(exported(run))  # it locks the run itself
+    translator = Translator(exported(run))  # `exported` locks the run itself
     with locked(run.folder):
-        measurement = Measurement(run, model, choice)
+        measurement = Measurement(run, translator, choice)
         for test in choice.tests:
             measurement.measure(test)
     if not measurement.has_worked:

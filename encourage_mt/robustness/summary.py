@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from ..evaluation.comparison import check_comparable
 from ..evaluation.confidence import SCORES
 from ..evaluation.results import HEADLINE, Result
 from ..evaluation.significance import MetricComparison, Statistic, compare_resampled, correct, count_draws
-from ..files import Record, read_record, write_record
+from ..files import Record
 from ..training.run_folder import Run
 from .detection import Pair, auroc, fpr95, resampled_auroc
 from .measure import CLEAN, LENGTH, REVERSED, SHUFFLED, Foreign, Noise, Robustness
@@ -53,13 +52,6 @@ class Summary(Record):
     comparisons: dict[str, dict[str, dict[str, list[MetricComparison]]]]
     signatures: dict[str, str]
     differences: list[str]
-
-    @classmethod
-    def read(cls, path: Path) -> "Summary":
-        return read_record(path, cls)
-
-    def write(self, path: Path) -> None:
-        write_record(path, self)
 
     def gains(self, arm: str) -> dict[str, MetricComparison]:
         """Return {description: gain} of all comparisons of an arm."""

@@ -19,7 +19,7 @@ from ..files import file_hash, read_json
 from ..processes import locked
 from ..training.run_folder import Run
 from .card import model_card
-from .model import CARD, RECORD, Agreement, Model, Preparation
+from .model import CARD, RECORD, Agreement, Model, preparation_of
 from .translate import Translator, restore_text
 
 SAMPLE = 1000  # sentences of valid whose translations are compared
@@ -60,7 +60,7 @@ def _export(run: Run, output: Path, quantization: str) -> None:
             recipe=run.recipe,
             source=data.source,
             target=data.target,
-            preparation=Preparation.of(data, "valid"),  # until it is verified
+            preparation=preparation_of(data, "valid"),  # until it is verified
             subword=data.subword_options,
             remove_bpe=data.remove_bpe,
             byte_fallback=data.byte_fallback,
@@ -73,7 +73,7 @@ def _export(run: Run, output: Path, quantization: str) -> None:
         )
         model.write()  # because the translator reads it
         agreement = verify(model, run, data, result)
-        of_tests = Preparation.of(data, data.tests[0])
+        of_tests = preparation_of(data, data.tests[0])
         model.model_copy(update={"agreement": agreement, "preparation": of_tests}).write()
         (partial / CARD).write_text(model_card(model, agreement, data, result), encoding="utf-8")
     print(f"{output}: {agreement.describe()}")

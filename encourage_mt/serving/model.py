@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, JsonValue
 
 from ..data.manifest import PreparedData
+from ..data.stages import Preparation
 from ..errors import UserError, as_user_error
 from ..fields import SHA256, Count, Language, Name
 from ..files import Record, file_hash, read_record, write_record
@@ -14,29 +15,13 @@ RECORD, CARD = "model.json", "README.md"
 AGAIN = "export the run again"
 
 
-class Preparation(Record):
-    """How a line of raw text is prepared before it is split into pieces: the arguments of `data.stages.text_steps`."""
-
-    tokenizer: Literal["none", "moses"]
-    aggressive_hyphens: bool
-    straight_apostrophes: bool
-    normalize_punctuation: bool
-    lowercase: bool
-
-    @classmethod
-    def of(cls, data: PreparedData, split: str) -> "Preparation":
-        """Return how valid or a test set of `data` was prepared: like train only if it was held out of it."""
-        corpora: Any = data.options.get("data", [])
-        key = "valid_every" if split == "valid" else ""
-        with as_user_error(f"{data.folder / 'manifest.json'}: options: data: cannot be read"):
-            like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
-        return cls(
-            tokenizer=data.tokenizer,
-            aggressive_hyphens=bool(data.options.get("aggressive_hyphens")),
-            straight_apostrophes=bool(data.options.get("straight_apostrophes")) and not like_train,
-            normalize_punctuation=bool(data.options.get("normalize_punctuation")) and like_train,
-            lowercase=data.lowercase,
-        )
+def preparation_of(data: PreparedData, split: str) -> Preparation:
+    """Return how valid or a test set of `data` was prepared: like train only if it was held out of it."""
+    corpora: Any = data.options.get("data", [])
+    key = "valid_every" if split == "valid" else ""
+    with as_user_error(f"{data.folder / 'manifest.json'}: options: cannot be read"):
+        like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
+        return Preparation.of({**data.options, "tokenizer": data.tokenizer, "lowercase": data.lowercase}, like_train)
 
 
 class Agreement(Record):

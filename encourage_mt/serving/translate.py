@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..data.bitext import MAX_LINE, decode
-from ..data.stages import chunks, text_steps
+from ..data.stages import chunks
 from ..data.subwords import encoder, join_pieces, restore_bytes
 from ..data.tokenization import detokenize
 from ..errors import UserError
@@ -35,9 +35,9 @@ class Translator:
 
     def __init__(self, model: str | Path, device: str = "auto", threads: int | None = None):
         self.model = Model.open(Path(model))
-        self._steps = text_steps(self.model.source, **self.model.preparation.model_dump())
-        self._steps.append(encoder(self.model.subword, self.model.folder / "subword"))
-        self._engine = load_model(self.model.folder, device, threads)
+        self._steps = self.model.preparation.steps(self.model.source)
+        self._encode = encoder(self.model.subword, self.model.folder / "subword")
+        self.engine = load_model(self.model.folder, device, threads)
         self._has_split = False
 
     def translate(self, lines: Iterable[str], beam: int | None = None) -> list[str]:
@@ -55,16 +55,20 @@ class Translator:
         beam = self.model.beam if beam is None else beam
         if nbest > beam:
             raise UserError(f"--nbest {nbest}: must be at most the beam size, {beam}")
-        parts = [self._split(self._pieces(line)) for line in lines]
+        parts = [self._split(self.pieces(line)) for line in lines]
         pieces = [part for line in parts for part in line]
-        results = translate_pieces(self._engine, pieces, beam, self.model.lenpen, nbest)
+        results = translate_pieces(self.engine, pieces, beam, self.model.lenpen, nbest)
         return [self._combine([next(results) for _ in line], nbest) for line in parts]
 
-    def _pieces(self, line: str) -> list[str]:
+    def prepare(self, line: str) -> str:
+        """Return a line as it is before it is split into pieces."""
         line = line.encode(errors="replace").decode()  # half of a surrogate pair is not a character
         for step in self._steps:
             line = step(line)
-        return line.split()  # as fairseq-preprocess does
+        return line
+
+    def pieces(self, line: str) -> list[str]:
+        return self._encode(self.prepare(line)).split()  # as fairseq-preprocess does
 
     def _split(self, pieces: list[str]) -> list[list[str]]:
         """Return the parts of a line, each of at most MAX_PIECES pieces; none if it has no pieces."""
@@ -95,12 +99,12 @@ class Translator:
             return [Hypothesis("", 0.0)] * nbest
         return [
             Hypothesis(
-                " ".join(self._text(part.pieces) for part in ranked), sum(part.score for part in ranked) / len(ranked)
+                " ".join(self.text(part.pieces) for part in ranked), sum(part.score for part in ranked) / len(ranked)
             )
             for ranked in zip(*parts, strict=True)
         ]
 
-    def _text(self, pieces: list[str]) -> str:
+    def text(self, pieces: list[str]) -> str:
         return restore_text(join_pieces(pieces, self.model.remove_bpe), self.model)
 
 

@@ -127,10 +127,9 @@ def test_the_allow_list_has_exactly_the_types_of_a_checkpoint_with_eval_bleu(el_
     needless = [entry for entry in listed if loads([other for other in listed if other is not entry])]
     of_several_processes, (_, name) = needless
     assert of_several_processes is type(numpy.dtype(numpy.float64))
-    assert name in (
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-    ), "nothing unneeded is listed, except the name of the other numpy"
+    assert name in ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), (
+        "nothing unneeded is listed, except the name of the other numpy"
+    )
 
 
 @pytest.mark.parametrize("first, second", [(CE, EL), (EL, CE)], ids=["ce to el", "el to ce"])
@@ -189,7 +188,7 @@ def hydra_train(data, save_dir, *options, code=0):
 def test_hydra_trains_with_the_same_options(tiny, tmp_path):
     _, data = tiny
     hydra_train(data, tmp_path, "criterion.log_end=0.75")
-    state = checkpoints.load(tmp_path / "checkpoint_last.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoint_last.pt")
     criterion = state["cfg"]["criterion"]
     assert (criterion["_name"], criterion["log_end"], criterion["label_smoothing"]) == (EL[1], 0.75, 0.1)
     generated = generate(tmp_path / "checkpoint_last.pt", data, "--user-dir", USER_DIR).stdout

@@ -17,10 +17,7 @@ from loss_cases import each_backend
 from encourage_mt.loss import bonuses
 from encourage_mt.loss.options import OPTIONS
 from encourage_mt.plugin import checkpoints
-from encourage_mt.plugin.criterion import (
-    LabelSmoothedEncouragingLossConfig,
-    LabelSmoothedEncouragingLossCriterion,
-)
+from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossConfig, LabelSmoothedEncouragingLossCriterion
 
 TYPES = 40
 

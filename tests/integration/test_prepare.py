@@ -96,11 +96,7 @@ def test_prepared_data_is_complete_and_made_once(tmp_path, capsys):
     assert manifest.read_text("test", "en") == read_lines(tmp_path / "test.en")
     assert (data / "data-bin" / "dict.de.txt").read_bytes() == (data / "data-bin" / "dict.en.txt").read_bytes()
     assert manifest.duplicate_train_pairs == 3
-    assert manifest.leakage["test"].model_dump() == {
-        "sources_in_train": 3,
-        "targets_in_train": 3,
-        "pairs_in_train": 2,
-    }
+    assert manifest.leakage["test"].model_dump() == {"sources_in_train": 3, "targets_in_train": 3, "pairs_in_train": 2}
     assert [warning.partition(":")[0] for warning in manifest.warnings] == ["test, kept", "test"]
     assert manifest.percent_unknown["test"]["en"] > 0 and manifest.lengths_in_pieces["test"]["en"].longest > 1
     assert {"sacremoses", "sentencepiece", "subword-nmt"} <= set(manifest.versions)

@@ -20,7 +20,7 @@ from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import holm
 from encourage_mt.evaluation.words import count_words, words_of
-from encourage_mt.files import read_json, write_json
+from encourage_mt.files import read_json, read_record, write_json
 from encourage_mt.report.charts import Chart, learning_curves
 from encourage_mt.report.page import FILE_LIST
 from encourage_mt.report.sections import Section, TranslatedSet, disagree, mark_words
@@ -103,7 +103,7 @@ def test_the_page_needs_no_network_and_no_other_file(reported):
 
 def test_the_scores_on_the_page_are_those_of_the_runs(reported):
     page = html.unescape((reported / "report.html").read_text(encoding="utf-8"))
-    compared = Comparison.read(reported / "comparison.json")
+    compared = read_record(reported / "comparison.json", Comparison)
     markdown = (reported / "report.md").read_text(encoding="utf-8")
     for name in ("ce.seed1", "el.seed2"):
         result = Result.read(reported.parent / name)
@@ -117,7 +117,7 @@ def test_the_scores_on_the_page_are_those_of_the_runs(reported):
 
 
 def test_where_it_helps_is_measured_corrected_and_counted(reported, capsys):
-    measures = Comparison.read(reported / "comparison.json").measures
+    measures = read_record(reported / "comparison.json", Comparison).measures
     everything = [each for sets in measures.values() for each in sets["test"]]
     assert set(measures) == {"words", "confidence"} and len({each.metric for each in everything}) == len(everything)
     assert holm([each.p for each in everything]) == [each.holm_p for each in everything]
@@ -144,7 +144,7 @@ def test_tables_are_beside_the_page_as_latex_and_csv(reported):
     assert {path.name for path in (reported / "tables").iterdir()} == names
     with open(reported / "tables" / "scores_test.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[1:] == Comparison.read(reported / "comparison.json").table("test").rows
+    assert rows[1:] == read_record(reported / "comparison.json", Comparison).table("test").rows
     latex = (reported / "tables" / "scores_test.tex").read_text(encoding="utf-8")
     assert r"\toprule" in latex and latex.count(r"\\") == len(rows) and r"$\pm$" in latex and "±" not in latex
 

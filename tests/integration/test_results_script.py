@@ -11,7 +11,7 @@ from conftest import ROOT, TINY
 
 from encourage_mt.evaluation.comparison import Comparison, differences
 from encourage_mt.evaluation.results import Result
-from encourage_mt.files import read_json, write_json
+from encourage_mt.files import read_json, read_record, write_json
 
 PAGES = ("README.md", "docs/results.md", "docs/robustness.md")
 
@@ -67,7 +67,7 @@ def test_tables_of_the_pages_agree_with_the_runs(project):
                 expected = [arm, split, str(len(scores)), f"{statistics.mean(scores):.2f}{spread}"]
                 assert expected in [row[:4] for row in rows]
         for path in folder.glob("*.comparison.json"):
-            comparison = Comparison.read(path)
+            comparison = read_record(path, Comparison)
             for split, metrics in comparison.tests.items():
                 for side, arm in (("baseline", comparison.baseline), ("candidate", comparison.candidate)):
                     scores = {r.seed: r.scores[split]["sacreBLEU"].score for r in results if r.arm == arm}

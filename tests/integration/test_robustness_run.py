@@ -9,7 +9,7 @@ from encourage_mt.cli import main
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import holm
-from encourage_mt.files import read_json, write_json
+from encourage_mt.files import read_json, read_record, write_json
 from encourage_mt.robustness import measure
 from encourage_mt.robustness.measure import CLEAN, REVERSED, SHUFFLED, read_measured
 from encourage_mt.robustness.summary import Summary
@@ -34,7 +34,7 @@ def measured(el_run, tmp_path_factory):
             Result.read(folder).model_copy(update={"arm": arm}).write(folder)
         command = ["robustness", str(first), str(second), "--strength", "50", "--ood", f"own={work / 'foreign.txt'}"]
         main([*command, "--output", str(work / "summary.json")])
-    return command, Summary.read(work / "summary.json")
+    return command, read_record(work / "summary.json", Summary)
 
 
 def runs_of(command):
@@ -104,7 +104,7 @@ def test_the_report_has_a_section_if_all_runs_are_measured_and_corrects_all_its_
     options = ["--allow-differences", "--output", str(tmp_path / "report")]  # the models are the same
     main(["report", "--baseline", command[1], "--candidate", command[2], *options])
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    measures = Comparison.read(tmp_path / "report" / "comparison.json").measures
+    measures = read_record(tmp_path / "report" / "comparison.json", Comparison).measures
     everything = [each for kind in ("words", "confidence", "robustness") for each in measures[kind]["test"]]
     assert "Noise and out-of-distribution text" in page and f"corrected for all {len(everything)} " in page
     assert [each.bootstrap_holm_p for each in everything] == holm([each.bootstrap_p for each in everything])

@@ -56,7 +56,7 @@ def updates_in(log):
 
 
 def model(folder):
-    return checkpoints.load(folder / "checkpoint_last.pt")["model"]
+    return checkpoints.load_checkpoint(folder / "checkpoint_last.pt")["model"]
 
 
 def assert_identical(first, second):

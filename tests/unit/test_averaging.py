@@ -30,7 +30,7 @@ def checkpoint(path, value, dtype=torch.float32, count=0, **parameters):
 def test_the_mean_of_three_by_hand(tmp_path):
     paths = [checkpoint(tmp_path / f"{i}.pt", value, count=i) for i, value in enumerate((1.0, 2.0, 6.0))]
     average(paths, tmp_path / "out.pt")
-    state = checkpoints.load(tmp_path / "out.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "out.pt")
     assert torch.equal(state["model"]["w"], torch.full((2, 3), 3.0))
     assert state["model"]["steps"] == 2 and state["extra_state"]["epoch"] == 2, "the rest is of the last one"
     assert "last_optimizer_state" not in state and state["args"].arch == "x"
@@ -41,11 +41,11 @@ def test_half_types_are_summed_in_float32(tmp_path):
     """In float16 the sum of 3 x 30,000 would be infinite, and float16 does not have 2,049."""
     paths = [checkpoint(tmp_path / f"{i}.pt", v, torch.float16) for i, v in enumerate((30000.0, 30000.0, 30000.0))]
     average(paths, tmp_path / "out.pt")
-    w = checkpoints.load(tmp_path / "out.pt")["model"]["w"]
+    w = checkpoints.load_checkpoint(tmp_path / "out.pt")["model"]["w"]
     assert w.dtype == torch.float16 and (w == 30000).all()
     paths = [checkpoint(tmp_path / f"{i}.pt", v, torch.float64) for i, v in enumerate((1.0, 1.0 + 2e-16, 1.0))]
     average(paths, tmp_path / "out.pt")
-    assert checkpoints.load(tmp_path / "out.pt")["model"]["w"].dtype == torch.float64
+    assert checkpoints.load_checkpoint(tmp_path / "out.pt")["model"]["w"].dtype == torch.float64
 
 
 def test_the_last_are_chosen_by_number_not_by_name(tmp_path):

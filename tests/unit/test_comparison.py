@@ -13,7 +13,7 @@ from encourage_mt.errors import UserError
 from encourage_mt.evaluation import scoring, significance
 from encourage_mt.evaluation.comparison import Comparison, compare, differences
 from encourage_mt.evaluation.significance import MetricComparison
-from encourage_mt.files import read_json, write_json
+from encourage_mt.files import read_json, read_record, write_json, write_record
 
 TRAINING = {"tokens per update": 4000, "updates": 500, "max_update": 500, "lr": [0.002], "dropout": 0.2}
 CRITERIA = {
@@ -242,12 +242,12 @@ def test_a_comparison_is_read_back_as_it_was_written(tmp_path):
     sides = {"baseline": "ce", "candidate": "el", "signatures": {"sacreBLEU": "nrefs:1"}, "differences": []}
     comparison = Comparison(tests={"test": {"sacreBLEU": metric}}, **sides)
     path = tmp_path / "comparison.json"
-    comparison.write(path)
-    assert Comparison.read(path) == comparison
+    write_record(path, comparison)
+    assert read_record(path, Comparison) == comparison
     content = read_json(path)
     content["tests"]["test"]["sacreBLEU"].update(gain=99.0, p=0.5)
     write_json(path, {name: value for name, value in content.items() if name != "format"})
-    assert Comparison.read(path) == comparison, "of version 0.1; everything over seeds is computed again"
+    assert read_record(path, Comparison) == comparison, "of version 0.1; everything over seeds is computed again"
     for key, value in (("baseline", {"1": "x"}), ("baseline", {}), ("candidate", {"a": 1.0})):
         write_json(
             path,
@@ -266,4 +266,4 @@ def test_a_comparison_is_read_back_as_it_was_written(tmp_path):
             },
         )
         with pytest.raises(UserError, match=f"comparison.json: tests.test.sacreBLEU.*{'' if value == {} else key}"):
-            Comparison.read(path)
+            read_record(path, Comparison)

@@ -12,8 +12,8 @@ from fairseq import checkpoint_utils
 
 from encourage_mt.errors import UserError
 from encourage_mt.plugin import checkpoints, fault_tolerance
-from encourage_mt.plugin.checkpoints import find_corruption
-from encourage_mt.plugin.fault_tolerance import restore_last_checkpoint, saved_checkpoints
+from encourage_mt.plugin.checkpoints import find_corruption, saved_checkpoints
+from encourage_mt.plugin.fault_tolerance import restore_last_checkpoint
 
 
 def save(path, value=0.0):
@@ -68,8 +68,8 @@ def test_the_order_of_checkpoints(tmp_path):
     names = ["checkpoint_best.pt", "checkpoint2.pt", "checkpoint_2_30.pt", "checkpoint_11_90.pt", "checkpoint10.pt"]
     for name in (*names, "checkpoint_last.pt", "checkpoint1.pt.tmp", "other.pt"):
         (tmp_path / name).touch()
-    found = [path.name for path in saved_checkpoints(tmp_path, "")]
-    assert found == [names[3], names[4], names[1], names[2], names[0]]
+    found = [path.name for path in saved_checkpoints(tmp_path)]
+    assert found == ["checkpoint_last.pt", names[3], names[4], names[1], names[2], names[0]]
 
 
 def test_a_flipped_bit_is_refused_wherever_a_checkpoint_is_read(tmp_path):
@@ -78,7 +78,7 @@ def test_a_flipped_bit_is_refused_wherever_a_checkpoint_is_read(tmp_path):
     assert torch.load(path)["model"]["w"].ne(1.0).sum() == 1, "torch loads it as if nothing were wrong"
     assert "checksum" in find_corruption(path)
     checkpoints.install()
-    for load in (checkpoints.load, checkpoints.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu):
+    for load in (checkpoints.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu):
         with pytest.raises(UserError, match="checkpoint1.pt: damaged checkpoint"):
             load(path if load is not checkpoint_utils.load_checkpoint_to_cpu else str(path))
 

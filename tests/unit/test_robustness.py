@@ -13,6 +13,7 @@ from encourage_mt.errors import UserError
 from encourage_mt.evaluation.confidence import SCORES
 from encourage_mt.evaluation.lengths import LengthRange
 from encourage_mt.evaluation.significance import MetricComparison, compare_resampled
+from encourage_mt.files import read_record, write_record
 from encourage_mt.report import measure_charts
 from encourage_mt.report.charts import length_charts
 from encourage_mt.robustness import measure, summary, tables
@@ -227,8 +228,8 @@ def test_arms_are_compared_over_seeds_and_sentences(arms, tmp_path):
     upper = found.gains("el")["test, chrF++ change, upper case"]
     assert upper.gain == pytest.approx(5.1, abs=0.01) and upper.p < 0.01 and upper.bootstrap_p < 0.01
     assert 5 < upper.bootstrap_interval[0] < 5.1 < upper.bootstrap_interval[1] < 5.2
-    found.write(tmp_path / "summary.json")
-    assert summary.Summary.read(tmp_path / "summary.json") == found
+    write_record(tmp_path / "summary.json", found)
+    assert read_record(tmp_path / "summary.json", summary.Summary) == found
 
 
 def test_the_tables_count_the_comparisons_and_correct_p(arms):

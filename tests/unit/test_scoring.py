@@ -46,11 +46,7 @@ def same(ours, theirs):
     assert ours.signature == theirs["signature"]
 
 
-COMMANDS = {
-    "sacreBLEU": ("-m", "bleu"),
-    "chrF++": ("-m", "chrf", "--chrf-word-order", "2"),
-    "TER": ("-m", "ter"),
-}
+COMMANDS = {"sacreBLEU": ("-m", "bleu"), "chrF++": ("-m", "chrf", "--chrf-word-order", "2"), "TER": ("-m", "ter")}
 LOWER = {"sacreBLEU": ["-lc"], "chrF++": ["--chrf-lowercase"], "TER": []}  # the command's TER ignores case anyway
 
 

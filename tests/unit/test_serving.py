@@ -19,7 +19,7 @@ from encourage_mt.files import file_hash, read_json, write_json
 from encourage_mt.recipe import Recipe
 from encourage_mt.serving import translate
 from encourage_mt.serving.export import check_output
-from encourage_mt.serving.model import CARD, RECORD, Model, Preparation
+from encourage_mt.serving.model import CARD, RECORD, Model, Preparation, preparation_of
 from encourage_mt.serving.translate import Translator, translate_stream
 
 RAW = {
@@ -133,7 +133,7 @@ def test_text_is_prepared_as_the_set_was(split, data, like_train, tmp_path):
         remove_bpe="@@ ",
         options=recipe.preparation,
     )
-    steps = translate.text_steps("de", **Preparation.of(prepared, split).model_dump())
+    steps = preparation_of(prepared, split).steps("de")
     lines = ["Das ist ein „Test“ – gut-gemeint, l’État (d.h. nicht schlecht).", *HOSTILE]
     expected = [source for _, source, _ in TextStage(recipe, is_train=like_train)([(line, "") for line in lines])]
     for line, tokens in zip(lines, expected, strict=True):
@@ -172,7 +172,7 @@ def test_hostile_lines_stay_in_their_order(echo):
 
 
 def test_bytes_that_are_line_ends_do_not_end_a_line(echo):
-    assert echo._text(["▁a", "<0x0A>", "b", "<0x0D>", "<0xE2>", "<0x82>", "<0xAC>"]) == "a b €"
+    assert echo.text(["▁a", "<0x0A>", "b", "<0x0D>", "<0xE2>", "<0x82>", "<0xAC>"]) == "a b €"
 
 
 # --- long lines
@@ -191,7 +191,7 @@ def test_a_long_line_is_translated_in_parts(sentence, ends, echo, caplog):
     assert again.replace(" ", "") == line.replace(" ", "")
     assert again == line or sentence == "x"
     assert len([record for record in caplog.records if str(MAX_PIECES) in record.message]) == 1, "it is said once"
-    parts = echo._split(echo._pieces(line))
+    parts = echo._split(echo.pieces(line))
     assert len(parts) > 2 and all(part[-1].endswith(ends) for part in parts)
 
 

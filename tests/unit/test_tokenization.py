@@ -13,8 +13,8 @@ from subword_nmt.apply_bpe import BPE
 
 from encourage_mt import atomic
 from encourage_mt.data import subwords
-from encourage_mt.data.subwords import BPEEncoder, learn, restore_bytes
-from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize, tokenize
+from encourage_mt.data.subwords import encoder, learn, restore_bytes
+from encourage_mt.data.tokenization import PunctuationNormalizer, Tokenizer, detokenize
 
 # the rules look at full stops, prefixes, commas, numbers, apostrophes, dots, hyphens, quotes, spaces and controls
 BITS = [*"aZé5'’\".,  -`:;!?()[]|<>&/…«»„“–—%№ßĳ٣あ漢😀@#sdmn\u00a0\u2028\x85\x01"]
@@ -45,7 +45,7 @@ def test_punctuation_equals_that_of_sacremoses_except_for_unprintable_characters
 
 def test_detokenizing_restores_the_text():
     text = ["He said: \"It's 5,000 & more [now] - isn't it?\"", "A well-known <b> | Dr. No."]
-    tokens = tokenize(text, "en", aggressive_hyphens=True)
+    tokens = list(map(Tokenizer("en", aggressive_hyphens=True), text))
     assert tokens[1] == "A well @-@ known &lt; b &gt; &#124; Dr. No ."
     assert detokenize(tokens, "en") == [text[0], "A well-known < b > | Dr. No."]
 
@@ -72,7 +72,7 @@ def test_merges_and_pieces_equal_those_of_subword_nmt(codes):
     assert codes.with_suffix(".codes").read_text(encoding="utf-8") == expected.getvalue()
     with open(f"{codes}.codes", encoding="utf-8") as file:
         slow = BPE(file)
-    fast = BPEEncoder(codes)
+    fast = encoder({"merges": 300}, codes)
     for line in map(Tokenizer("de"), lines(3, 1000)):
         assert fast(line) == slow.process_line(line)
 
