@@ -161,7 +161,7 @@ def interleave(actions, device, repeats, reset=lambda: None):
         reset()
         action()
         reset()
-        chunked._gradient_buffers.clear()
+        chunked.release_memory()
         peaks[name] = peak_bytes(action, device)
     for _ in range(repeats):
         for name, action in actions.items():

@@ -24,11 +24,21 @@ __all__ = [
     "register_bonus",
 ]
 
+_MODULES = {
+    "BACKENDS": "options",
+    "BonusSchedule": "options",
+    "LossOptions": "options",
+    "LossTerms": "terms",
+    "linear_encouraging_loss": "fused_projection",
+    "projected_loss_terms": "fused_projection",
+    "rdrop_terms": "rdrop",
+    "register_bonus": "bonuses",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import bonuses, functional, fused_projection, options, rdrop, terms
+    from importlib import import_module
 
-    modules = (functional, fused_projection, options, rdrop, terms, bonuses)
-    return next(vars(module)[name] for module in modules if name in vars(module))
+    return getattr(import_module(f".{_MODULES.get(name, 'functional')}", __name__), name)

@@ -86,6 +86,11 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype, count=logits.numel()).view(logits.shape)
 
 
+def release_memory() -> None:
+    """Free the memory kept on CPU for the next gradient."""
+    _gradient_buffers.clear()
+
+
 def terms_and_gradient_(
     logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

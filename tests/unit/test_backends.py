@@ -355,7 +355,7 @@ def test_the_loss_may_be_changed_in_place(backend, reduce):
 
 def test_memory_kept_for_the_gradient_is_never_shared():
     """Gradients in use at the same time never share memory; a buffer is reused only after its gradient is freed."""
-    chunked._gradient_buffers.clear()
+    chunked.release_memory()
     logits, target = random_batch(40, 300)
 
     def gradient(of):
@@ -379,7 +379,7 @@ def test_memory_kept_for_the_gradient_is_never_shared():
 
 def test_memory_kept_is_not_shared_with_forked_processes():
     """A child writes a gradient of its own at the same address; the parent's stays as it was."""
-    chunked._gradient_buffers.clear()
+    chunked.release_memory()
     logits, target = random_batch(40, 300)
     leaf = logits.clone().requires_grad_()
     loss_terms(leaf, target, LossOptions(), backend="chunked").loss.backward()
