@@ -31,22 +31,23 @@ class Sources:
         if self.raw_dir is not None and not self.raw_dir.is_dir():
             raise UserError(f"{self.raw_dir}: no such folder")
 
-    def find_local(self, name: str) -> Path | None:
-        """Return the path of a file that needs no download, or None."""
+    def find_local(self, name: str, corpus: Corpus | None = None) -> Path | None:
+        """Return the path of a file of `corpus` (default: the one that was chosen) that needs no download, or None."""
         if self.raw_dir:
             folders = [self.raw_dir, self.raw_dir / self.recipe.name, self.raw_dir / self.recipe.corpus]
             paths = [folder / relative for folder in folders for relative in (name, PurePosixPath(name).name)]
         else:
-            paths = [] if self.corpus.urls else [self.recipe.folder / name]
+            paths = [] if (corpus or self.corpus).urls else [self.recipe.folder / name]
         return next((path for path in paths if path.is_file()), None)
 
     def choose(self) -> Corpus:
         """Choose the first alternative of the recipe's data whose files are all found locally, otherwise the first."""
-        for corpus in (*self.recipe.data, self.recipe.data[0]):
-            self.corpus = corpus  # `find_local` asks it whether there are addresses
+
+        def is_local(corpus: Corpus) -> bool:
             names = {name for lists in corpus.splits.values() for files in lists for name in files}
-            if all(self.find_local(name.partition(":")[0]) for name in names):
-                break
+            return all(self.find_local(name.partition(":")[0], corpus) for name in names)
+
+        self.corpus = next(filter(is_local, self.recipe.data), self.recipe.data[0])
         return self.corpus
 
     def collect(self, names: list[str], extracted: Path) -> dict[str, Path]:
