@@ -73,14 +73,18 @@ def new_file(text: str) -> Path:
     return path
 
 
-def finite_number(text: str) -> float:
+def finite_number(text: str, above: float = -math.inf) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    if not above < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number{f' above {above}' * (above == 0)}, got {text!r}")
     return value
+
+
+def positive_number(text: str) -> float:
+    return finite_number(text, above=0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,12 +153,15 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("evaluate", "average the last checkpoints of each run, translate, score and write scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
-    for name, kind, meaning in (
-        ("average", count, "number of last epoch checkpoints to average"),
-        ("beam", count, "beam size"),
-        ("lenpen", finite_number, "length penalty, as in fairseq-generate"),
+    for name, kind, help in (
+        ("average", count, "number of last epoch checkpoints to average (default: as in the recipe)"),
+        ("beam", count, "beam size (default: as in the recipe)"),
+        ("lenpen", finite_number, "length penalty, as in fairseq-generate (default: as in the recipe)"),
+        ("temperature", positive_number, "number that divides the logits of the averaged model (default: 1.0)"),
     ):
-        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default: as in the recipe)")
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=help)
+    tune = "choose beam, length penalty and temperature of each arm by its mean BLEU on valid (default: no)"
+    command.add_argument("--tune", action="store_true", help=tune)
     add_engine(command)
     command.add_argument(
         "--comet", type=Path, metavar="CKPT", help="also compute COMET with the model in this file (default: none)"

@@ -215,8 +215,15 @@ def evaluate_runs(arguments) -> None:
     from .report.tables import runs_table
     from .training.run_folder import open_run
 
-    changes = {name: getattr(arguments, name) for name in ("data", "average", "beam", "lenpen")}
-    runs = [open_run(folder, **changes) for folder in arguments.runs]
+    search = {name: getattr(arguments, name) for name in ("beam", "lenpen", "temperature")}
+    given = [f"--{name}" for name, value in search.items() if value is not None]
+    if arguments.tune and given:
+        raise UserError(f"{given[0]} cannot be used with --tune, which chooses it")
+    runs = [open_run(folder, data=arguments.data, average=arguments.average, **search) for folder in arguments.runs]
+    if arguments.tune:
+        from .evaluation.tuning import tune
+
+        runs = tune(runs)
     print(f"\n{runs_table(evaluate_all(runs, arguments.comet, arguments.engine))}")
 
 

@@ -95,10 +95,10 @@ def job_environment(jobs: int) -> dict[str, str]:
     """
     import torch
 
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     if not torch.cuda.is_available():
-        environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)} | environment
-    return environment
+        environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
+    return environment | os.environ
 
 
 @contextmanager

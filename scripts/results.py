@@ -2,14 +2,14 @@
 
     python scripts/results.py                  write the tables
     python scripts/results.py --add FOLDER     first copy the results of `encourage-mt run` in FOLDER: scores,
-                                               diagnostics, learning curves, comparisons, and robustness.json if
-                                               `encourage-mt robustness --output` wrote it there
+                                               diagnostics, learning curves, tuning, comparisons, and
+                                               robustness.json if `encourage-mt robustness --output` wrote it there
     ... --into NAME                            copy them to results/NAME instead of the recipe's name, for runs that
                                                were evaluated in another way
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
-robustness, published (the figures of a paper with ours), or measures (of a report, with "words TEST" or "confidence
-TEST" instead of arms); NAME is the folder in results/; without ARM all arms are shown, baselines first.
+tuning, robustness, published (the figures of a paper with ours), or measures (of a report, with "words TEST" or
+"confidence TEST" instead of arms); NAME is the folder in results/; without ARM all arms are shown, baselines first.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
 from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import measures_table
+from encourage_mt.evaluation.tuning import Tuning, tuning_table
 from encourage_mt.files import file_hash, read_record, write_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
@@ -40,7 +41,10 @@ from encourage_mt.training.run_folder import Run, open_run, read_log
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
-TABLES = {"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table}
+TABLES = {
+    **{"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table},
+    "tuning": lambda results: tuning_table([(result.arm, result.tuning) for result in results if result.tuning]),
+}
 KINDS = "|".join(["arms", "published", "robustness", "measures", *TABLES])
 TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 CURVE = "valid_bleu.svg"
@@ -88,6 +92,12 @@ def read_result(run: Run) -> Result:
         if analysis.source["checkpoint_sha256"] != file_hash(run.folder / "average.pt"):
             raise UserError(f"{path}: is of another average than the scores; make the report again")
         values = diagnostic_values(analysis)
+    tuning = None
+    if (run.folder / "tuning.json").exists():
+        tuned = read_record(run.folder / "tuning.json", Tuning)
+        if tuned.checkpoints_sha256 != result.evaluation.checkpoints_sha256:
+            raise UserError(f"{run.folder / 'tuning.json'}: is of other checkpoints than the scores; tune again")
+        tuning = tuned.bleu
     starts = []
     for start in result.provenance["starts"]:
         command = start["command"].replace(f"{ROOT.resolve()}/", "")
@@ -96,7 +106,7 @@ def read_result(run: Run) -> Result:
                 f"{run.folder}: its command has paths outside the project; results must be of runs in runs/"
             )
         starts.append({**start, "command": command})
-    changes = {"diagnostics": values, "curve": learning_curve(read_log(run.log))}
+    changes = {"diagnostics": values, "curve": learning_curve(read_log(run.log)), "tuning": tuning}
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 
 

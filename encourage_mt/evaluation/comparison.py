@@ -1,10 +1,12 @@
 """Compare two groups of runs, seed by seed, after checking that they are comparable."""
 
+import statistics
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
+from sacrebleu.metrics.bleu import BLEU
 from tqdm import tqdm
 
 from ..data.bitext import read_lines
@@ -15,7 +17,7 @@ from ..training.run_folder import Run
 from . import scoring
 from .formatting import Table, escape, signature_lines
 from .results import HEADLINE, Result
-from .significance import MetricComparison, paired_tests
+from .significance import MetricComparison, paired_tests, sentences_needed
 
 # of the settings, only these may differ between runs: in fp16 an update whose gradient overflows is not counted
 NOT_COMPARED = ("checkpoints_sha256", "updates")
@@ -66,14 +68,17 @@ class Comparison(Record):
         return Table(f"scores_{split}", header, rows)
 
     def verdicts(self, split: str, quote: Callable[[str], str] = str) -> list[str]:
-        """Return a line for each metric of a test set, the headline's first; if there are alarms, one that names them.
+        """Return a line for each metric of a test set, the headline's first, and one about power.
+
+        If there are alarms, return one line that names them.
 
         quote: how to write the names of the sides and runs.
         """
         if self.alarms:
             return [f"No verdict: {quote('; '.join(self.alarms))}. Train these runs again, or leave them out."]
         metrics = sorted(self.tests[split].values(), key=lambda result: result.metric != HEADLINE)
-        return [result.verdict(quote(self.baseline), quote(self.candidate)) for result in metrics]
+        verdicts = [result.verdict(quote(self.baseline), quote(self.candidate)) for result in metrics]
+        return [*verdicts, *filter(None, [self.tests[split][HEADLINE].power()])]
 
     def markdown(self) -> str:
         """Return, for each test set, the scores of each seed, both tests over sentences, means and the verdict."""
@@ -102,10 +107,15 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
     data = PreparedData.open(baseline[0].data)
     tests = {split: _compare_scores(sides, split) for split in data.tests}
     jobs = [(split, seed) for split in tests for seed in sorted(set(sides[0]) & set(sides[1]))]
+    needed: dict[str, list[int]] = {split: [] for split in tests}
     for split, seed in tqdm(jobs, desc="paired tests", unit="pair", leave=False):
-        for metric, p in _compare_sentences([side[seed] for side in sides], split, data).items():
+        p_values, sentences = _compare_sentences([side[seed] for side in sides], split, data)
+        needed[split].append(sentences)
+        for metric, p in p_values.items():
             if metric in tests[split]:
                 tests[split][metric].sentence_p[seed] = p
+    for split, counts in needed.items():
+        tests[split][HEADLINE].sentences_for_sought = round(statistics.mean(counts)) if counts else None
     signatures = {metric: everything[0].signatures[metric] for metrics in tests.values() for metric in metrics}
     names = _names(*(next(iter(side.values())) for side in sides))
     alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in everything if result.alarms]
@@ -166,7 +176,10 @@ def _compare_scores(sides, split):
 
 
 def _compare_sentences(pair, split, data):
-    """Return {metric: {"bs": p, "ar": p}} of two runs of one seed, if their translations are those that were scored."""
+    """Return {metric: {"bs": p, "ar": p}} and `sentences_needed` of two runs of one seed.
+
+    Raises UserError if their translations are not those that were scored.
+    """
     references = data.read_text(split, data.target)
     systems = [read_translation(run, split, data, references) for run, _ in pair]
     p_values = {}
@@ -179,7 +192,8 @@ def _compare_sentences(pair, split, data):
                     f"run `encourage-mt evaluate {run.folder}`"
                 )
         p_values[metric] = p
-    return p_values
+    bleu = cast(BLEU, scoring.metrics(data.target, data.lowercase)[HEADLINE])
+    return p_values, sentences_needed(systems, references, bleu)
 
 
 def read_translation(run: Run, split: str, data: PreparedData, references: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ def evaluate_all(runs: list[Run], comet: Path | None = None, engine: Engine = "f
 
 def evaluate_command(run: Run, comet: Path | None, engine: Engine) -> list[str]:
     """Return the command that scores a run as `evaluate` does."""
-    settings = [f"--{name}={getattr(run, name)}" for name in ("data", "average", "beam", "lenpen")]
+    settings = [f"--{name}={getattr(run, name)}" for name in ("data", "average", "beam", "lenpen", "temperature")]
     settings += [f"--engine={engine}", *([f"--comet={comet}"] if comet else [])]
     return ["encourage-mt", "evaluate", str(run.folder), *settings]
 
@@ -59,16 +59,13 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
             average=run.average,
             beam=run.beam,
             lenpen=run.lenpen,
+            temperature=run.temperature,
             engine=engine,
             comet=scoring.comet_signature(comet) if comet else None,
             data_sha256=data.checksum,
             checkpoints_sha256={path.name: file_hash(path) for path in paths},
         )
-        if run.provenance.get("data_sha256") not in (None, data.checksum):
-            raise UserError(
-                f"{run.data}: not the data that {run.name} was trained on, its checksum differs; name the right folder "
-                "with --data"
-            )
+        check_data(run, data)
         if (run.folder / "scores.json").exists():
             result = Result.read(run.folder)
             if result.evaluation == settings and result.translations_sha256 == hash_translations(run.folder, data):
@@ -96,7 +93,7 @@ def _evaluate(run, data, settings, paths, comet, output):
         training, criterion = map(as_json, (training_settings(state), mapping(state["cfg"]["criterion"])))
     parameters = count_parameters(state["model"])
     del state  # keep one checkpoint at a time in memory
-    weights = average(paths, output / "average.pt")
+    weights = average(paths, output / "average.pt", run.temperature)
     scores = {}
     for split, lines in translate_sets(run, data, output / "average.pt", settings.engine).items():
         scores[split] = score(write_translation(lines, data, split, output), data, split, output, comet)
@@ -136,6 +133,15 @@ def hash_translations(folder: Path, data: PreparedData) -> dict[str, str]:
     """Return {file name: sha256} of the detokenized translations that are in `folder`."""
     paths = [folder / f"{split}.{data.target}" for split in data.subsets]
     return {path.name: file_hash(path) for path in paths if path.is_file()}
+
+
+def check_data(run: Run, data: PreparedData) -> None:
+    """Raise UserError if the data is not what the run records as its training data."""
+    if run.provenance.get("data_sha256") not in (None, data.checksum):
+        raise UserError(
+            f"{run.data}: not the data that {run.name} was trained on, its checksum differs; name the right folder "
+            "with --data"
+        )
 
 
 def check_dictionary(data: PreparedData, state: dict) -> None:

@@ -30,10 +30,21 @@ class Evaluation(Record):
     average: Positive
     beam: Positive
     lenpen: float
+    temperature: float = Field(default=1.0, gt=0)
     engine: Engine = "fairseq"  # results of version 0.1 do not name it
     comet: str | None
     data_sha256: str
     checkpoints_sha256: dict[str, str]
+
+    @property
+    def search(self) -> str:
+        """The settings of the search in words."""
+        return describe_search(self.beam, self.lenpen, self.temperature)
+
+
+def describe_search(beam: int, lenpen: float, temperature: float) -> str:
+    """Return the settings of a search in words; a temperature of 1 is left out."""
+    return f"beam {beam}, length penalty {lenpen}{'' if temperature == 1 else f', temperature {temperature}'}"
 
 
 class CurvePoint(Record):
@@ -50,10 +61,10 @@ class Result(Record):
 
     options and provenance are those of the run, criterion and training the settings that its checkpoint records.
     scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
-    weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. diagnostics, {name:
-    value} of analysis.json, and the learning curve are only in results that are kept in results/. alarms are the
-    reasons why the scores mean nothing (training/alarms.py); scores of earlier versions have none, and no parameters
-    (how many the model has).
+    weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. Only results that are
+    kept in results/ have diagnostics, {name: value} of analysis.json, the learning curve, and tuning, {search: valid
+    BLEU} of tuning.json. alarms are the reasons why the scores mean nothing (training/alarms.py); scores of earlier
+    versions have none, and no parameters (how many the model has).
     """
 
     remedy: ClassVar[str] = "remove it and run `encourage-mt evaluate` again"
@@ -77,6 +88,7 @@ class Result(Record):
     weights_sha256: str | None = None
     diagnostics: dict[str, float] | None = None
     curve: list[CurvePoint] | None = None
+    tuning: dict[str, FiniteScore] | None = None
     parameters: Count | None = None
     alarms: list[str] = []
 

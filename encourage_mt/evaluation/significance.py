@@ -8,20 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 from scipy import stats
 from tqdm import tqdm
 
 from . import scoring
 from .formatting import Table, format_mean, format_p
+from .lengths import bleu, count
 from .results import FiniteScore
 
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_SEEDS = 1000
+SOUGHT = 0.4  # BLEU: about the gain that the paper reports on IWSLT
 # Samples of the bootstrap over sentences: all, and at once. The smallest p, 0.0002, must stay below 0.05 after Holm's
 # correction for all measures of a report, up to 250.
 SAMPLES, BLOCK = 10_000, 500
+ERROR_SAMPLES = 1000
 Statistic = Callable[[np.ndarray], np.ndarray]  # from sentences that were drawn [samples, sentences], [samples, rows]
 
 
@@ -32,7 +36,8 @@ class MetricComparison:
     sentence_p is {seed: {"bs" or "ar": p}} of `paired_tests`. The rest is computed from the scores: gain is the mean
     improvement (for TER the mean reduction), interval its 95% confidence interval and p the two-sided p-value of
     `test`, both None if a side has only one seed. seeds_needed is the number of seeds per side that would show a gain
-    of this size with 80% power, None if it is above 1,000 or the spread is unknown.
+    of this size with 80% power, seeds_for_sought those for a gain of SOUGHT; None if it is above 1,000 or the spread is
+    unknown. sentences_for_sought is that of `sentences_needed`, as a mean over the seeds that both sides have.
 
     `compare_resampled` adds bootstrap_interval and bootstrap_p over sentences, `correct` the p-values after Holm.
     """
@@ -46,6 +51,8 @@ class MetricComparison:
     p: float | None = None
     test: str = ""
     seeds_needed: int | None = None
+    seeds_for_sought: int | None = None
+    sentences_for_sought: int | None = None
     lower_is_better: bool = False
     bootstrap_interval: tuple[float, float] | None = None
     bootstrap_p: float | None = None
@@ -55,7 +62,7 @@ class MetricComparison:
     def __post_init__(self):
         if not (self.baseline and self.candidate):
             raise ValueError(f"{self.metric} needs a score on both sides")
-        self.interval = self.p = self.seeds_needed = None
+        self.interval = self.p = self.seeds_needed = self.seeds_for_sought = None
         self.lower_is_better |= self.metric == "TER"
         shared = paired_seeds(self.baseline, self.candidate)
         if shared:
@@ -65,7 +72,7 @@ class MetricComparison:
             if len(gains) > 1:
                 spread = statistics.stdev(gains)
                 self._test(stats.ttest_1samp, gains, 0.0, spread=spread)
-                self.seeds_needed = seeds_needed(self.gain, spread)
+                self.seeds_needed, self.seeds_for_sought = (seeds_needed(gain, spread) for gain in (self.gain, SOUGHT))
             return
         sides = [[self.sign * score for score in side.values()] for side in (self.candidate, self.baseline)]
         self.gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
@@ -73,7 +80,7 @@ class MetricComparison:
         if min(map(len, sides)) > 1:
             spread = math.sqrt(sum(statistics.variance(side) for side in sides))
             self._test(stats.ttest_ind, *sides, spread=spread, equal_var=False)
-            self.seeds_needed = seeds_needed(self.gain, spread, groups=2)
+            self.seeds_needed, self.seeds_for_sought = (seeds_needed(gain, spread, 2) for gain in (self.gain, SOUGHT))
 
     @property
     def sign(self) -> int:
@@ -130,11 +137,28 @@ class MetricComparison:
         evidence = f"95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}, {p}, {self.test}"
         if self.p < 1 - CONFIDENCE:
             return f"{candidate} is {'better' if self.gain > 0 else 'worse'} than {baseline}: {amount} ({evidence})."
-        needed = f"about {self.seeds_needed:,}" if self.seeds_needed else f"more than {MAX_SEEDS:,}"
         return (
             f"Not enough evidence that {candidate} and {baseline} differ: {amount} ({evidence}). With this spread, "
-            f"{needed} seeds per side would show a gain of this size 4 times in 5."
+            f"{format_seeds(self.seeds_needed)} per side would show a gain of this size 4 times in 5."
         )
+
+    def power(self) -> str:
+        """Return one line: how many seeds and sentences show a gain of SOUGHT BLEU; empty for one seed."""
+        if self.interval is None:
+            return ""
+        seeds = (
+            f"{format_seeds(self.seeds_for_sought)} per side would show a gain of {SOUGHT} {self.metric} 4 times in 5"
+        )
+        if not self.sentences_for_sought:
+            return f"Power: with this spread, {seeds}."
+        return (
+            f"Power: with this spread over seeds, {seeds}; to show it between two models of one seed takes about "
+            f"{self.sentences_for_sought:,} sentences."
+        )
+
+
+def format_seeds(count: int | None) -> str:
+    return f"about {count:,} seeds" if count else f"more than {MAX_SEEDS:,} seeds"
 
 
 def paired_seeds(*sides: dict[int, Any]) -> list[int]:
@@ -253,6 +277,19 @@ def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
     shift = abs(gain) / spread * np.sqrt(counts)
     enough = counts[stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift) >= POWER]
     return int(enough[0]) if len(enough) else None
+
+
+def sentences_needed(systems: list[list[str]], references: list[str], metric: BLEU) -> int:
+    """Return the sentences for 80% power to show a gain of SOUGHT BLEU between two models, by a two-sided test at 5%.
+
+    The variance of the gain comes from ERROR_SAMPLES bootstrap samples of these sentences, and falls with their number.
+    """
+    first, second = (np.array(count(system, references, metric)) for system in systems)
+    size = len(references)
+    drawn = np.random.default_rng(1).multinomial(size, np.full(size, 1 / size), ERROR_SAMPLES)
+    error = np.std(bleu(drawn @ second) - bleu(drawn @ first))
+    both = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
+    return math.ceil(size * (both * error / SOUGHT) ** 2)
 
 
 def paired_tests(

@@ -108,10 +108,12 @@ def runs(results: list[Result]) -> Table:
     """Return a row for each run: the machine that evaluated it, how it was trained and searched."""
     rows = []
     for result in results:
-        search = [str(getattr(result.evaluation, name)) for name in ("average", "beam", "lenpen", "engine")]
+        search = [
+            str(getattr(result.evaluation, name)) for name in ("average", "beam", "lenpen", "temperature", "engine")
+        ]
         training = [str(result.training.get(name, "")) for name in ("updates", "tokens per update")]
         rows.append([result.name, *search, *training, result.machine])
-    search_names = ["checkpoints averaged", "beam", "length penalty", "engine"]
+    search_names = ["checkpoints averaged", "beam", "length penalty", "temperature", "engine"]
     header = ["run", *search_names, "updates", "tokens per update", "evaluated on"]
     return Table("runs", header, rows)
 

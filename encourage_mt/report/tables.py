@@ -84,7 +84,8 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     options = []
     for arm, group in arms.items():
         others = training_differences(group[0], arms[first][0])
-        options.append(f"{arm}: `{criterion_line(group[0])}`{f'; differs in: {others}' if others else ''}  ")
+        search = f"; {group[0].evaluation.search}" if len({r.evaluation.search for r in results}) > 1 else ""
+        options.append(f"{arm}: `{criterion_line(group[0])}`{f'; differs in: {others}' if others else ''}{search}  ")
     *setting, machines = describe_setting(results).values()
     lines = [*options, *alarm_lines(results), *signature_lines(all_signatures(results))]
     lines += [f"Setting: {'; '.join(setting)}.  ", f"Trained on: {machines}.  "]
@@ -128,6 +129,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     counts = [result.parameters for result in results if result.parameters]
     sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
+    temperature = "" if search("temperature") == "1.0" else f", temperature {search('temperature')}"
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
     return {
         "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
@@ -135,7 +137,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         f"{f', {sizes} parameters' if sizes else ''}",
         "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
-        f"{search('lenpen')}{engine}",
+        f"{search('lenpen')}{temperature}{engine}",
         "hardware": f"{' or '.join(sorted(machines))}{spent}",
     }
 

@@ -30,7 +30,7 @@ def model_card(model: Model, agreement: Agreement, data: PreparedData, result: R
             "",
             "## Scores",
             "",
-            f"Of the run, translated by {result.evaluation.engine}: beam {model.beam}, length penalty {model.lenpen}.",
+            f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}.",
             "",
             markdown_table(["set", *metrics], rows),
             "",

@@ -66,6 +66,7 @@ class Run(Record):
     average: int = Field(ge=1)
     beam: int = Field(ge=1, lt=2**31)
     lenpen: float
+    temperature: float = Field(default=1.0, gt=0)  # the logits are divided by it
     precision: Precision | Literal["amp"]  # amp: fairseq-train by hand
     provenance: Provenance
 
@@ -184,8 +185,9 @@ def checkpoint_folder(folder: Path) -> Path:
 def open_run(folder: Path, **changes) -> Run:
     """Return the run in `folder`, from its run.json or, where fairseq-train was run by hand, its newest checkpoint.
 
-    `changes` (data, average, beam, lenpen) replace what was recorded unless they are None. Raises UserError if
-    there is neither run.json nor a checkpoint, the prepared data is gone, or a link would lead what we write elsewhere.
+    `changes` (data, average, beam, lenpen, temperature) replace what was recorded unless they are None. Raises
+    UserError if there is neither run.json nor a checkpoint, the prepared data is gone, or a link would lead what we
+    write elsewhere.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory")

@@ -88,7 +88,8 @@ def test_an_alarm_replaces_the_verdicts_and_is_below_the_tables():
     metrics = {name: MetricComparison(name, {1: 0.1, 2: 0.2}, {1: 9.0, 2: 9.2}) for name in ("TER", "sacreBLEU")}
     sides = {"baseline": "ce", "candidate": "e*l", "signatures": {}, "differences": []}
     compared = Comparison(tests={"test": metrics}, **sides)
-    assert compared.verdicts("test")[0].startswith("e*l is better than ce") and len(compared.verdicts("test")) == 2
+    headline, *others = compared.verdicts("test")
+    assert headline.startswith("e*l is better than ce") and len(others) == 2 and others[1].startswith("Power: ")
     alarmed = compared.model_copy(update={"alarms": ["e*l.seed1: not trained"]})
     (line,) = alarmed.verdicts("test")
     assert line.startswith("No verdict: e*l.seed1: not trained.")

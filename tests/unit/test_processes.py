@@ -109,16 +109,19 @@ def test_a_failure_is_the_last_line_of_the_log_or_of_the_process_torchrun_report
     assert "no output" in processes.describe_failure("fairseq-train", 1, log)
 
 
-def test_jobs_share_the_cores_and_values_the_user_set_for_glibc_stay(monkeypatch):
+def test_jobs_share_the_cores_and_values_that_the_user_set_stay(monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    for name in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     environment = processes.job_environment(3)
     assert environment["OMP_NUM_THREADS"] == "2" and environment["MALLOC_MMAP_MAX_"] == "7"
     assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 10**12
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "MALLOC_TRIM_THRESHOLD_" not in processes.job_environment(3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several trainings may have been started side by side
+    assert processes.job_environment(3)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("name", [".lock", "preprocess.log"])

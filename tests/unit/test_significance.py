@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from sacrebleu.significance import PairedTest
 from samples import corrupt, draw_references
+from scipy import stats
 
-from encourage_mt.evaluation import significance
+from encourage_mt.evaluation import scoring, significance
 from encourage_mt.evaluation.formatting import escape, format_mean, format_p, markdown_table
-from encourage_mt.evaluation.significance import MetricComparison, holm, paired_tests, seeds_needed
+from encourage_mt.evaluation.lengths import bleu, count
+from encourage_mt.evaluation.significance import MetricComparison, holm, paired_tests, seeds_needed, sentences_needed
 
 # --- over seeds
 
@@ -115,6 +117,35 @@ def test_a_gain_within_the_spread_is_not_evidence_and_the_verdict_says_how_many_
     assert line.startswith("Not enough evidence that el and ce differ: +0.50 sacreBLEU") and "\n" not in line
     assert "about 26 seeds per side would show a gain of this size 4 times in 5" in line
     assert "more than 1,000 seeds" in compared([30.0, 31.0], [31.0, 30.0]).verdict("ce", "el")
+
+
+def test_power_says_how_many_seeds_and_sentences_show_a_gain_of_0_4():
+    result = compared([30.0, 31.0, 29.0], [31.0, 30.5, 30.0])  # the deviation of the gains is 0.866
+    count = seeds_needed(0.4, math.sqrt(0.75))
+    assert result.seeds_for_sought == count > result.seeds_needed
+    assert (
+        result.power()
+        == f"Power: with this spread, about {count} seeds per side would show a gain of 0.4 sacreBLEU 4 times in 5."
+    )
+    result.sentences_for_sought = 8000
+    assert result.power().endswith("; to show it between two models of one seed takes about 8,000 sentences.")
+    assert compared([20.0], [40.0]).power() == ""
+
+
+def test_the_sentences_needed_give_80_percent_power():
+    rng, metric = np.random.default_rng(3), scoring.metrics("en")["sacreBLEU"]
+    references = draw_references(rng, 400)
+    first, second = corrupt(rng, references, 0.1), corrupt(rng, references, 0.1)
+    needed = sentences_needed([first, second], references, metric)
+    assert sentences_needed([first, first], references, metric) == 0
+    # with twice the text, the error is 1/sqrt(2), and the number is about the same
+    doubled = sentences_needed([first * 2, second * 2], references * 2, metric)
+    assert doubled == pytest.approx(needed, rel=0.15)
+    # the standard error of a test set of that size lets a normal test show the gain with 80% power
+    statistics = [np.array(count(side, references, metric)) for side in (first, second)]
+    drawn = np.array([np.bincount(rng.integers(400, size=needed), minlength=400) for _ in range(500)])
+    error = np.std(bleu(drawn @ statistics[1]) - bleu(drawn @ statistics[0]))
+    assert stats.norm.sf(stats.norm.ppf(0.975) - 0.4 / error) == pytest.approx(0.8, abs=0.06)
 
 
 @pytest.mark.parametrize("first", [1, 2])

@@ -1,0 +1,117 @@
+"""Test `encourage-mt evaluate --tune`, and that a temperature in the averaged model is that of fairseq-generate."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import refused, run
+
+from encourage_mt.cli import main
+from encourage_mt.errors import UserError
+from encourage_mt.evaluation import tuning
+from encourage_mt.evaluation.averaging import average, last_normalization
+from encourage_mt.evaluation.engines import generate_command
+from encourage_mt.evaluation.results import Result
+from encourage_mt.files import read_json, write_json
+from encourage_mt.plugin.checkpoints import last_checkpoints, load_checkpoint
+from encourage_mt.training.run_folder import open_run
+
+FEW = [tuning.Search(1, 1.0, 1.0), tuning.Search(2, 0.6, 0.5), tuning.Search(2, 1.4, 2.0)]
+
+
+@pytest.fixture
+def copies(work, tmp_path, monkeypatch):
+    """Copies of ce.seed1, el.seed1 and el.seed2, for which only a few searches are tried."""
+    pytest.importorskip("ctranslate2", reason="the extra serving is not installed")
+    monkeypatch.setattr(tuning, "SEARCHES", FEW)
+    monkeypatch.setattr(tuning, "TEMPERATURES", (0.5, 1.0, 2.0))
+    for name in ("data", "ce.seed1", "el.seed1", "el.seed2"):
+        shutil.copytree(work.folder / name, tmp_path / name)
+    return [tmp_path / name for name in ("ce.seed1", "el.seed1", "el.seed2")]
+
+
+def set_bleu(folder, *values):
+    """Replace the BLEU of each search in tuning.json."""
+    record = read_json(folder / "tuning.json")
+    write_json(folder / "tuning.json", {**record, "bleu": dict(zip(map(str, FEW), values, strict=True))})
+
+
+def test_tuning_takes_the_search_with_the_highest_mean_bleu_of_an_arm(copies, capsys):
+    argv = ["evaluate", "--tune", *map(str, copies)]
+    main(argv)
+    output = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in output.splitlines() if line.startswith("|")]
+    assert [["1", "1.0", "1.0"], ["2", "0.6", "0.5"], ["2", "1.4", "2.0"]] == [row for row in rows if row[0] in "12"]
+    measured = read_json(copies[0] / "tuning.json")
+    assert list(measured["bleu"]) == list(map(str, FEW)) and measured["signature"] in output
+    chosen = Result.read(copies[0])
+    assert measured["bleu"][chosen.evaluation.search] == max(measured["bleu"].values())
+    valid = chosen.scores["valid"]["sacreBLEU"]
+    assert valid.score == pytest.approx(max(measured["bleu"].values()), abs=1), "the engines agree nearly always"
+    assert valid.signature == measured["signature"]
+
+    set_bleu(copies[0], 3.0, 1.0, 2.0)
+    set_bleu(copies[1], 9.0, 8.0, 0.0)
+    set_bleu(copies[2], 0.0, 7.0, 8.0)  # the means of el are 4.5, 7.5 and 4
+    main(argv)
+    output = capsys.readouterr().out
+    assert all(f"{folder.name}: tuned already" in output for folder in copies)
+    settings = [Result.read(folder).evaluation for folder in copies]
+    assert [(each.beam, each.lenpen, each.temperature) for each in settings] == [FEW[0], FEW[1], FEW[1]]
+    for folder in copies:
+        assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints"]
+    main(argv)
+    assert all(f"{folder.name}: scored already" in capsys.readouterr().out for folder in copies[:1])
+
+    error = refused(capsys, "compare", "--baseline", copies[0], "--candidate", copies[1])
+    assert "beam: 1 or 2; lenpen: 1.0 or 0.6; temperature: 1.0 or 0.5" in error
+    main(["compare", "--allow-differences", "--baseline", str(copies[0]), "--candidate", *map(str, copies[1:])])
+    assert "differ in more than the criterion**: beam: 1 or 2" in capsys.readouterr().out
+
+
+def test_other_checkpoints_are_tuned_anew(copies, capsys):
+    folder = copies[0]
+    main(["evaluate", "--tune", str(folder)])
+    capsys.readouterr()
+    main(["evaluate", "--tune", "--average", "1", str(folder)])
+    assert "tuned already" not in capsys.readouterr().out
+    assert list(read_json(folder / "tuning.json")["checkpoints_sha256"]) == ["checkpoint3.pt"]
+
+
+def test_what_tuning_chooses_cannot_be_given(work, capsys):
+    folder = work.folder / "ce.seed1"
+    assert "--beam cannot be used with --tune" in refused(capsys, "evaluate", folder, "--tune", "--beam", 4)
+    for value in ("0", "-1", "nan"):
+        assert "--temperature: must be" in refused(capsys, "evaluate", folder, f"--temperature={value}")
+
+
+def test_the_averaged_model_has_the_temperature_of_fairseq_generate(work, tmp_path):
+    trained = open_run(work.folder / "ce.seed1")
+    paths, data = last_checkpoints(trained.checkpoints, 2), trained.prepared()
+    found = []
+    for temperature, option in ((0.5, ()), (1.0, ("--temperature=0.5",)), (1.0, ())):
+        average(paths, tmp_path / "average.pt", temperature)
+        command = generate_command(trained, data, tmp_path / "average.pt", ["test"])
+        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", run(*command, *option, "--cpu").stdout, re.MULTILINE))
+    ours, theirs, without = ({index: (float(score), text) for index, score, text in each} for each in found)
+    assert len(ours) == 21
+    same = [index for index in ours if ours[index][1] == theirs[index][1]]
+    assert len(same) >= 20, "two hypotheses may be nearly equal"
+    assert [ours[index][0] for index in same] == pytest.approx([theirs[index][0] for index in same], abs=1e-3)
+    assert any(abs(ours[index][0] - without[index][0]) > 0.1 for index in ours)
+
+
+def test_which_normalization_comes_last(work, tmp_path):
+    state = load_checkpoint(work.folder / "ce.seed1" / "average.pt")
+    assert last_normalization(state, tmp_path)[0] == "decoder.layers.0.final_layer_norm.weight"
+    layers = {
+        f"decoder.layers.{i}.final_layer_norm.{name}": torch.ones(1) for i in (2, 10) for name in ("weight", "bias")
+    }
+    state["model"].update(layers)
+    assert last_normalization(state, tmp_path)[1] == "decoder.layers.10.final_layer_norm.bias"
+    state["cfg"]["model"].decoder_normalize_before = True
+    with pytest.raises(UserError, match="does not end with a layer normalization, so --temperature must be 1"):
+        last_normalization(state, tmp_path)
+    state["model"].update({"decoder.layer_norm.weight": torch.ones(1), "decoder.layer_norm.bias": torch.zeros(1)})
+    assert last_normalization(state, tmp_path) == ["decoder.layer_norm.weight", "decoder.layer_norm.bias"]
