@@ -79,7 +79,8 @@ def finite_number(text: str, above: float = -math.inf) -> float:
     except ValueError:
         value = math.nan
     if not above < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number{f' above {above}' * (above == 0)}, got {text!r}")
+        limit = "" if above == -math.inf else f" above {above}"
+        raise argparse.ArgumentTypeError(f"must be a number{limit}, got {text!r}")
     return value
 
 
@@ -153,13 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("evaluate", "average the last checkpoints of each run, translate, score and write scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
-    for name, kind, help in (
+    for name, kind, meaning in (
         ("average", count, "number of last epoch checkpoints to average (default: as in the recipe)"),
         ("beam", count, "beam size (default: as in the recipe)"),
         ("lenpen", finite_number, "length penalty, as in fairseq-generate (default: as in the recipe)"),
         ("temperature", positive_number, "number that divides the logits of the averaged model (default: 1.0)"),
     ):
-        command.add_argument(f"--{name}", type=kind, metavar="N", help=help)
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=meaning)
     tune = "choose beam, length penalty and temperature of each arm by its mean BLEU on valid (default: no)"
     command.add_argument("--tune", action="store_true", help=tune)
     add_engine(command)

@@ -212,6 +212,8 @@ def print_schedules(runs: list["Run"], cluster: "Cluster") -> None:
 def evaluate_runs(arguments) -> None:
     """Carry out `encourage-mt evaluate`."""
     from .evaluation.evaluate import evaluate_all
+    from .evaluation.scoring import comet_signature
+    from .evaluation.tuning import tune
     from .report.tables import runs_table
     from .training.run_folder import open_run
 
@@ -220,9 +222,9 @@ def evaluate_runs(arguments) -> None:
     if arguments.tune and given:
         raise UserError(f"{given[0]} cannot be used with --tune, which chooses it")
     runs = [open_run(folder, data=arguments.data, average=arguments.average, **search) for folder in arguments.runs]
+    if arguments.comet:
+        comet_signature(arguments.comet)  # raises an error now rather than after tuning
     if arguments.tune:
-        from .evaluation.tuning import tune
-
         runs = tune(runs)
     print(f"\n{runs_table(evaluate_all(runs, arguments.comet, arguments.engine))}")
 

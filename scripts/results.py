@@ -20,7 +20,7 @@ from pathlib import Path
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
-from encourage_mt.evaluation.results import Result
+from encourage_mt.evaluation.results import HEADLINE, Result
 from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.evaluation.tuning import Tuning, tuning_table
 from encourage_mt.files import file_hash, read_record, write_record
@@ -43,7 +43,9 @@ RESULTS = ROOT / "results"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
 TABLES = {
     **{"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table},
-    "tuning": lambda results: tuning_table([(result.arm, result.tuning) for result in results if result.tuning]),
+    "tuning": lambda results: tuning_table(
+        [(result.arm, result.tuning) for result in results if result.tuning], results[0].signatures[HEADLINE]
+    ),
 }
 KINDS = "|".join(["arms", "published", "robustness", "measures", *TABLES])
 TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
@@ -97,7 +99,7 @@ def read_result(run: Run) -> Result:
         tuned = read_record(run.folder / "tuning.json", Tuning)
         if tuned.checkpoints_sha256 != result.evaluation.checkpoints_sha256:
             raise UserError(f"{run.folder / 'tuning.json'}: is of other checkpoints than the scores; tune again")
-        tuning = tuned.bleu
+        tuning = tuned.tried
     starts = []
     for start in result.provenance["starts"]:
         command = start["command"].replace(f"{ROOT.resolve()}/", "")

@@ -54,8 +54,8 @@ def last_normalization(state: dict, path: Path) -> list[str]:
     Raises UserError if the decoder has none behind its last layer.
     """
     options = mapping(state["cfg"]["model"])
-    nested = mapping(options.get("decoder") or {})  # as fairseq-hydra-train writes them
-    if options.get("decoder_normalize_before", nested.get("normalize_before")):
+    nested = mapping(options.get("decoder") or {})  # of fairseq-hydra-train; flat ones beside them have no effect
+    if nested.get("normalize_before", options.get("decoder_normalize_before")):
         prefix = "decoder.layer_norm"
     else:
         layers = [
@@ -64,7 +64,10 @@ def last_normalization(state: dict, path: Path) -> list[str]:
         prefix = f"decoder.layers.{max(layers, default=0)}.final_layer_norm"
     names = [f"{prefix}.{name}" for name in ("weight", "bias")]
     if not set(names) <= set(state["model"]):
-        raise UserError(f"{path}: its decoder does not end with a layer normalization, so --temperature must be 1")
+        raise UserError(
+            f"{path}: its decoder does not end with a layer normalization, so its logits cannot be divided by a "
+            "temperature (--tune, --temperature)"
+        )
     return names
 
 

@@ -132,6 +132,8 @@ def check_comparable(groups: list[list[Result]], allow_differences: bool) -> lis
     unequal = differences([result for results in groups for result in results])
     for results in groups:
         unequal += [line for line in differences(results, ("criterion",)) if line not in unequal]
+        searches = dict.fromkeys(result.evaluation.search for result in results)
+        unequal += [f"search of {results[0].arm}: {' or '.join(searches)}"] if len(searches) > 1 else []
         unequal += same_models(results)
     if unequal and not allow_differences:
         raise UserError(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from ..environment import USER_DIR, quiet_imports
 from ..errors import UserError, as_user_error
 from ..processes import describe_failure, not_through_a_link, start
 from ..training.run_folder import Run
-from .converted_model import convert_checkpoint, load_model, translate_pieces
+from .converted_model import Translation, convert_checkpoint, load_model, translate_pieces
 
 
 def translate_sets(
@@ -89,9 +90,13 @@ def _with_ctranslate2(run, data, checkpoint, splits):
         lines = {}
         for split in splits:
             translations = translate_pieces(model, read_pieces(data, split), run.beam, run.lenpen)
-            best = (translation.pieces for (translation,) in _bar(run, data, split, translations))
-            lines[split] = [join_pieces(pieces, data.remove_bpe) for pieces in best]
+            lines[split] = best_lines(_bar(run, data, split, translations), data)
         return lines
+
+
+def best_lines(translations: Iterable[list[Translation]], data: PreparedData) -> list[str]:
+    """Return the best of each list of translations, as text with joined subwords."""
+    return [join_pieces(best.pieces, data.remove_bpe) for best, *_ in translations]
 
 
 def read_pieces(data: PreparedData, split: str) -> list[list[str]]:

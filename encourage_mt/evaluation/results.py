@@ -47,6 +47,15 @@ def describe_search(beam: int, lenpen: float, temperature: float) -> str:
     return f"beam {beam}, length penalty {lenpen}{'' if temperature == 1 else f', temperature {temperature}'}"
 
 
+class TriedSearch(Record):
+    """The settings of a search, and the sacreBLEU on valid that it gives."""
+
+    beam: Positive
+    lenpen: float
+    temperature: float
+    bleu: FiniteScore
+
+
 class CurvePoint(Record):
     """Valid BLEU (greedy, one checkpoint) and nll (bits per token) after an epoch."""
 
@@ -62,8 +71,8 @@ class Result(Record):
     options and provenance are those of the run, criterion and training the settings that its checkpoint records.
     scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
     weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. Only results that are
-    kept in results/ have diagnostics, {name: value} of analysis.json, the learning curve, and tuning, {search: valid
-    BLEU} of tuning.json. alarms are the reasons why the scores mean nothing (training/alarms.py); scores of earlier
+    kept in results/ have diagnostics, {name: value} of analysis.json, the learning curve, and tuning, the searches of
+    tuning.json. alarms are the reasons why the scores mean nothing (training/alarms.py); scores of earlier
     versions have none, and no parameters (how many the model has).
     """
 
@@ -88,7 +97,7 @@ class Result(Record):
     weights_sha256: str | None = None
     diagnostics: dict[str, float] | None = None
     curve: list[CurvePoint] | None = None
-    tuning: dict[str, FiniteScore] | None = None
+    tuning: list[TriedSearch] | None = None
     parameters: Count | None = None
     alarms: list[str] = []
 

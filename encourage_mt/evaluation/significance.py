@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import scoring
 from .formatting import Table, format_mean, format_p
 from .lengths import bleu, count
-from .results import FiniteScore
+from .results import HEADLINE, FiniteScore
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -36,8 +36,8 @@ class MetricComparison:
     sentence_p is {seed: {"bs" or "ar": p}} of `paired_tests`. The rest is computed from the scores: gain is the mean
     improvement (for TER the mean reduction), interval its 95% confidence interval and p the two-sided p-value of
     `test`, both None if a side has only one seed. seeds_needed is the number of seeds per side that would show a gain
-    of this size with 80% power, seeds_for_sought those for a gain of SOUGHT; None if it is above 1,000 or the spread is
-    unknown. sentences_for_sought is that of `sentences_needed`, as a mean over the seeds that both sides have.
+    of this size with 80% power, seeds_for_sought, of sacreBLEU alone, those for a gain of SOUGHT; None if it is above
+    1,000 or the spread is unknown. sentences_for_sought is the mean of `sentences_needed` over the seeds of both sides.
 
     `compare_resampled` adds bootstrap_interval and bootstrap_p over sentences, `correct` the p-values after Holm.
     """
@@ -72,7 +72,7 @@ class MetricComparison:
             if len(gains) > 1:
                 spread = statistics.stdev(gains)
                 self._test(stats.ttest_1samp, gains, 0.0, spread=spread)
-                self.seeds_needed, self.seeds_for_sought = (seeds_needed(gain, spread) for gain in (self.gain, SOUGHT))
+                self._need_seeds(spread)
             return
         sides = [[self.sign * score for score in side.values()] for side in (self.candidate, self.baseline)]
         self.gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
@@ -80,7 +80,7 @@ class MetricComparison:
         if min(map(len, sides)) > 1:
             spread = math.sqrt(sum(statistics.variance(side) for side in sides))
             self._test(stats.ttest_ind, *sides, spread=spread, equal_var=False)
-            self.seeds_needed, self.seeds_for_sought = (seeds_needed(gain, spread, 2) for gain in (self.gain, SOUGHT))
+            self._need_seeds(spread, groups=2)
 
     @property
     def sign(self) -> int:
@@ -102,6 +102,11 @@ class MetricComparison:
             result = test(*samples, **options)
         interval = result.confidence_interval(CONFIDENCE)
         self.p, self.interval = float(result.pvalue), (float(interval.low), float(interval.high))
+
+    def _need_seeds(self, spread, groups=1):
+        self.seeds_needed = seeds_needed(self.gain, spread, groups)
+        if self.metric == HEADLINE:
+            self.seeds_for_sought = seeds_needed(SOUGHT, spread, groups)
 
     def rows(self) -> list[list[str]]:
         """Return rows of a table: metric, seed, baseline, candidate, gain, p of both tests over sentences; the mean.
@@ -143,18 +148,13 @@ class MetricComparison:
         )
 
     def power(self) -> str:
-        """Return one line: how many seeds and sentences show a gain of SOUGHT BLEU; empty for one seed."""
-        if self.interval is None:
-            return ""
-        seeds = (
-            f"{format_seeds(self.seeds_for_sought)} per side would show a gain of {SOUGHT} {self.metric} 4 times in 5"
-        )
-        if not self.sentences_for_sought:
-            return f"Power: with this spread, {seeds}."
-        return (
-            f"Power: with this spread over seeds, {seeds}; to show it between two models of one seed takes about "
-            f"{self.sentences_for_sought:,} sentences."
-        )
+        """Return one line: how many seeds and sentences show a gain of SOUGHT BLEU; empty if neither is known."""
+        ways = []
+        if self.interval:
+            ways.append(f"{format_seeds(self.seeds_for_sought)} per side, with this spread")
+        if self.sentences_for_sought:
+            ways.append(f"for two models of one seed, about {self.sentences_for_sought:,} test sentences")
+        return f"To show a gain of {SOUGHT} {self.metric} 4 times in 5 takes {'; '.join(ways)}." if ways else ""
 
 
 def format_seeds(count: int | None) -> str:
@@ -275,7 +275,8 @@ def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
     freedom = groups * (counts - 1)
     limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     shift = abs(gain) / spread * np.sqrt(counts)
-    enough = counts[stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift) >= POWER]
+    other_side = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy gives NaN where it is nearly 0
+    enough = counts[stats.nct.sf(limit, freedom, shift) + other_side >= POWER]
     return int(enough[0]) if len(enough) else None
 
 

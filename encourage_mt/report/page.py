@@ -15,7 +15,7 @@ from ..files import write_record
 from ..processes import locked
 from ..training.run_folder import Run, render_options
 from .sections import SECTIONS, Material, Section, disagree
-from .tables import criterion_options, describe_options, describe_setting, name_sides
+from .tables import criterion_options, describe_options, describe_setting, name_sides, searches
 
 FILE_LIST = ".encourage-mt-report"  # in a report's folder: the files it consists of, one a line
 
@@ -96,7 +96,8 @@ def describe_report(material: Material, results: dict[str, list[Result]]) -> lis
     lines = []
     for label, side in results.items():
         seeds = f"seed{'s' if len(side) > 1 else ''} {', '.join(str(result.seed) for result in side)}"
-        lines.append((label, f"{describe_options(criterion_options(side[0]))}; {seeds}"))
+        search = f"; {searches(side)}" if " or " in searches(everything) else ""
+        lines.append((label, f"{describe_options(criterion_options(side[0]))}; {seeds}{search}"))
     pairs = ", ".join(f"{split} {count:,}" for split, count in data.lines.items())
     vocabulary = " and ".join(f"{size:,}" for size in dict.fromkeys(data.dictionary.values())) or "unknown"
     name = f"{everything[0].recipe or data.folder}, {data.source} to {data.target}"

@@ -17,6 +17,7 @@ def model_card(model: Model, agreement: Agreement, data: PreparedData, result: R
         for split, scores in result.scores.items()
     ]
     sources = [f"- {name}: sha256 {source.sha256}" for name, source in data.sources.items()]
+    contained = "" if result.evaluation.temperature == 1 else " (which is in the model already)"
     averaged = f"the mean of its last {result.evaluation.average} checkpoints"
     return "\n".join(
         [
@@ -30,7 +31,7 @@ def model_card(model: Model, agreement: Agreement, data: PreparedData, result: R
             "",
             "## Scores",
             "",
-            f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}.",
+            f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}{contained}.",
             "",
             markdown_table(["set", *metrics], rows),
             "",

@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, TINY
 
 from encourage_mt.evaluation.comparison import Comparison, differences
-from encourage_mt.evaluation.results import Result
-from encourage_mt.files import read_json, read_record, write_json
+from encourage_mt.evaluation.results import Result, TriedSearch
+from encourage_mt.evaluation.tuning import Tuning
+from encourage_mt.files import read_json, read_record, write_json, write_record
 
 PAGES = ("README.md", "docs/results.md", "docs/robustness.md")
 
@@ -110,7 +111,13 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
         text = path.read_text(encoding="utf-8").replace(str(work.folder), str(folder))
         path.write_text(text.replace(f"{ROOT}/", f"{project.folder}/"), encoding="utf-8")
     page = project.folder / "docs" / "results.md"
-    page.write_text(page.read_text(encoding="utf-8") + "\n<!-- arms: tiny ce el -->\n<!-- end -->\n")
+    tables = "\n<!-- tuning: tiny -->\n<!-- end -->\n\n<!-- arms: tiny ce el -->\n<!-- end -->\n"
+    page.write_text(page.read_text(encoding="utf-8") + tables)
+    for number, name in enumerate(("ce.seed1", "ce.seed2", "el.seed1", "el.seed2")):
+        used = Result.read(folder / name).evaluation
+        tried = [TriedSearch(beam=beam, lenpen=1.0, temperature=0.8, bleu=bleu) for beam, bleu in ((2, 9), (4, number))]
+        checksums = {name: getattr(used, name) for name in ("data_sha256", "checkpoints_sha256")}
+        write_record(folder / name / "tuning.json", Tuning(**checksums, tried=tried, signature="s"))
     assert project.run("--add", folder) == ""
     names = [f"{arm}.seed{seed}.json" for arm in ("ce", "el") for seed in (1, 2)]
     names += ["ce-el.comparison.json", "again.comparison.json"]
@@ -120,8 +127,9 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     result = Result.read(path)
     assert set(result.diagnostics) >= {"valid nll (nats)", "calibration error"} and len(result.curve) == 3
     assert str(project.folder) not in path.read_text(encoding="utf-8")
-    rows = rows_of(page.read_text(encoding="utf-8"))[-2:]
-    assert [row[:3] for row in rows] == [["ce", "test", "2"], ["el", "test", "2"]]
+    *_, first, second, _, ce, el = rows_of(page.read_text(encoding="utf-8"))
+    assert first == ["2", "1.0", "0.8", "9.00", "9.00"] and second == ["4", "1.0", "0.8", "0.50", "2.50"]
+    assert ce[:3] == ["ce", "test", "2"] and el[:3] == ["el", "test", "2"]
     project.run("--add", folder, "--into", "tiny.again")
     assert (project.folder / "results/tiny.again/ce.seed1.json").exists()
     assert "--add" in project.run("--into", "x")
@@ -135,6 +143,10 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     assert "not of the present scores of ce.seed1" in project.run("--add", folder)
     shutil.copy(folder / "el.seed1" / "average.pt", folder / "ce.seed1")
     assert "of another average" in project.run("--add", folder)
+    shutil.copy(work.folder / "ce.seed1" / "average.pt", folder / "ce.seed1")
+    record = read_json(folder / "ce.seed1" / "tuning.json")
+    write_json(folder / "ce.seed1" / "tuning.json", {**record, "checkpoints_sha256": {}})
+    assert "of other checkpoints" in project.run("--add", folder)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

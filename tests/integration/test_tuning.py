@@ -25,7 +25,6 @@ def copies(work, tmp_path, monkeypatch):
     """Copies of ce.seed1, el.seed1 and el.seed2, for which only a few searches are tried."""
     pytest.importorskip("ctranslate2", reason="the extra serving is not installed")
     monkeypatch.setattr(tuning, "SEARCHES", FEW)
-    monkeypatch.setattr(tuning, "TEMPERATURES", (0.5, 1.0, 2.0))
     for name in ("data", "ce.seed1", "el.seed1", "el.seed2"):
         shutil.copytree(work.folder / name, tmp_path / name)
     return [tmp_path / name for name in ("ce.seed1", "el.seed1", "el.seed2")]
@@ -34,22 +33,25 @@ def copies(work, tmp_path, monkeypatch):
 def set_bleu(folder, *values):
     """Replace the BLEU of each search in tuning.json."""
     record = read_json(folder / "tuning.json")
-    write_json(folder / "tuning.json", {**record, "bleu": dict(zip(map(str, FEW), values, strict=True))})
+    tried = [{**search, "bleu": value} for search, value in zip(record["tried"], values, strict=True)]
+    write_json(folder / "tuning.json", {**record, "tried": tried})
 
 
 def test_tuning_takes_the_search_with_the_highest_mean_bleu_of_an_arm(copies, capsys):
-    argv = ["evaluate", "--tune", *map(str, copies)]
+    argv = ["evaluate", "--tune", "--engine", "ctranslate2", *map(str, copies)]
     main(argv)
     output = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in output.splitlines() if line.startswith("|")]
     assert [["1", "1.0", "1.0"], ["2", "0.6", "0.5"], ["2", "1.4", "2.0"]] == [row for row in rows if row[0] in "12"]
     measured = read_json(copies[0] / "tuning.json")
-    assert list(measured["bleu"]) == list(map(str, FEW)) and measured["signature"] in output
-    chosen = Result.read(copies[0])
-    assert measured["bleu"][chosen.evaluation.search] == max(measured["bleu"].values())
-    valid = chosen.scores["valid"]["sacreBLEU"]
-    assert valid.score == pytest.approx(max(measured["bleu"].values()), abs=1), "the engines agree nearly always"
-    assert valid.signature == measured["signature"]
+    assert "Best of ce: beam " in output and "Best of el: beam " in output
+    assert f"sacreBLEU signature: `{measured['signature']}`" in output
+    result = Result.read(copies[0])
+    chosen = max(measured["tried"], key=lambda search: search["bleu"])
+    search = result.evaluation
+    assert (search.beam, search.lenpen, search.temperature) == (chosen["beam"], chosen["lenpen"], chosen["temperature"])
+    valid = result.scores["valid"]["sacreBLEU"]
+    assert (valid.score, valid.signature) == (pytest.approx(chosen["bleu"], abs=1e-9), measured["signature"])
 
     set_bleu(copies[0], 3.0, 1.0, 2.0)
     set_bleu(copies[1], 9.0, 8.0, 0.0)
@@ -62,12 +64,31 @@ def test_tuning_takes_the_search_with_the_highest_mean_bleu_of_an_arm(copies, ca
     for folder in copies:
         assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints"]
     main(argv)
-    assert all(f"{folder.name}: scored already" in capsys.readouterr().out for folder in copies[:1])
+    output = capsys.readouterr().out
+    assert all(f"{folder.name}: scored already" in output for folder in copies)
 
     error = refused(capsys, "compare", "--baseline", copies[0], "--candidate", copies[1])
     assert "beam: 1 or 2; lenpen: 1.0 or 0.6; temperature: 1.0 or 0.5" in error
     main(["compare", "--allow-differences", "--baseline", str(copies[0]), "--candidate", *map(str, copies[1:])])
-    assert "differ in more than the criterion**: beam: 1 or 2" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "differ in more than the criterion**: beam: 1 or 2" in output and "search of" not in output
+    main(["evaluate", "--beam", "1", str(copies[2])])
+    main(["compare", "--allow-differences", "--baseline", str(copies[0]), "--candidate", *map(str, copies[1:])])
+    assert "search of el: beam 2, length penalty 0.6, temperature 0.5 or beam 1" in capsys.readouterr().out
+
+
+def test_runs_that_do_not_belong_together_are_not_tuned_together(copies, capsys):
+    record = read_json(copies[2] / "run.json")
+    write_json(copies[2] / "run.json", {**record, "options": {**record["options"], "dropout": 0.9}})
+    assert "el.seed1 are of one arm but differ in more than the seed" in refused(capsys, "evaluate", "--tune", *copies)
+    manifest = read_json(copies[0].parent / "data" / "manifest.json")
+    other = copies[0].parent / "other"
+    shutil.copytree(copies[0].parent / "data", other)
+    write_json(other / "manifest.json", {**manifest, "checksums": {**manifest["checksums"], "dict.en.txt": "0" * 64}})
+    record = read_json(copies[1] / "run.json")
+    write_json(copies[1] / "run.json", {**record, "data": str(other)})
+    assert "are of different data" in refused(capsys, "evaluate", "--tune", *copies[:2])
+    assert not [folder for folder in copies if (folder / "tuning.json").exists()]
 
 
 def test_other_checkpoints_are_tuned_anew(copies, capsys):
@@ -111,7 +132,12 @@ def test_which_normalization_comes_last(work, tmp_path):
     state["model"].update(layers)
     assert last_normalization(state, tmp_path)[1] == "decoder.layers.10.final_layer_norm.bias"
     state["cfg"]["model"].decoder_normalize_before = True
-    with pytest.raises(UserError, match="does not end with a layer normalization, so --temperature must be 1"):
+    with pytest.raises(UserError, match="does not end with a layer normalization"):
         last_normalization(state, tmp_path)
     state["model"].update({"decoder.layer_norm.weight": torch.ones(1), "decoder.layer_norm.bias": torch.zeros(1)})
     assert last_normalization(state, tmp_path) == ["decoder.layer_norm.weight", "decoder.layer_norm.bias"]
+    # fairseq-hydra-train writes flat options beside the nested ones, which are those of the model
+    state["cfg"]["model"] = {"decoder_normalize_before": False, "decoder": {"normalize_before": True}}
+    assert last_normalization(state, tmp_path)[0] == "decoder.layer_norm.weight"
+    state["cfg"]["model"] = {"decoder_normalize_before": True, "decoder": {"normalize_before": False}}
+    assert last_normalization(state, tmp_path)[0] == "decoder.layers.10.final_layer_norm.weight"

@@ -89,7 +89,11 @@ def test_an_alarm_replaces_the_verdicts_and_is_below_the_tables():
     sides = {"baseline": "ce", "candidate": "e*l", "signatures": {}, "differences": []}
     compared = Comparison(tests={"test": metrics}, **sides)
     headline, *others = compared.verdicts("test")
-    assert headline.startswith("e*l is better than ce") and len(others) == 2 and others[1].startswith("Power: ")
+    assert (
+        headline.startswith("e*l is better than ce")
+        and len(others) == 2
+        and others[1].startswith("To show a gain of 0.4")
+    )
     alarmed = compared.model_copy(update={"alarms": ["e*l.seed1: not trained"]})
     (line,) = alarmed.verdicts("test")
     assert line.startswith("No verdict: e*l.seed1: not trained.")

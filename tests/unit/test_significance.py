@@ -74,6 +74,8 @@ def test_seeds_needed_for_extreme_gains():
     assert seeds_needed(0.0, 1.0) is None and seeds_needed(0.01, 1.0) is None
     assert seeds_needed(1.0, 0.0) == 2 and seeds_needed(0.0, 0.0) is None
     assert seeds_needed(1000.0, 1.0) == seeds_needed(1e6, 1.0, groups=2) == 2
+    # where scipy's noncentral t gives NaN for one side; a simulation has a power of 0.998 with 3 seeds
+    assert seeds_needed(0.4, 0.06) == 3 and seeds_needed(0.4, 0.05, groups=2) == 2
 
 
 def test_the_seeds_needed_give_80_percent_power(monkeypatch):
@@ -123,13 +125,15 @@ def test_power_says_how_many_seeds_and_sentences_show_a_gain_of_0_4():
     result = compared([30.0, 31.0, 29.0], [31.0, 30.5, 30.0])  # the deviation of the gains is 0.866
     count = seeds_needed(0.4, math.sqrt(0.75))
     assert result.seeds_for_sought == count > result.seeds_needed
-    assert (
-        result.power()
-        == f"Power: with this spread, about {count} seeds per side would show a gain of 0.4 sacreBLEU 4 times in 5."
-    )
+    seeds = f"about {count} seeds per side, with this spread"
+    assert result.power() == f"To show a gain of 0.4 sacreBLEU 4 times in 5 takes {seeds}."
     result.sentences_for_sought = 8000
-    assert result.power().endswith("; to show it between two models of one seed takes about 8,000 sentences.")
-    assert compared([20.0], [40.0]).power() == ""
+    assert result.power().endswith(f"takes {seeds}; for two models of one seed, about 8,000 test sentences.")
+    single = compared([20.0], [40.0])
+    assert single.power() == ""
+    single.sentences_for_sought = 8000
+    assert single.power().endswith("4 times in 5 takes for two models of one seed, about 8,000 test sentences.")
+    assert compared([30.0, 31.0], [31.0, 32.5], metric="TER").seeds_for_sought is None
 
 
 def test_the_sentences_needed_give_80_percent_power():

@@ -169,6 +169,20 @@ def test_published_figures_are_shown_with_ours_or_not_yet_run(results, tmp_path)
     assert not recipe.reversed().published and not recipe.modern().published, "another task"
 
 
+def test_arms_with_different_searches_name_them(results):
+    assert "beam" not in arms_table(results, []).split("Setting: ")[0]
+    other = results[0].evaluation.model_copy(update={"beam": 9, "temperature": 0.8})
+    tuned = [r.model_copy(update={"evaluation": other}) if r.arm == "el" else r for r in results]
+    lines = arms_table(tuned, []).splitlines()
+    (ce,), (el,) = ([line for line in lines if line.startswith(f"{arm}: ")] for arm in ("ce", "el"))
+    assert ce.endswith("; beam 4, length penalty 1.0  ")
+    assert el.endswith("; beam 9, length penalty 1.0, temperature 0.8  ")
+    assert "beam 4 or 9, length penalty 1.0, temperature 1.0 or 0.8" in "".join(lines)
+    mixed = [result for result in tuned if result.arm == "el"][:1] + results[1:]
+    (el,) = (line for line in arms_table(mixed, []).splitlines() if line.startswith("el: "))
+    assert "beam 9, length penalty 1.0, temperature 0.8 or beam 4, length penalty 1.0" in el
+
+
 def test_models_of_different_sizes_are_named(results):
     sizes = [result.model_copy(update={"parameters": 4_000 + 1_000 * (result.arm == "el")}) for result in results]
     assert describe_setting(sizes)["model"].endswith("32 wide, 4,000 or 5,000 parameters")

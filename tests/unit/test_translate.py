@@ -117,6 +117,7 @@ def test_without_ctranslate2_the_extra_is_named(monkeypatch, tmp_path):
 def test_on_several_gpus_each_run_is_scored_by_a_process_of_its_own(tmp_path, monkeypatch):
     data = sample_data(tmp_path / "data", {"de": ["a"], "en": ["b"]})
     runs = [sample_run(tmp_path / f"ce.seed{seed}", data.folder, seed=seed) for seed in (1, 2)]
+    runs[1] = runs[1].model_copy(update={"temperature": 0.8})
     calls, codes = [], [0, 0]
     monkeypatch.setattr(evaluate, "visible_gpus", lambda: ["4", "7", "8"])
     monkeypatch.setattr(evaluate, "run_on_gpus", lambda commands, gpus: calls.append((commands, gpus)) or codes)
@@ -127,6 +128,7 @@ def test_on_several_gpus_each_run_is_scored_by_a_process_of_its_own(tmp_path, mo
     arguments = parse_arguments(commands[1][1:])
     assert arguments.runs == [runs[1].folder] and arguments.data == data.folder and arguments.comet.name == "comet"
     assert (arguments.average, arguments.beam, arguments.lenpen, arguments.engine) == (10, 5, 1.0, "ctranslate2")
+    assert arguments.temperature == 0.8
     codes[1] = 2
     with pytest.raises(UserError, match="ce.seed2: "):
         evaluate.evaluate_all(runs)
