@@ -151,9 +151,9 @@ class MetricComparison:
         """Return one line: how many seeds and sentences show a gain of SOUGHT BLEU; empty if neither is known."""
         ways = []
         if self.interval:
-            ways.append(f"{format_seeds(self.seeds_for_sought)} per side, with this spread")
+            ways.append(f"{format_seeds(self.seeds_for_sought)} per side (with this spread)")
         if self.sentences_for_sought:
-            ways.append(f"for two models of one seed, about {self.sentences_for_sought:,} test sentences")
+            ways.append(f"about {self.sentences_for_sought:,} test sentences (between two models of one seed)")
         return f"To show a gain of {SOUGHT} {self.metric} 4 times in 5 takes {'; '.join(ways)}." if ways else ""
 
 

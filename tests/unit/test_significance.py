@@ -125,14 +125,14 @@ def test_power_says_how_many_seeds_and_sentences_show_a_gain_of_0_4():
     result = compared([30.0, 31.0, 29.0], [31.0, 30.5, 30.0])  # the deviation of the gains is 0.866
     count = seeds_needed(0.4, math.sqrt(0.75))
     assert result.seeds_for_sought == count > result.seeds_needed
-    seeds = f"about {count} seeds per side, with this spread"
+    seeds = f"about {count} seeds per side (with this spread)"
     assert result.power() == f"To show a gain of 0.4 sacreBLEU 4 times in 5 takes {seeds}."
     result.sentences_for_sought = 8000
-    assert result.power().endswith(f"takes {seeds}; for two models of one seed, about 8,000 test sentences.")
+    assert result.power().endswith(f"takes {seeds}; about 8,000 test sentences (between two models of one seed).")
     single = compared([20.0], [40.0])
     assert single.power() == ""
     single.sentences_for_sought = 8000
-    assert single.power().endswith("4 times in 5 takes for two models of one seed, about 8,000 test sentences.")
+    assert single.power().endswith("4 times in 5 takes about 8,000 test sentences (between two models of one seed).")
     assert compared([30.0, 31.0], [31.0, 32.5], metric="TER").seeds_for_sought is None
 
 
