@@ -16,7 +16,7 @@ from ..files import Record
 from ..training.run_folder import Run
 from . import scoring
 from .formatting import Table, escape, signature_lines
-from .results import HEADLINE, Result
+from .results import HEADLINE, Result, searches
 from .significance import MetricComparison, paired_tests, sentences_needed
 
 # of the settings, only these may differ between runs: in fp16 an update whose gradient overflows is not counted
@@ -132,8 +132,8 @@ def check_comparable(groups: list[list[Result]], allow_differences: bool) -> lis
     unequal = differences([result for results in groups for result in results])
     for results in groups:
         unequal += [line for line in differences(results, ("criterion",)) if line not in unequal]
-        searches = dict.fromkeys(result.evaluation.search for result in results)
-        unequal += [f"search of {results[0].arm}: {' or '.join(searches)}"] if len(searches) > 1 else []
+        if len(found := searches(results)) > 1:
+            unequal.append(f"search of {results[0].arm}: {' or '.join(found)}")
         unequal += same_models(results)
     if unequal and not allow_differences:
         raise UserError(

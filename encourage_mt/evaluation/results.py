@@ -140,6 +140,11 @@ class Result(Record):
         return {metric: score.signature for scores in self.scores.values() for metric, score in scores.items()}
 
 
+def searches(results: list[Result]) -> list[str]:
+    """Return the settings of the search of the results, each once."""
+    return list(dict.fromkeys(result.evaluation.search for result in results))
+
+
 def by_arm(results: list[Result]) -> dict[str, list[Result]]:
     """Return {arm: its results}, in order of appearance."""
     arms: dict[str, list[Result]] = {}

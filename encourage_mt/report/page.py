@@ -10,12 +10,12 @@ from ..atomic import atomic_folder, atomic_write
 from ..errors import UserError
 from ..evaluation.comparison import Comparison
 from ..evaluation.formatting import Table, escape
-from ..evaluation.results import Result
+from ..evaluation.results import Result, searches
 from ..files import write_record
 from ..processes import locked
 from ..training.run_folder import Run, render_options
 from .sections import SECTIONS, Material, Section, disagree
-from .tables import criterion_options, describe_options, describe_setting, name_sides, searches
+from .tables import criterion_options, describe_options, describe_setting, name_sides
 
 FILE_LIST = ".encourage-mt-report"  # in a report's folder: the files it consists of, one a line
 
@@ -96,7 +96,7 @@ def describe_report(material: Material, results: dict[str, list[Result]]) -> lis
     lines = []
     for label, side in results.items():
         seeds = f"seed{'s' if len(side) > 1 else ''} {', '.join(str(result.seed) for result in side)}"
-        search = f"; {searches(side)}" if " or " in searches(everything) else ""
+        search = f"; {' or '.join(searches(side))}" if len(searches(everything)) > 1 else ""
         lines.append((label, f"{describe_options(criterion_options(side[0]))}; {seeds}{search}"))
     pairs = ", ".join(f"{split} {count:,}" for split, count in data.lines.items())
     vocabulary = " and ".join(f"{size:,}" for size in dict.fromkeys(data.dictionary.values())) or "unknown"

@@ -7,7 +7,7 @@ from operator import attrgetter
 from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis
 from ..evaluation.formatting import escape, format_mean, format_p, markdown_table, signature_lines
-from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm
+from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm, searches
 from ..evaluation.significance import MetricComparison, paired_seeds
 from ..files import Scalar
 from ..recipe import Recipe
@@ -84,7 +84,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     options = []
     for arm, group in arms.items():
         others = training_differences(group[0], arms[first][0])
-        search = f"; {searches(group)}" if " or " in searches(results) else ""
+        search = f"; {' or '.join(searches(group))}" if len(searches(results)) > 1 else ""
         options.append(f"{arm}: `{criterion_line(group[0])}`{f'; differs in: {others}' if others else ''}{search}  ")
     *setting, machines = describe_setting(results).values()
     lines = [*options, *alarm_lines(results), *signature_lines(all_signatures(results))]
@@ -107,11 +107,6 @@ def sentence_tests(p: dict[int, dict[str, float]], gain: MetricComparison) -> st
     is_complete = set(tested) == {*gain.baseline, *gain.candidate}
     seeds = "" if is_complete or not tested else f"seed {', '.join(map(str, tested))}: "
     return seeds + ", ".join(format_p(p[seed]["ar"]) for seed in tested)
-
-
-def searches(results: list[Result]) -> str:
-    """Return the settings of the search; if they differ, each of them."""
-    return " or ".join(dict.fromkeys(result.evaluation.search for result in results))
 
 
 def describe_setting(results: list[Result]) -> dict[str, str]:
