@@ -22,7 +22,7 @@ from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
 from encourage_mt.evaluation.results import HEADLINE, Result
 from encourage_mt.evaluation.significance import measures_table
-from encourage_mt.evaluation.tuning import Tuning, tuning_table
+from encourage_mt.evaluation.tuning import Tuning, mean_by_arm, tuning_table
 from encourage_mt.files import file_hash, read_record, write_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
@@ -44,7 +44,8 @@ PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "robustness.md", ROOT / "
 TABLES = {
     **{"runs": runs_table, "diagnostics": diagnostics_table, "curve": curve_table},
     "tuning": lambda results: tuning_table(
-        [(result.arm, result.tuning) for result in results if result.tuning], results[0].signatures[HEADLINE]
+        mean_by_arm([(result.arm, result.tuning) for result in results if result.tuning]),
+        results[0].signatures[HEADLINE],
     ),
 }
 KINDS = "|".join(["arms", "published", "robustness", "measures", *TABLES])

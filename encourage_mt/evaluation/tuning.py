@@ -35,7 +35,7 @@ class Search(NamedTuple):
     temperature: float
 
 
-BEAMS, LENPENS, TEMPERATURES = (1, 4, 5, 10), (0.6, 1.0, 1.4), (0.8, 1.0, 1.25)
+BEAMS, LENPENS, TEMPERATURES = (1, 4, 5, 10), (0.6, 1.0, 1.4, 1.8), (0.8, 1.0, 1.25, 1.5)
 # greedy search depends on neither length penalty nor temperature
 SEARCHES = [Search(*s) for s in product(BEAMS, LENPENS, TEMPERATURES) if s[0] > 1 or s[1:] == (1.0, 1.0)]
 
@@ -66,25 +66,24 @@ def tune(runs: list[Run]) -> list[Run]:
         if run.prepared().checksum != runs[0].prepared().checksum:
             raise UserError(f"--tune: {run.folder} and {runs[0].folder} are of different data; tune them one by one")
     tunings = [measure(run) for run in runs]
-    pairs = [(run.arm, tuning.tried) for run, tuning in zip(runs, tunings, strict=True)]
-    print(f"\n{tuning_table(pairs, tunings[0].signature)}\n")
-    best = {arm: best_search(bleu) for arm, bleu in mean_by_arm(pairs).items()}
+    means = mean_by_arm([(run.arm, tuning.tried) for run, tuning in zip(runs, tunings, strict=True)])
+    print(f"\n{tuning_table(means, tunings[0].signature)}\n")
+    best = {arm: best_search(bleu) for arm, bleu in means.items()}
     return [run.model_copy(update=best[run.arm]._asdict()) for run in runs]
 
 
 def mean_by_arm(pairs: list[tuple[str, list[TriedSearch]]]) -> dict[str, dict[Search, float]]:
     """Return {arm: {search: mean BLEU}}, from (arm, searches) of each run; of the searches that all runs tried."""
-    by_run = [(arm, {Search(s.beam, s.lenpen, s.temperature): s.bleu for s in tried}) for arm, tried in pairs]
-    shared = [search for search in by_run[0][1] if all(search in bleu for _, bleu in by_run)]
+    by_run = [(arm, {search_of(each): each.bleu for each in tried}) for arm, tried in pairs]
+    shared = sorted(set.intersection(*(set(bleu) for _, bleu in by_run)))
     arms: dict[str, list[dict[Search, float]]] = {}
     for arm, bleu in by_run:
         arms.setdefault(arm, []).append(bleu)
     return {arm: {s: statistics.mean(bleu[s] for bleu in group) for s in shared} for arm, group in arms.items()}
 
 
-def tuning_table(pairs: list[tuple[str, list[TriedSearch]]], signature: str) -> str:
+def tuning_table(means: dict[str, dict[Search, float]], signature: str) -> str:
     """Return the means of `mean_by_arm`, a row for each search and a column for each arm, and the best of each arm."""
-    means = mean_by_arm(pairs)
     searches = next(iter(means.values()))
     rows = [[*map(str, search), *(f"{bleu[search]:.2f}" for bleu in means.values())] for search in searches]
     header = ["beam", "length penalty", "temperature", *(f"{HEADLINE} of valid, {arm}" for arm in means)]
@@ -96,48 +95,65 @@ def best_search(bleu: dict[Search, float]) -> Search:
     return max(bleu, key=bleu.__getitem__)
 
 
+def search_of(tried: TriedSearch) -> Search:
+    return Search(tried.beam, tried.lenpen, tried.temperature)
+
+
 def measure(run: Run) -> Tuning:
-    """Return BLEU on valid of each of SEARCHES, translated with CTranslate2; kept in the run's tuning.json."""
+    """Return BLEU on valid of each of SEARCHES, translated with CTranslate2.
+
+    Each is written to the run's tuning.json at once, so an interrupted tuning continues where it stopped.
+    """
     path, data = run.folder / "tuning.json", run.prepared()
     with locked(run.folder):
         check_data(run, data)
         checkpoints = last_checkpoints(run.checkpoints, run.average)
-        checksums = {checkpoint.name: file_hash(checkpoint) for checkpoint in checkpoints}
+        scorer, references = (
+            scoring.metrics(data.target, data.lowercase)[HEADLINE],
+            data.read_text("valid", data.target),
+        )
+        scorer.corpus_score(references, [references])  # the signature has the number of references
+        tuning = Tuning(
+            data_sha256=data.checksum,
+            checkpoints_sha256={checkpoint.name: file_hash(checkpoint) for checkpoint in checkpoints},
+            tried=[],
+            signature=str(scorer.get_signature()),
+        )
         if path.exists():
             found = read_record(path, Tuning)
-            is_present = (found.data_sha256, found.checkpoints_sha256) == (data.checksum, checksums)
-            if is_present and {(s.beam, s.lenpen, s.temperature) for s in found.tried} == set(SEARCHES):
-                print(f"{run.name}: tuned already")
-                return found
-        scorer = scoring.metrics(data.target, data.lowercase)[HEADLINE]
-        references = data.read_text("valid", data.target)
+            if found.model_copy(update={"tried": []}) == tuning:
+                tuning = found
+        missing = [search for search in SEARCHES if search not in map(search_of, tuning.tried)]
+        if not missing:
+            print(f"{run.name}: tuned already")
+            return tuning
         folder = run.folder / UNFINISHED
-        bleu = {}
         try:
-            with tqdm(total=len(SEARCHES), desc=f"{run.name} tuning", unit="search") as bar:
-                for search, lines in translate_valid(run, data, checkpoints, folder):
-                    bleu[search] = scorer.corpus_score(lines, [references]).score
+            with tqdm(total=len(missing), desc=f"{run.name} tuning", unit="search") as bar:
+                for search, lines in translate_valid(run, data, checkpoints, folder, missing):
+                    bleu = scorer.corpus_score(lines, [references]).score
+                    tuning.tried.append(TriedSearch(**search._asdict(), bleu=bleu))
+                    write_record(path, tuning)
                     bar.update()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        tried = [TriedSearch(**search._asdict(), bleu=bleu[search]) for search in SEARCHES]
-        signature = str(scorer.get_signature())
-        tuning = Tuning(data_sha256=data.checksum, checkpoints_sha256=checksums, tried=tried, signature=signature)
-        write_record(path, tuning)
     return tuning
 
 
 def translate_valid(
-    run: Run, data: PreparedData, checkpoints: list[Path], folder: Path
+    run: Run, data: PreparedData, checkpoints: list[Path], folder: Path, searches: list[Search]
 ) -> Iterator[tuple[Search, list[str]]]:
-    """Yield (search, detokenized translation of valid) for SEARCHES; a model for each temperature is in `folder`."""
-    for temperature in dict.fromkeys(search.temperature for search in SEARCHES):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        average(checkpoints, folder / "average.pt", temperature)
+    """Yield (search, detokenized translation of valid), by temperature; a model for each of them is in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    average(checkpoints, folder / "mean.pt")
+    sources = read_pieces(data, "valid")
+    for temperature in dict.fromkeys(search.temperature for search in searches):
+        average([folder / "mean.pt"], folder / "average.pt", temperature)
+        shutil.rmtree(folder / "model", ignore_errors=True)
         convert_checkpoint(folder / "average.pt", data, folder / "model", run.folder / "convert.log")
-        model, sources = load_model(folder / "model"), read_pieces(data, "valid")
-        for search in SEARCHES:
+        model = load_model(folder / "model")
+        for search in searches:
             if search.temperature == temperature:
                 translations = translate_pieces(model, sources, search.beam, search.lenpen)
                 write_translation(best_lines(translations, data), data, "valid", folder)

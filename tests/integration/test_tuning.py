@@ -100,6 +100,30 @@ def test_other_checkpoints_are_tuned_anew(copies, capsys):
     assert list(read_json(folder / "tuning.json")["checkpoints_sha256"]) == ["checkpoint3.pt"]
 
 
+def test_tuning_translates_only_what_is_missing(copies, capsys, monkeypatch):
+    folder = copies[0]
+    monkeypatch.setattr(tuning, "SEARCHES", FEW[:2])
+    main(["evaluate", "--tune", str(folder)])
+    set_bleu(folder, 99.0, 98.0)
+    monkeypatch.setattr(tuning, "SEARCHES", FEW)
+    translate = tuning.translate_valid
+
+    def interrupted(*arguments):
+        yield from translate(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "translate_valid", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune([open_run(folder)])
+    assert not (folder / tuning.UNFINISHED).exists()
+    tried = read_json(folder / "tuning.json")["tried"]
+    assert [tuning.Search(*list(search.values())[:3]) for search in tried] == FEW
+    assert [search["bleu"] for search in tried[:2]] == [99.0, 98.0] and tried[2]["bleu"] < 90
+    capsys.readouterr()
+    main(["evaluate", "--tune", str(folder)])
+    assert "tuned already" in capsys.readouterr().out
+
+
 def test_what_tuning_chooses_cannot_be_given(work, capsys):
     folder = work.folder / "ce.seed1"
     assert "--beam cannot be used with --tune" in refused(capsys, "evaluate", folder, "--tune", "--beam", 4)
