@@ -58,10 +58,13 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
     )
 
 
-def with_provenance(run: Run, cluster: Cluster) -> Run:
-    """Return the run with its data's checksum and, unless it is done, the command that starts it and the machine."""
+def with_provenance(run: Run, cluster: Cluster, threads: str) -> Run:
+    """Return the run with its data's checksum and, unless it is done, the command that starts it and the machine.
+
+    The command names the number of threads of each process, because another number rounds differently.
+    """
     now = {
-        "command": shlex.join(launch_command(run, cluster)),
+        "command": f"OMP_NUM_THREADS={threads} {shlex.join(launch_command(run, cluster))}",
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "processes": cluster.processes,
         "versions": versions(),
@@ -78,21 +81,22 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
     trainings save and stop, and this process exits with STOPPED.
     """
+    waiting = [run for run in runs if not run.is_done]
+    environment = job_environment(max(1, min(parallel, len(waiting))) * cluster.gpus)
     if cluster.node == 0:
-        recorded = [with_provenance(run, cluster) for run in runs]
+        recorded = [with_provenance(run, cluster, environment["OMP_NUM_THREADS"]) for run in runs]
         for run in recorded:  # all folders are checked before anything is written
             run.earlier_starts()
         for run in recorded:
             if run.is_done:
                 run.save()
-    waiting = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
             logger.info("%s: trained already", run.name)
     if not waiting:
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # the trainings are stopped on the way out
-    trainings = Trainings(waiting, cluster, parallel)
+    trainings = Trainings(waiting, cluster, parallel, environment)
     try:
         while trainings.waiting or trainings.active:
             trainings.step()
@@ -111,14 +115,14 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
 class Trainings:
     """The trainings of `train`, waiting and running, with a progress bar over all of them."""
 
-    def __init__(self, runs: list[Run], cluster: Cluster, parallel: int):
+    def __init__(self, runs: list[Run], cluster: Cluster, parallel: int, environment: dict[str, str]):
         self.waiting, self.cluster, self.parallel = list(runs), cluster, parallel
         self.active: list[Training] = []
         self.failures: list[str] = []
         self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
-        self.environment = job_environment(min(parallel, len(runs)) * cluster.gpus)
-        self.environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds torchrun lets its workers save
+        # seconds torchrun lets its workers save
+        self.environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100", **environment}
         self.bar = progress_bar("all trainings", len(runs), "training", 0)
 
     def step(self) -> None:
@@ -194,7 +198,7 @@ class Training:
             open(run.log, "a", encoding="utf-8", opener=not_through_a_link) as log,
         ):
             if cluster.node == 0:
-                with_provenance(run, cluster).save()
+                with_provenance(run, cluster, environment["OMP_NUM_THREADS"]).save()
             if cluster.precision == "bf16":
                 with atomic_write(cluster.hydra_file(run.folder)) as file:
                     file.write(hydra_config(run))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -45,7 +46,9 @@ def test_all_arms_and_seeds_are_trained_scored_and_compared(work):
         result = Result.read(folder)
         assert f"{result.arm}.seed{result.seed}" == name and int(result.options["seed"]) == result.seed
         assert set(result.evaluation.checkpoints_sha256) == {"checkpoint2.pt", "checkpoint3.pt"}
-        assert result.provenance["data_sha256"] == result.evaluation.data_sha256 and result.provenance["starts"]
+        assert result.provenance["data_sha256"] == result.evaluation.data_sha256
+        (start,) = result.provenance["starts"]
+        assert re.match(r"OMP_NUM_THREADS=\d+ fairseq-train ", start["command"])
         assert set(result.translations_sha256) == {"valid.en", "test.en"}
         assert {"torch", "sacrebleu", "encourage-mt"} <= set(result.versions)
         assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result.seed
