@@ -257,7 +257,8 @@ def add_translate(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of lines to translate together; 1 translates each line as it arrives (default: %(default)s)",
     )
-    command.add_argument("--threads", type=count, metavar="N", help="number of CPU threads (default: one per core)")
+    threads = "number of CPU threads (default: OMP_NUM_THREADS, otherwise one per core)"
+    command.add_argument("--threads", type=count, metavar="N", help=threads)
     command.add_argument(
         "--device",
         choices=["cpu", "cuda", "auto"],

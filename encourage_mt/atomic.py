@@ -29,12 +29,25 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make `path` an empty folder, also if a killed process left one there, and remove it at the end."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output` that does not exist yet, and rename it to `output` at the end.
 
-    What is at `output` is removed then. If the block raises, it stays as it was and nothing is left beside it.
+    What is at `output` is removed then. If the block raises, it stays as it was and nothing is left beside it. Not for
+    two processes at a time.
     """
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    partial = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         yield partial
         shutil.rmtree(output, ignore_errors=True)

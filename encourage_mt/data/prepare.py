@@ -216,7 +216,7 @@ class _Preparation:
                 for pair, (reason, *tokens) in zip(chunk, rows, strict=True):
                     position = counts["read"]
                     counts["read"] += 1
-                    if reason:
+                    if reason and position not in held_out:
                         counts[reason] += 1
                         continue
                     passed += 1
@@ -239,10 +239,10 @@ class _Preparation:
         reasons = describe_dropped(counts) or "none read"
         return UserError(f"{split}: no pair is left of {counts['read']:,} after cleaning ({reasons})")
 
-    def _read(self, kind, split):
-        """Yield pairs of lines written before."""
+    def _read_tokenized(self, split):
+        """Yield the pairs of tokenized/SPLIT.LANG."""
         with ExitStack() as files:
-            paths = [self._path(kind, split, language) for language in (self.recipe.source, self.recipe.target)]
+            paths = [self._path("tokenized", split, language) for language in (self.recipe.source, self.recipe.target)]
             for source, target in zip(*(files.enter_context(_open(path)) for path in paths), strict=True):
                 yield source.removesuffix("\n"), target.removesuffix("\n")
 
@@ -255,8 +255,7 @@ class _Preparation:
         """Learn the subword model on train; return the number of lines it was learned from."""
         count, options = self.counts["train"]["before_cleaning"], self.recipe.subword.options
         print(f"subword model: learning on {count:,} pairs")
-        learned = subwords.learn(self._read("tokenized", "train"), count, options, self.folder / "subword")
-        return learned["learned_on_lines"]
+        return subwords.learn(self._read_tokenized("train"), count, options, self.folder / "subword")
 
     def _encode(self, split):
         """Write pieces/SPLIT.LANG, cleaned if the limits are in pieces; return the counts of pieces if needed."""
@@ -269,7 +268,7 @@ class _Preparation:
         stage = EncodeStage(recipe.subword.options, self.folder / "subword", clean, needs_counts)
         piece_counts, kept = Counter(), bytearray()
         lengths, hashes = (array("I"), array("I")), (array("Q"), array("Q"), array("Q"))
-        pairs = self._bar(self._read("tokenized", split), f"encoding {split}", counts["before_cleaning"])
+        pairs = self._bar(self._read_tokenized(split), f"encoding {split}", counts["before_cleaning"])
         (self.folder / "pieces").mkdir(exist_ok=True)
         with ExitStack() as files:
             out = [files.enter_context(_open(self._path("pieces", split, language), "w")) for language in languages]

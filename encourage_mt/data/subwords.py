@@ -20,7 +20,7 @@ CACHED_WORDS = 2**16
 SAMPLING = 0.1
 
 
-def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> dict:
+def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> int:
     """Learn a joint model on both sides of `count` pairs, and write it.
 
     options {"merges": N} is subword-nmt, on all lines, and writes `prefix`.codes. Others are SentencePiece's trainer
@@ -34,7 +34,7 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
                 learn_bpe.learn_bpe(lines, codes, options["merges"])
             except ValueError:  # it takes the maximum over no pairs of characters
                 raise UserError("subword model: every word of the training set has only one character") from None
-        return {"learned_on_lines": 2 * count}
+        return 2 * count
     step = -(-2 * count // SAMPLED_LINES)
     lines = (line for pair in islice(pairs, 0, None, step) for line in pair)
     proto = io.BytesIO()  # SentencePiece itself would not notice that it cannot write its file
@@ -48,7 +48,7 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
     model = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     with atomic_write(Path(f"{prefix}.vocab")) as file:
         file.writelines(f"{model.id_to_piece(i)}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size()))
-    return {"learned_on_lines": 2 * -(-count // step)}
+    return 2 * -(-count // step)
 
 
 def _load_sentencepiece(prefix: Path) -> sentencepiece.SentencePieceProcessor:

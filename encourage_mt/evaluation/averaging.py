@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_write
 from ..plugin.checkpoints import load_checkpoint
-from ..training.run_folder import mapping
+from ..training.run_folder import flat_options
 
 
 def average(paths: list[Path], output: Path, temperature: float = 1.0) -> str:
@@ -53,9 +53,7 @@ def last_normalization(state: dict, path: Path) -> list[str]:
 
     Raises UserError if the decoder has none behind its last layer.
     """
-    options = mapping(state["cfg"]["model"])
-    nested = mapping(options.get("decoder") or {})  # of fairseq-hydra-train; flat ones beside them have no effect
-    if nested.get("normalize_before", options.get("decoder_normalize_before")):
+    if flat_options(state["cfg"]["model"]).get("decoder_normalize_before"):
         prefix = "decoder.layer_norm"
     else:
         layers = [

@@ -2,12 +2,12 @@
 
 import math
 import os
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..atomic import temporary_folder
 from ..data.manifest import PreparedData
 from ..environment import USER_DIR, cores
 from ..errors import UserError, as_user_error, first_line
@@ -36,9 +36,9 @@ def convert_checkpoint(
     conversion fails, or if the checkpoint is damaged or CTranslate2 missing.
     """
     import_ctranslate2()
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with temporary_folder(output.with_name(f"{output.name}.flat")) as folder:
         options = {
-            "model_path": _with_flat_options(checkpoint, Path(folder)),
+            "model_path": _with_flat_options(checkpoint, folder),
             "data_dir": data.data_bin,
             "source_lang": data.source,
             "target_lang": data.target,
@@ -54,15 +54,13 @@ def _with_flat_options(checkpoint, folder):
     import torch
 
     from ..plugin.checkpoints import load_checkpoint
+    from ..training.run_folder import flat_options
 
     state = load_checkpoint(checkpoint)
     model, task = state["cfg"]["model"], state["cfg"]["task"]
     if not isinstance(model, dict):
         return checkpoint
-    parts = {part: options for part, options in model.items() if isinstance(options, dict)}
-    nested = {f"{part}_{name}": value for part, options in parts.items() for name, value in options.items()}
-    # the nested options win: beside them are flat ones that keep their defaults
-    options = {**task, **model, **nested, "task": task["_name"], "arch": model["_name"]}
+    options = {**task, **flat_options(model), "task": task["_name"], "arch": model["_name"]}
     torch.save({**state, "cfg": {**state["cfg"], "model": Namespace(**options)}}, folder / checkpoint.name)
     return folder / checkpoint.name
 

@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
+from ..atomic import temporary_folder
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData
 from ..data.subwords import restore_bytes
@@ -66,23 +66,18 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
             checkpoints_sha256={path.name: file_hash(path) for path in paths},
         )
         check_data(run, data)
-        if (run.folder / "scores.json").exists():
+        if (run.folder / "scores.json").exists() and (run.folder / "average.pt").exists():
             result = Result.read(run.folder)
             if result.evaluation == settings and result.translations_sha256 == hash_translations(run.folder, data):
                 print(f"{run.name}: scored already")
                 return result
-        output = run.folder / UNFINISHED
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
-        try:
+        with temporary_folder(run.folder / UNFINISHED) as output:
             result = _evaluate(run, data, settings, paths, comet, output)
             # scores.json goes first and comes last: if this is interrupted, the run counts as not scored
             (run.folder / "scores.json").unlink(missing_ok=True)
             for path in sorted(output.iterdir()):
                 os.replace(path, run.folder / path.name)
             result.write(run.folder)
-        finally:
-            shutil.rmtree(output, ignore_errors=True)
     return result
 
 

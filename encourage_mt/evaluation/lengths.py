@@ -7,7 +7,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
 EDGES = (1, 6, 11, 16, 21, 31, 41, 61)
-MIN_SENTENCES = 20  # a range with fewer is joined to the next shorter one
+MIN_SENTENCES = 20  # a range with fewer is joined to its neighbour
 SAMPLES = 500
 
 Interval = tuple[float, float, float]  # value, and both ends of its 95% interval

@@ -7,11 +7,11 @@ from pydantic import Field, JsonValue, model_validator
 
 from ..environment import Engine
 from ..errors import UserError
+from ..fields import Count
 from ..files import Record, Scalar, read_record, write_record
 from ..training.run_folder import Provenance, parse_options
 
 HEADLINE = "sacreBLEU"
-Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 FiniteScore = Annotated[float, Field(ge=-1e6, le=1e6)]
 
@@ -117,9 +117,9 @@ class Result(Record):
             path = path / "scores.json"
         return read_record(path, cls)
 
-    def write(self, path: Path) -> None:
-        """Write the scores, without unknown fields, to a file or as scores.json into a folder."""
-        write_record(path / "scores.json" if path.is_dir() else path, self)
+    def write(self, folder: Path) -> None:
+        """Write the scores as scores.json into a folder."""
+        write_record(folder / "scores.json", self)
 
     @classmethod
     def upgrade(cls, content: dict) -> dict:

@@ -144,7 +144,7 @@ class MetricComparison:
             return f"{candidate} is {'better' if self.gain > 0 else 'worse'} than {baseline}: {amount} ({evidence})."
         return (
             f"Not enough evidence that {candidate} and {baseline} differ: {amount} ({evidence}). With this spread, "
-            f"{format_seeds(self.seeds_needed)} per side would show a gain of this size 4 times in 5."
+            f"{format_seeds(self.seeds_needed)} per side would detect a gain of this size with 80% power."
         )
 
     def power(self) -> str:
@@ -154,7 +154,7 @@ class MetricComparison:
             ways.append(f"{format_seeds(self.seeds_for_sought)} per side (with this spread)")
         if self.sentences_for_sought:
             ways.append(f"about {self.sentences_for_sought:,} test sentences (between two models of one seed)")
-        return f"To show a gain of {SOUGHT} {self.metric} 4 times in 5 takes {'; '.join(ways)}." if ways else ""
+        return f"Detecting a gain of {SOUGHT} {self.metric} with 80% power needs {'; '.join(ways)}." if ways else ""
 
 
 def format_seeds(count: int | None) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from ..atomic import temporary_folder
 from ..data.bitext import read_lines
 from ..data.manifest import PreparedData
 from ..errors import UserError
@@ -127,16 +128,15 @@ def measure(run: Run) -> Tuning:
         if not missing:
             print(f"{run.name}: tuned already")
             return tuning
-        folder = run.folder / UNFINISHED
-        try:
-            with tqdm(total=len(missing), desc=f"{run.name} tuning", unit="search") as bar:
-                for search, lines in translate_valid(run, data, checkpoints, folder, missing):
-                    bleu = scorer.corpus_score(lines, [references]).score
-                    tuning.tried.append(TriedSearch(**search._asdict(), bleu=bleu))
-                    write_record(path, tuning)
-                    bar.update()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with (
+            temporary_folder(run.folder / UNFINISHED) as folder,
+            tqdm(total=len(missing), desc=f"{run.name} tuning", unit="search") as bar,
+        ):
+            for search, lines in translate_valid(run, data, checkpoints, folder, missing):
+                bleu = scorer.corpus_score(lines, [references]).score
+                tuning.tried.append(TriedSearch(**search._asdict(), bleu=bleu))
+                write_record(path, tuning)
+                bar.update()
     return tuning
 
 
@@ -144,8 +144,6 @@ def translate_valid(
     run: Run, data: PreparedData, checkpoints: list[Path], folder: Path, searches: list[Search]
 ) -> Iterator[tuple[Search, list[str]]]:
     """Yield (search, detokenized translation of valid), by temperature; a model for each of them is in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     average(checkpoints, folder / "mean.pt")
     sources = read_pieces(data, "valid")
     for temperature in dict.fromkeys(search.temperature for search in searches):

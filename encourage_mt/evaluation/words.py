@@ -12,6 +12,7 @@ matched word is a name if it is one in the reference, wherever the translation h
 """
 
 import logging
+import os
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -120,8 +121,10 @@ def count_words(data: PreparedData) -> Counter[str]:
             lines = list(map(restore_bytes, lines)) if data.byte_fallback else lines
             for words in words_of(lines, data):
                 counts.update(words)
+    own = path.with_name(f"words.{os.getpid()}.json")  # another process may count them at the same time
     with suppress(OSError):  # data of another user, or on a disk that is full or read only
-        write_record(path, WordCounts(data_sha256=data.checksum, counts=counts))
+        write_record(own, WordCounts(data_sha256=data.checksum, counts=counts))
+        own.replace(path)
     return counts
 
 

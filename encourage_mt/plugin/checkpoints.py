@@ -133,7 +133,9 @@ def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Pat
         raise UserError(f"{run_dir}: no such directory")
     paths = [path for path in reversed(saved_checkpoints(run_dir)) if re.fullmatch(PATTERNS[kind], path.name)]
     if len(paths) < count:
-        raise UserError(f"{run_dir}: has {len(paths)} {kind} checkpoints, {count} are needed")
+        raise UserError(
+            f"{run_dir}: has {len(paths)} {kind} checkpoints, {count} are needed; average fewer or train on"
+        )
     return paths[-count:]
 
 

@@ -2,7 +2,8 @@
 
 fairseq writes a checkpoint to a temporary file and renames it, but without fsync, and copies it over checkpoint_last.pt
 and checkpoint_best.pt, so that a kill or a full disk can leave half of one. With these hooks, a training that is killed
-or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU.
+or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU with as many
+threads.
 """
 
 import errno

@@ -52,7 +52,7 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         scores=scores,
         sections=sections,
         runs=last,
-        translations={split: disagree(texts, seeds) for split, texts in material.sets.items()},
+        translations={split: disagree(texts, seeds, material.data.lowercase) for split, texts in material.sets.items()},
         seed=" and ".join(map(str, dict.fromkeys(seeds))),
         results=everything,
         options=[(result.name, shlex.join(render_options(result.options))) for result in everything],

@@ -1,6 +1,7 @@
 """Define the sections of the report: what each shows, and in which order."""
 
 import difflib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,7 +12,7 @@ from sacrebleu.metrics.bleu import BLEU
 from ..data.manifest import PreparedData
 from ..evaluation import scoring
 from ..evaluation.comparison import Comparison, read_translation
-from ..evaluation.diagnostics import analyse
+from ..evaluation.diagnostics import NotATransformer, analyse
 from ..evaluation.formatting import Table
 from ..evaluation.lengths import bleu_by_length
 from ..evaluation.results import HEADLINE
@@ -24,6 +25,8 @@ from ..robustness.tables import FOREIGN_NOTE, NOISE_NOTE, foreign_table, noise_t
 from ..training.run_folder import Run
 from .charts import Chart, diagnostic_charts, learning_curves, length_charts, seed_scores
 from .measure_charts import coverage, gains, reliability
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10  # translations on each side
 DIAGNOSTICS_NOTE = (
@@ -128,7 +131,11 @@ def curves(material: Material) -> Section:
 
 
 def diagnostics(material: Material) -> Section:
-    analyses = {label: [analyse(run) for run in runs] for label, runs in material.groups.items()}
+    try:
+        analyses = {label: [analyse(run) for run in runs] for label, runs in material.groups.items()}
+    except NotATransformer as error:
+        logger.warning("diagnostics are left out: %s", error)
+        return Section("Diagnostics")
     return Section("Diagnostics", DIAGNOSTICS_NOTE, charts=diagnostic_charts(analyses))
 
 
@@ -175,11 +182,12 @@ def summarize_measured(groups: dict[str, list[Run]]) -> Summary | None:
 SECTIONS: tuple[Callable[[Material], Section], ...] = (seeds_and_lengths, where, robustness, curves, diagnostics)
 
 
-def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+def disagree(texts: TranslatedSet, seeds: list[int], lowercase: bool) -> dict[str, list[dict[str, Any]]]:
     """Return the sentences whose chrF++ differs most: {"Worst regressions": sentences, "Best gains": sentences}.
 
-    seeds: that of the baseline and that of the candidate. A sentence has line (from 1), source, reference, scores,
-    gain, and for each output its words, each with whether the reference lacks it.
+    seeds: that of the baseline and that of the candidate; lowercase: whether translations are in lower case. A sentence
+    has line (from 1), source, reference, scores, gain, and for each output its words, each with whether the reference
+    lacks it.
     """
     chrf = scoring.metrics("")["chrF++"]
     outputs = {label: side[seed] for (label, side), seed in zip(texts.systems.items(), seeds, strict=True)}
@@ -188,9 +196,10 @@ def disagree(texts: TranslatedSet, seeds: list[int]) -> dict[str, list[dict[str,
         pair = {label: lines[index] for label, lines in outputs.items()}
         if len(set(pair.values())) == 1:
             continue
-        scores = [chrf.sentence_score(line, [reference]).score for line in pair.values()]
+        expected = reference.lower() if lowercase else reference
+        scores = [chrf.sentence_score(line, [expected]).score for line in pair.values()]
         row = {"line": index + 1, "source": source, "reference": reference, "gain": scores[1] - scores[0]}
-        marked = {label: mark_words(line, reference) for label, line in pair.items()}
+        marked = {label: mark_words(line, expected) for label, line in pair.items()}
         rows.append({**row, "scores": scores, "outputs": marked})
     rows.sort(key=lambda row: row["gain"])
     return {

@@ -58,8 +58,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     Gains are relative to the first arm and to every baseline of `comparisons` the arm was compared with. They use the
     seeds of `paired_seeds` (listed if not all), or all seeds if it has none. p over sentences is of approximate
     randomization, from the comparisons. The sets are those of the comparisons; without any, all sets with valid.
-    Criterion options, signatures and setting follow. results are of `encourage-mt run`, and differ by criterion and
-    seed alone.
+    Criterion options, signatures and setting follow, and what else differs. results are of `encourage-mt run`.
     """
     arms = by_arm(results)
     splits = list(comparisons[0].tests) if comparisons else list(results[0].scores)
@@ -125,7 +124,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         for s in starts
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
-    spent = f"; {sum(hours):.1f} hours in updates, {sum(hours) / len(hours):.2f} a run" if hours else ""
+    spent = f"; training took {sum(hours):.1f} hours, {sum(hours) / len(hours):.2f} per run" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
     sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
@@ -216,7 +215,9 @@ def criterion_options(result: Result) -> dict[str, Scalar]:
 def criterion_line(result: Result) -> str:
     """Return the criterion and its options as they were on the command line."""
     options = criterion_options(result).items()
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in options)
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in options if value is not False
+    )
 
 
 def describe_options(options: dict[str, Scalar]) -> str:

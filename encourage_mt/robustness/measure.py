@@ -18,7 +18,7 @@ from ..data.manifest import PreparedData, hash_text
 from ..errors import UserError, as_user_error
 from ..evaluation import scoring
 from ..evaluation.confidence import SCORES, encode, score_pairs, sentence_scores
-from ..evaluation.converted_model import MAX_PIECES, Translation, translate_pieces
+from ..evaluation.converted_model import Translation, translate_pieces
 from ..evaluation.diagnostics import load
 from ..evaluation.evaluate import evaluated_checkpoint, write_lines
 from ..evaluation.results import HEADLINE, FiniteScore, Result
@@ -203,7 +203,7 @@ class Measurement:
         translations = [found.pieces for found in self._translate(pieces, description)]
         self.fairseq = self.fairseq or load(evaluated_checkpoint(self.run), self.run.data)
         model, task = self.fairseq
-        sources = encode([" ".join(line[:MAX_PIECES]) for line in pieces], task.source_dictionary)
+        sources = encode([" ".join(line) for line in pieces], task.source_dictionary)
         targets = encode([" ".join(line) for line in translations], task.target_dictionary)
         values = sentence_scores(score_pairs(model, task, sources, targets, description))
         scores = {score: of_score.round(6).tolist() for score, of_score in values.items()}

@@ -139,10 +139,10 @@ def check_output(output: Path) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output}: is a file; choose another --output")
+        raise UserError(f"{output}: is a file; remove it or choose another --output")
     record = read_json(output / RECORD) if (output / RECORD).exists() else {}  # of any version
     files = record.get("files") if isinstance(record, dict) else None
     known = {RECORD, CARD, *(files if isinstance(files, dict) else ())}
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known or path.is_dir())
     if foreign:
-        raise UserError(f"{output}: not an earlier export (it has {foreign[0]}); choose another --output")
+        raise UserError(f"{output}: not an earlier export (it has {foreign[0]}); remove it or choose another --output")

@@ -29,7 +29,7 @@ class Hypothesis(NamedTuple):
 class Translator:
     """Translates raw text with the model that `encourage-mt export` wrote into a folder.
 
-    device: cpu, cuda or auto (a GPU if there is one). threads: of the CPU, default one per core. Raises UserError if
+    device: cpu, cuda or auto (a GPU if there is one). threads: of the CPU, see `load_model`. Raises UserError if
     CTranslate2 is not installed, the folder is not a complete export, or there is no such device.
     """
 

@@ -205,7 +205,8 @@ def open_run(folder: Path, **changes) -> Run:
     run = run.model_copy(update=changes)
     if not run.data.is_dir():
         raise UserError(
-            f"{folder}: its data {run.data} does not exist; name the folder of the prepared data with --data"
+            f"{folder}: its data {run.data} does not exist; move the prepared data there or to {folder.parent / 'data'}"
+            ", or name its folder with --data if the command has this option"
         )
     run.prepared()
     return run
@@ -259,11 +260,16 @@ def training_settings(state: dict) -> dict:
         batch[f"{name} per update"] = value * steps * world if isinstance(steps, int) else [value, steps, world]
     settings = {**batch, "updates": state["optimizer_history"][-1]["num_updates"]}
     settings["precision"] = precision_of(options)
+    sections = {name: section for name, section in options.items() if isinstance(section, dict) and name != "model"}
+    elsewhere = {name for section in sections.values() for name in section} | set(options)
     for section in ("optimization", "optimizer", "lr_scheduler"):
-        settings.update(_plain(options[section], section))
-    elsewhere = {name for section in options if section != "model" for name in (options[section] or {})}
-    model = mapping(options["model"]).items()
-    settings.update(_plain({k: v for k, v in model if k not in elsewhere | set(options)}, "model"))
+        values = mapping(options[section])
+        if section not in sections:  # a Namespace has the options of all sections
+            values = {name: value for name, value in values.items() if name == "_name" or name not in elsewhere}
+        settings.update({section if name == "_name" else name: value for name, value in values.items()})
+    model = flat_options(options["model"])
+    settings.update({name: value for name, value in model.items() if name not in elsewhere})
+    settings.setdefault("arch", model.get("_name"))
     for name in ("update_freq", "no_seed_provided", "tpu", "debug_param_names"):
         settings.pop(name, None)
     return settings
@@ -274,13 +280,18 @@ def mapping(options) -> dict:
     return options if isinstance(options, dict) else vars(options)
 
 
+def flat_options(section) -> dict:
+    """Return the options of a checkpoint's model with the names of fairseq-train; fairseq-hydra-train nests some."""
+    options = mapping(section)
+    parts = {part: nested for part, nested in options.items() if isinstance(nested, dict)}
+    nested = {f"{part}_{name}": value for part, options in parts.items() for name, value in options.items()}
+    # the nested options win: beside them are flat ones that keep their defaults
+    return {name: value for name, value in {**options, **nested}.items() if name not in parts}
+
+
 def precision_of(options: dict) -> Any:
     """Return the precision that a checkpoint's options set."""
     return next((name for name in ("fp16", "bf16", "amp") if options["common"][name]), "fp32")
-
-
-def _plain(options, section):
-    return {section if name == "_name" else name: value for name, value in options.items()}
 
 
 def read_log(log: Path) -> list[dict]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..environment import quiet_imports
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from .launch import share_batch
 from .run_folder import Run
 
@@ -11,11 +11,17 @@ from .run_folder import Run
 def describe_schedules(runs: list[Run], processes: int) -> list[str]:
     """Return a line for each schedule among `runs`, and warnings where the warm-up is more than a third of it.
 
-    Raises UserError if a sentence of train or valid does not fit the batch of a process.
+    Raises UserError if a sentence of train or valid does not fit the batch of a process, or if the training ends before
+    it has the checkpoints that are averaged.
     """
     lines: dict[str, list[str]] = {}
     for run in runs:
         epoch, whole, warmup = schedule(run, processes)
+        if whole < epoch * run.average:
+            raise UserError(
+                f"average: {run.average} epochs are averaged, but {run.arm} ends after {whole / epoch:.1f}; use --set "
+                f"max-update={epoch * run.average} or more, or a smaller --set average=N"
+            )
         text = f"{epoch:,} updates per epoch, {whole:,} in all, {warmup:,} of them in warm-up"
         if 3 * warmup > whole:
             text += (
@@ -42,8 +48,9 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
 
     data = run.prepared()
     prefix = data.data_bin / f"train.{data.source}-{data.target}"
-    datasets = [data_utils.load_indexed_dataset(f"{prefix}.{side}", None) for side in data.languages]
-    source, target = (np.array(dataset.sizes, dtype=np.int64) for dataset in datasets)
+    with as_user_error(f"{prefix}.*: fairseq cannot read the prepared data"):
+        datasets = [data_utils.load_indexed_dataset(f"{prefix}.{side}", None) for side in data.languages]
+        source, target = (np.array(dataset.sizes, dtype=np.int64) for dataset in datasets)
     lengths = np.maximum(source, target)
     if lengths.max() > max_tokens:
         raise UserError(

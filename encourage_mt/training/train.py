@@ -82,7 +82,7 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     trainings save and stop, and this process exits with STOPPED.
     """
     waiting = [run for run in runs if not run.is_done]
-    environment = job_environment(max(1, min(parallel, len(waiting))) * cluster.gpus)
+    environment = job_environment(parallel * cluster.gpus)  # the same after an interruption, because threads round
     if cluster.node == 0:
         recorded = [with_provenance(run, cluster, environment["OMP_NUM_THREADS"]) for run in runs]
         for run in recorded:  # all folders are checked before anything is written

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import CE, refused, run
 
 from encourage_mt import processes
 from encourage_mt.cli import main
+from encourage_mt.environment import USER_DIR
 from encourage_mt.evaluation import evaluate, scoring
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
@@ -47,8 +48,8 @@ def test_all_arms_and_seeds_are_trained_scored_and_compared(work):
         assert f"{result.arm}.seed{result.seed}" == name and int(result.options["seed"]) == result.seed
         assert set(result.evaluation.checkpoints_sha256) == {"checkpoint2.pt", "checkpoint3.pt"}
         assert result.provenance["data_sha256"] == result.evaluation.data_sha256
-        (start,) = result.provenance["starts"]
-        assert re.match(r"OMP_NUM_THREADS=\d+ fairseq-train ", start["command"])
+        commands = [start["command"] for start in result.provenance["starts"]]
+        assert commands and all(re.match(r"OMP_NUM_THREADS=1 fairseq-train ", command) for command in commands)
         assert set(result.translations_sha256) == {"valid.en", "test.en"}
         assert {"torch", "sacrebleu", "encourage-mt"} <= set(result.versions)
         assert load_checkpoint(folder / "average.pt")["cfg"]["common"]["seed"] == result.seed
@@ -122,6 +123,26 @@ def test_a_folder_of_plain_fairseq_train_is_evaluated(el_run, tiny, tmp_path, ca
     assert not [path for path in folder.rglob("*") if path.suffix == ".tmp" or path.name == evaluate.UNFINISHED]
     main(argv)
     assert "by hand: scored already" in capsys.readouterr().out
+    (folder / "average.pt").unlink()
+    main(argv)
+    assert (folder / "average.pt").exists() and Result.read(folder) == result
+
+
+def test_an_lstm_with_an_old_optimizer_is_evaluated_and_reported_without_diagnostics(tiny, tmp_path, capsys):
+    dims = [f"--{part}-{name}=16" for part in ("encoder", "decoder") for name in ("embed-dim", "hidden-size")]
+    options = ["--arch=lstm", *dims, "--decoder-out-embed-dim=16", "--optimizer=adafactor", "--lr=0.01", *CE]
+    for name in ("a", "b"):
+        argv = ["fairseq-train", tiny[1] / "data-bin", "--save-dir", tmp_path / name, "--max-tokens=1000", "--cpu"]
+        run(*argv, *options, "--max-epoch=1", "--user-dir", USER_DIR, f"--seed={'ab'.index(name)}")
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    main(["evaluate", *folders, "--average", "1", "--beam", "1"])
+    training = Result.read(tmp_path / "a").training
+    assert (training["optimizer"], training["arch"], training["encoder_hidden_size"]) == ("adafactor", "lstm", 16)
+    assert not {"seed", "save_dir", "data", "label_smoothing"} & set(training)
+    report = str(tmp_path / "report")
+    main(["report", "--allow-differences", "--baseline", folders[0], "--candidate", folders[1], "--output", report])
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Where does it help?" in page and "Diagnostics" not in page
 
 
 # --- bad input

@@ -230,6 +230,15 @@ def sentences(data, languages=("de", "en")):
     return {(s, side): read_lines(data / "text" / f"{s}.{side}") for s in ("valid", "test") for side in languages}
 
 
+def test_held_out_pairs_are_not_cleaned(corpus, tmp_path):
+    content = yaml.safe_load((corpus / "recipe.yaml").read_text())
+    content |= {"tokenizer": "moses", "clean": {"max_ratio": 1.1, "unit": "tokens"}}
+    write(tmp_path / "recipe.yaml", yaml.safe_dump(content))
+    files = [str(corpus / "corpus.de"), str(corpus / "corpus.en.gz")]
+    lines = PreparedData.open(prepare(load_recipe(tmp_path / "recipe.yaml", bitext=files), tmp_path / "work")).lines
+    assert lines["train"] < 200 and (lines["valid"], lines["test"]) == (20, 30)
+
+
 def test_own_text_is_split_so_that_no_sentence_is_in_two_splits(corpus, tmp_path):
     files = [str(corpus / "corpus.de"), str(corpus / "corpus.en.gz")]
     data = prepare(load_recipe(corpus / "recipe.yaml", bitext=files), tmp_path / "work")

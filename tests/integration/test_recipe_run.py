@@ -73,6 +73,25 @@ def test_a_long_warm_up_is_announced(warmup, warns, work):
     assert ("warmup-updates=3" in line) == warns
 
 
+def test_a_training_that_ends_before_the_checkpoints_that_are_averaged_is_refused(work):
+    run = open_run(work.folder / "el.seed1")
+    epoch, _, _ = schedule(run, 1)
+    options = {name: value for name, value in run.options.items() if name != "max-epoch"}
+    enough, short = (run.model_copy(update={"options": {**options, "max-update": 2 * epoch - n}}) for n in (0, 1))
+    assert describe_schedules([enough], 1)
+    with pytest.raises(UserError, match=f"2 epochs are averaged, .* --set max-update={2 * epoch} or more"):
+        describe_schedules([short], 1)
+
+
+def test_training_data_that_was_removed_is_one_line(work, tmp_path):
+    shutil.copytree(work.folder / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "data-bin").glob("train.*"):
+        path.unlink()
+    run = open_run(work.folder / "el.seed1", data=tmp_path / "data")
+    with pytest.raises(UserError, match="fairseq cannot read the prepared data"):
+        schedule(run, 1)
+
+
 def test_an_architecture_fairseq_does_not_know_is_refused_before_anything_is_made(tmp_path, capsys):
     recipe = write_recipe(tmp_path, train={**TINY["train"], "arch": "transfromer"})
     assert "transfromer" in refused(capsys, "run", recipe, "--work-dir", tmp_path / "work")

@@ -178,10 +178,18 @@ def test_ten_disagreements_of_each_kind_are_shown_and_equal_outputs_are_left_out
     lines = [f"word number {i} of the line" for i in range(40)]
     baseline = ["x" if i < 15 else line for i, line in enumerate(lines)]
     candidate = ["x" if 15 <= i < 30 else line for i, line in enumerate(lines)]
-    worse, better = disagree(TranslatedSet(lines, lines, {"a": {1: baseline}, "b": {2: candidate}}), [1, 2]).values()
+    texts = TranslatedSet(lines, lines, {"a": {1: baseline}, "b": {2: candidate}})
+    worse, better = disagree(texts, [1, 2], False).values()
     assert len(worse) == len(better) == 10 and max(row["gain"] for row in worse) < 0 < min(r["gain"] for r in better)
     assert all(row["line"] <= 30 for row in worse + better)
     assert mark_words("the big cat", "the cat sat") == [("the", False), ("big", True), ("cat", False)]
+
+
+def test_case_is_ignored_in_disagreements_of_lowercased_data():
+    texts = TranslatedSet(["quelle"], ["The Cat"], {"a": {1: ["the dog"]}, "b": {1: ["the cat"]}})
+    ((row,), (same,)) = (disagree(texts, [1, 1], lowercase)["Best gains"] for lowercase in (True, False))
+    assert row["outputs"]["b"] == [("the", False), ("cat", False)] and row["scores"][1] == pytest.approx(100)
+    assert row["reference"] == "The Cat" and same["outputs"]["b"] == [("the", True), ("cat", True)]
 
 
 @pytest.mark.parametrize("count, widths", [(1, [6]), (2, [3] * 2), (3, [2] * 3), (4, [3] * 4), (5, [2] * 3 + [3] * 2)])

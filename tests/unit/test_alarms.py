@@ -92,7 +92,7 @@ def test_an_alarm_replaces_the_verdicts_and_is_below_the_tables():
     assert (
         headline.startswith("e*l is better than ce")
         and len(others) == 2
-        and others[1].startswith("To show a gain of 0.4")
+        and others[1].startswith("Detecting a gain of 0.4")
     )
     alarmed = compared.model_copy(update={"alarms": ["e*l.seed1: not trained"]})
     (line,) = alarmed.verdicts("test")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from encourage_mt.atomic import atomic_write
+from encourage_mt.atomic import atomic_folder, atomic_write, temporary_folder
 from encourage_mt.data.manifest import PreparedData
 from encourage_mt.errors import UserError
 from encourage_mt.training.run_folder import Run, open_run, parse_options
@@ -199,6 +199,16 @@ def test_a_relative_path_of_the_data_begins_where_the_training_was_started(
     Path(expected).mkdir(parents=True)
     assert open_run(folder).data.resolve() == Path(expected)
     assert open_run(folder, data=tmp_path).data == tmp_path
+
+
+def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
+    for name in ("work", ".output.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left").write_text("half")
+    with temporary_folder(tmp_path / "work") as folder, atomic_folder(tmp_path / "output") as partial:
+        assert not list(folder.iterdir()) and not partial.exists()
+        partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["output"] and not list((tmp_path / "output").iterdir())
 
 
 def test_a_link_beside_a_file_is_not_written_through(tmp_path):

@@ -117,7 +117,7 @@ def test_a_gain_within_the_spread_is_not_evidence_and_the_verdict_says_how_many_
     assert result.seeds_needed == seeds_needed(0.5, math.sqrt(0.75)) == 26
     line = result.verdict("ce", "el")
     assert line.startswith("Not enough evidence that el and ce differ: +0.50 sacreBLEU") and "\n" not in line
-    assert "about 26 seeds per side would show a gain of this size 4 times in 5" in line
+    assert "about 26 seeds per side would detect a gain of this size with 80% power" in line
     assert "more than 1,000 seeds" in compared([30.0, 31.0], [31.0, 30.0]).verdict("ce", "el")
 
 
@@ -126,13 +126,13 @@ def test_power_says_how_many_seeds_and_sentences_show_a_gain_of_0_4():
     count = seeds_needed(0.4, math.sqrt(0.75))
     assert result.seeds_for_sought == count > result.seeds_needed
     seeds = f"about {count} seeds per side (with this spread)"
-    assert result.power() == f"To show a gain of 0.4 sacreBLEU 4 times in 5 takes {seeds}."
+    assert result.power() == f"Detecting a gain of 0.4 sacreBLEU with 80% power needs {seeds}."
     result.sentences_for_sought = 8000
-    assert result.power().endswith(f"takes {seeds}; about 8,000 test sentences (between two models of one seed).")
+    assert result.power().endswith(f"needs {seeds}; about 8,000 test sentences (between two models of one seed).")
     single = compared([20.0], [40.0])
     assert single.power() == ""
     single.sentences_for_sought = 8000
-    assert single.power().endswith("4 times in 5 takes about 8,000 test sentences (between two models of one seed).")
+    assert single.power().endswith("with 80% power needs about 8,000 test sentences (between two models of one seed).")
     assert compared([30.0, 31.0], [31.0, 32.5], metric="TER").seeds_for_sought is None
 
 

@@ -30,7 +30,10 @@ def a_result(arm, seed, score):
     return sample_result(
         arm,
         seed,
-        options={"source-lang": "de", "target-lang": "en", "seed": seed, "criterion": arm, "log-end": "0.1"},
+        options={
+            **{"source-lang": "de", "target-lang": "en", "seed": seed, "criterion": arm, "log-end": "0.1"},
+            "fuse-projection": False,
+        },
         evaluation={**EVALUATION, "average": 5, "beam": 4},
         scores={"valid": {"sacreBLEU": {**entry, "score": score + 1}}, "test": {"sacreBLEU": entry}},
         training={
@@ -95,7 +98,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
-        "Trained on: CPU; python 3.11.7, torch 2.13.0; 0.1 hours in updates, 0.02 a run.  ",
+        "Trained on: CPU; python 3.11.7, torch 2.13.0; training took 0.1 hours, 0.02 per run.  ",
     ]
     assert "el: `--criterion el --log-end 0.1`" in table and table.count("signature") == 1
     longer = {**results[3].options, "seed": 1}

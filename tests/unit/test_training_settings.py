@@ -51,6 +51,24 @@ def test_the_effective_batch_is_tokens_times_updates_times_processes():
     assert differing(optimization__update_freq=[1, 4])[:1] == ["tokens per update"]
 
 
+def test_the_options_of_a_part_that_only_the_command_line_can_set():
+    state = checkpoint_state()
+    options = {"weight_decay": 0.1, "dropout": 0.2, "seed": 1, "label_smoothing": 0.1, "optimizer": "adafactor"}
+    state["cfg"]["optimizer"] = Namespace(_name="adafactor", **options)
+    settings = training_settings(state)
+    assert (settings["optimizer"], settings["weight_decay"], settings["dropout"]) == ("adafactor", 0.1, 0.2)
+    assert not {"seed", "label_smoothing"} & set(settings)
+
+
+def test_nested_options_of_the_model_replace_flat_ones_with_defaults():
+    state = checkpoint_state()
+    flat = {"_name": "transformer", "encoder_layers": 6, "dropout": 0.2}
+    state["cfg"]["model"] = {**flat, "encoder": {"layers": 2}, "decoder": {"layers": 3}}
+    settings = training_settings(state)
+    assert (settings["encoder_layers"], settings["decoder_layers"], settings["dropout"]) == (2, 3, 0.2)
+    assert settings["arch"] == "transformer" and not {"encoder", "_name"} & set(settings)
+
+
 @pytest.mark.parametrize(
     "changes, expected",
     [
