@@ -8,8 +8,9 @@
                                                were evaluated in another way
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
-tuning, robustness, published (the figures of a paper with ours), or measures (of a report, with "words TEST" or
-"confidence TEST" instead of arms); NAME is the folder in results/; without ARM all arms are shown, baselines first.
+tuning, robustness, published (the figures of a paper with ours), measures (of a report, with "words TEST" or
+"confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms); NAME is the folder in
+results/; without ARM all arms are shown, baselines first.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
-from encourage_mt.evaluation.results import HEADLINE, Result
+from encourage_mt.evaluation.results import HEADLINE, Result, by_arm
 from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.evaluation.tuning import Tuning, mean_by_arm, tuning_table
 from encourage_mt.files import file_hash, read_record, write_record
@@ -30,6 +31,7 @@ from encourage_mt.report.tables import (
     curve_table,
     diagnostic_values,
     diagnostics_table,
+    gains_table,
     learning_curve,
     published_table,
     runs_table,
@@ -48,7 +50,7 @@ TABLES = {
         results[0].signatures[HEADLINE],
     ),
 }
-KINDS = "|".join(["arms", "published", "robustness", "measures", *TABLES])
+KINDS = "|".join(["arms", "published", "robustness", "measures", "gains", *TABLES])
 TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 CURVE = "valid_bleu.svg"
 
@@ -126,13 +128,20 @@ def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float
     ]
 
 
+def read_results(folder: Path) -> list[Result]:
+    return [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
+
+
 def table(match: re.Match) -> str:
     """Return the table that belongs to a marker. Raises UserError if an arm it names has no runs."""
     kind, recipe, arms = match[1], match[2], match[3].split()
     folder = RESULTS / recipe
-    results = [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
+    results = read_results(folder)
     comparisons = [read_record(path, Comparison) for path in sorted(folder.glob("*.comparison.json"))]
-    if kind == "robustness":
+    if kind == "gains":
+        by_folder = {name: by_arm(read_results(RESULTS / name)) for name in (recipe, *arms)}
+        lines = gains_table({name: (group["ce"], group["el"]) for name, group in by_folder.items()})
+    elif kind == "robustness":
         lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
         (comparison,), (measure, test) = comparisons, arms

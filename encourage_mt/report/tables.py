@@ -8,7 +8,7 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis
 from ..evaluation.formatting import escape, format_mean, format_p, markdown_table, signature_lines
 from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm, searches
-from ..evaluation.significance import MetricComparison, paired_seeds
+from ..evaluation.significance import SOUGHT, MetricComparison, format_seeds, paired_seeds
 from ..files import Scalar
 from ..recipe import Recipe
 from ..training.run_folder import finite_rows
@@ -89,6 +89,32 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     lines = [*options, *alarm_lines(results), *signature_lines(all_signatures(results))]
     lines += [f"Setting: {'; '.join(setting)}.  ", f"Trained on: {machines}.  "]
     return "\n".join([markdown_table(header, rows), "", *lines])
+
+
+def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
+    """Return a row for each test set of each item of {name: (results of a baseline, those of a candidate)}.
+
+    The last columns are the p-value over seeds and how many seeds would detect SOUGHT BLEU with 80% power.
+    """
+    rows, signatures = [], {}
+    for name, (baseline, candidate) in sides.items():
+        both = [*baseline, *candidate]
+        averaged = " or ".join(dict.fromkeys(str(result.evaluation.average) for result in both))
+        search = f"{averaged} averaged; {' or '.join(searches(both))}"
+        signatures |= {HEADLINE: both[0].signatures[HEADLINE]}
+        for split in baseline[0].scores:
+            if split == "valid":
+                continue
+            gain, _ = gain_over(baseline, candidate, split)
+            means = [format_mean(r.scores[split][HEADLINE].score for r in group) for group in (baseline, candidate)]
+            seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.interval else "-"
+            cells = [gain.format_gain(), format_p(gain.p) or "-", str(len(candidate)), seeds]
+            rows.append([name, search, split, *means, *cells])
+    names = [group[0].arm for group in next(iter(sides.values()))]
+    scores = [f"{HEADLINE} of {name}" for name in names]
+    header = ["runs", "checkpoints and search", "test set", *scores, "gain", "p over seeds", "seeds"]
+    header += [f"seeds for a gain of {SOUGHT}"]
+    return "\n".join([markdown_table(header, rows), "", *signature_lines(signatures)])
 
 
 def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:

@@ -13,6 +13,7 @@ from encourage_mt.report.tables import (
     curve_table,
     describe_setting,
     diagnostics_table,
+    gains_table,
     learning_curve,
     name_sides,
     published_table,
@@ -136,6 +137,16 @@ def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
     row = rows_of(arms_table(results[:3] + others, []))[4]
     welch = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
     assert row[4:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", ""] and welch.test.startswith("Welch")
+
+
+def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
+    ce, el = ([result for result in results if result.arm == arm] for arm in ("ce", "el"))
+    header, all_seeds, one = rows_of(gains_table({"many": (ce, el), "one": (ce[:1], el[:1])}))
+    assert header[3:5] == ["sacreBLEU of ce", "sacreBLEU of el"]
+    needed = MetricComparison("sacreBLEU", *(dict(enumerate(SCORES[arm], 1)) for arm in ("ce", "el"))).seeds_for_sought
+    means = ["31.00 ± 1.00", "32.00 ± 1.32", "+1.00 [-0.24, +2.24]", "0.074", "3", f"about {needed}"]
+    assert all_seeds == ["many", "5 averaged; beam 4, length penalty 1.0", "test", *means]
+    assert one[3:] == ["30.00", "31.00", "+1.00", "-", "1", "-"]
 
 
 def test_diagnostics_are_a_mean_over_the_seeds_that_were_analysed(results):
