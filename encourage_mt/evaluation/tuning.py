@@ -109,10 +109,8 @@ def measure(run: Run) -> Tuning:
     with locked(run.folder):
         check_data(run, data)
         checkpoints = last_checkpoints(run.checkpoints, run.average)
-        scorer, references = (
-            scoring.metrics(data.target, data.lowercase)[HEADLINE],
-            data.read_text("valid", data.target),
-        )
+        scorer = scoring.metrics(data.target, data.lowercase)[HEADLINE]
+        references = data.read_text("valid", data.target)
         scorer.corpus_score(references, [references])  # the signature has the number of references
         tuning = Tuning(
             data_sha256=data.checksum,

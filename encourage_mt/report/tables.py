@@ -96,12 +96,11 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
 
     The last columns are the p-value over seeds and how many seeds would detect SOUGHT BLEU with 80% power.
     """
-    rows, signatures = [], {}
+    rows = []
     for name, (baseline, candidate) in sides.items():
         both = [*baseline, *candidate]
         averaged = " or ".join(dict.fromkeys(str(result.evaluation.average) for result in both))
         search = f"{averaged} averaged; {' or '.join(searches(both))}"
-        signatures |= {HEADLINE: both[0].signatures[HEADLINE]}
         for split in baseline[0].scores:
             if split == "valid":
                 continue
@@ -114,7 +113,8 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
     scores = [f"{HEADLINE} of {name}" for name in names]
     header = ["runs", "checkpoints and search", "test set", *scores, "gain", "p over seeds", "seeds"]
     header += [f"seeds for a gain of {SOUGHT}"]
-    return "\n".join([markdown_table(header, rows), "", *signature_lines(signatures)])
+    signatures = all_signatures([result for side in sides.values() for group in side for result in group])
+    return "\n".join([markdown_table(header, rows), "", *signature_lines({HEADLINE: signatures[HEADLINE]})])
 
 
 def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:
