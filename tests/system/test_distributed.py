@@ -120,8 +120,8 @@ def test_hydra_trains_the_same_from_a_yaml_of_the_recipe(two, tmp_path):
 
 
 def test_bf16_trains(data, tmp_path):
-    changes = {"max-tokens": 100, "validate-after-updates": 9, "max-epoch": None, "max-update": 1}
+    changes = {"max-tokens": 100, "update-freq": 200, "validate-after-updates": 9, "max-epoch": 2}
     folder = train_on(1, tmp_path, data, "--precision", "bf16", **changes)
     state = checkpoints.load_checkpoint(folder / "checkpoints" / "checkpoint_last.pt")
     assert state["cfg"]["common"]["bf16"]
-    assert state["optimizer_history"][-1]["num_updates"] == 1
+    assert state["optimizer_history"][-1]["num_updates"] == 2
