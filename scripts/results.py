@@ -8,9 +8,9 @@
                                                were evaluated in another way
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
-tuning, robustness, published (the figures of a paper with ours), measures (of a report, with "words TEST" or
-"confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms); NAME is the folder in
-results/; without ARM all arms are shown, baselines first.
+tuning, robustness, published (the figures of a paper with ours), measures (of the report of el against ce, with
+"words TEST" or "confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms); NAME
+is the folder in results/; without ARM all arms are shown, baselines first.
 """
 
 import argparse
@@ -144,9 +144,9 @@ def table(match: re.Match) -> str:
     elif kind == "robustness":
         lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
-        (comparison,), (measure, test) = comparisons, arms
-        compared = comparison.measures[measure][test]
-        lines = measures_table(kind, compared, comparison.baseline, comparison.candidate).markdown()
+        measure, test = arms
+        compared = read_record(folder / "ce-el.comparison.json", Comparison).measures[measure][test]
+        lines = measures_table(kind, compared, "ce", "el").markdown()
     elif kind == "published":
         lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
     else:

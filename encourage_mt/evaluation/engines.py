@@ -4,12 +4,12 @@ import logging
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ..atomic import temporary_folder
 from ..data.manifest import PreparedData
 from ..data.subwords import join_pieces
 from ..environment import USER_DIR, quiet_imports
@@ -84,9 +84,9 @@ def _read_set(process, run, data, split):
 
 
 def _with_ctranslate2(run, data, checkpoint, splits):
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
-        convert_checkpoint(checkpoint, data, Path(folder) / "model", run.folder / "convert.log")
-        model = load_model(Path(folder) / "model")
+    with temporary_folder(checkpoint.with_name("converted")) as folder:
+        convert_checkpoint(checkpoint, data, folder / "model", run.folder / "convert.log")
+        model = load_model(folder / "model")
         lines = {}
         for split in splits:
             translations = translate_pieces(model, read_pieces(data, split), run.beam, run.lenpen)
