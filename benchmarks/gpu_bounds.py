@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from encourage_mt.evaluation.formatting import markdown_table
 from encourage_mt.loss import LossOptions, triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -187,9 +188,7 @@ def main():
         return
     print(f"Lower bounds for {args.dtype}, from instruction counts and published rates. Not a measurement.\n")
     rows = bounds(args.vocabularies, args.dtype)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+    print(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
 
 
 if __name__ == "__main__":

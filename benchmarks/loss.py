@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from fairseq_models import MODELS, build
 
 from encourage_mt.environment import describe_hardware
+from encourage_mt.evaluation.formatting import markdown_table
 from encourage_mt.loss import chunked
 from encourage_mt.loss.functional import loss_terms
 from encourage_mt.loss.fused_projection import projected_loss_terms
@@ -319,9 +320,7 @@ def bench_steps(repeats, quick):
 def as_table(rows):
     """Return rows as a Markdown table, without columns that are empty."""
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(r.get(name) for r in rows)]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join('' if row.get(c) is None else str(row[c]) for c in columns)} |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(columns, [["" if row.get(c) is None else str(row[c]) for c in columns] for row in rows])
 
 
 TABLES = ("sizes", "spreads", "busy", "steps")
@@ -364,9 +363,10 @@ def main():
     if args.device == "cuda" and args.tables != ["sizes"]:
         parser.error("--tables: only sizes runs on a GPU; add --device cpu for the others")
     logging.getLogger("encourage_mt").setLevel(logging.WARNING)
+    memories = ("kept", "default") if args.memory == "both" else (args.memory,)
     tables = {}
     for table in args.tables:
-        for memory in ("kept", "default") if args.memory == "both" and args.device == "cpu" else (args.memory,):
+        for memory in memories if args.device == "cpu" else ("default",):
             wanted = [value if memory == "kept" else None for value in KEPT.values()]
             if args.device == "cuda" or [os.environ.get(name) for name in KEPT] == wanted:
                 made = {f"{table}, {memory} memory": rows_of(table, args, memory)}

@@ -250,10 +250,13 @@ def change(content: dict, settings: Sequence[str], new_arms: Sequence[str]) -> N
     arms = content["arms"]
     if settings:
         content.pop("published", None)  # it is about other options
-    for text in settings:
-        name, value = _assignment("--set", text)
+    assignments = [(text, *_assignment("--set", text)) for text in settings]
+    if LENGTHS <= {name for _, name, _ in assignments}:
+        raise UserError("--set: max-epoch and max-update replace each other; set only one of them")
+    for text, name, value in assignments:
         if name in OPTION_NAMES:
-            having = [arm for arm in arms.values() if name in FAIRSEQ_OPTION_NAMES or arm["criterion"] == CRITERION]
+            criterion = "label_smoothed_" if name in FAIRSEQ_OPTION_NAMES else CRITERION  # how its name begins
+            having = [arm for arm in arms.values() if arm["criterion"].startswith(criterion)]
             if not having:
                 raise UserError(f"--set {text}: no arm has a criterion with this option")
             for arm in having:

@@ -144,8 +144,9 @@ class Experiment:
     def read(self, path: Path, arm: str) -> Result:
         """Return the run in a file. Raises UserError if it is damaged, or of another arm or other settings."""
         result = read_record(path, Result)
-        recorded = {"arm": result.arm, **result.training, **result.loss}
-        for name, value in {"arm": arm, **self.training, **self.arms[arm]}.items():
+        setting = path.relative_to(self.arguments.work_dir).parts[0]
+        recorded = {"setting": result.setting, "arm": result.arm, **result.training, **result.loss}
+        for name, value in {"setting": setting, "arm": arm, **self.training, **self.arms[arm]}.items():
             if recorded.get(name) != value:
                 remedy = "choose another --work-dir, or remove the file"
                 raise UserError(f"{path}: {name}: is {recorded.get(name)}, now {value}; {remedy}")

@@ -84,7 +84,7 @@ def add(folder: Path, name: str | None) -> None:
         write_record(target / f"{stem}.json", record)
     picture = folder / "report-ce-el" / "figures" / CURVE
     if picture.exists() and not name:  # otherwise the trainings, and so their curves, are the same as before
-        shutil.copy(picture, ROOT / "docs" / "pictures" / f"{recipe.split('_')[0]}_{CURVE}")
+        shutil.copy(picture, ROOT / "docs" / "pictures" / f"{recipe}_{CURVE}")
 
 
 def read_result(run: Run) -> Result:
@@ -115,17 +115,23 @@ def read_result(run: Run) -> Result:
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 
 
-def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, float, str]]:
-    """Return (score in the comparison, score of the run, run's name) of all sets, metrics and seeds that both have."""
+def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, float | None, str]]:
+    """Return (score in the comparison, score of the run if it has one, run's name) of all sets, metrics and seeds."""
     sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
     return [
-        (getattr(metric, sides[result.arm])[result.seed], result.scores[split][name].score, result.name)
+        (getattr(metric, sides[result.arm])[result.seed], find_score(result, split, name), result.name)
         for result in results
         if result.arm in sides
         for split, metrics in comparison.tests.items()
         for name, metric in metrics.items()
         if result.seed in getattr(metric, sides[result.arm])
     ]
+
+
+def find_score(result: Result, split: str, metric: str) -> float | None:
+    """Return a score of a run, or None if it was not computed."""
+    scores = result.scores.get(split, {})
+    return scores[metric].score if metric in scores else None
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -156,6 +162,8 @@ def table(match: re.Match) -> str:
         if missing or not arms:
             raise UserError(f"{folder}: no runs of {' '.join(sorted(missing)) or 'any arm'}")
         results = [result for arm in arms for result in results if result.arm == arm]
+        if kind == "tuning" and not any(result.tuning for result in results):
+            raise UserError(f"{folder}: no run was tuned")
         if kind == "arms":
             lines = arms_table(results, [c for c in comparisons if {c.baseline, c.candidate} <= set(arms)])
         else:

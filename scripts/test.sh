@@ -2,7 +2,7 @@
 # Install missing packages, then check style and types and run the unit and integration tests: bash scripts/test.sh
 #   --all         also run the system tests: whole recipes, several processes, killed trainings
 #   --coverage    measure the coverage of lines and branches, and print it
-# Other arguments go to pytest; those that are paths replace the default tests.
+# Other arguments go to pytest; paths in tests/ replace the default tests.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 ensure_environment
@@ -16,10 +16,8 @@ for argument in "$@"; do
     case $argument in
         --all) tiers+=(tests/system) ;;
         --coverage) python+=(-m coverage run) ;;
-        *)
-            [ -e "${argument%%::*}" ] && chosen=1
-            arguments+=("$argument")
-            ;;
+        tests/* | "$root"/tests/*) arguments+=("$argument") chosen=1 ;;
+        *) arguments+=("$argument") ;;
     esac
 done
 # two processes, each with whole files: several files use one training

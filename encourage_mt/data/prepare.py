@@ -32,10 +32,7 @@ from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
 MARKER = ".made-by-encourage-mt"  # in a folder that may be deleted if this program is killed
-CONTENT = {
-    *("data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"),
-    *("words.json", "words.json.tmp"),  # counts of words, kept by evaluation/words.py
-}
+CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
 
 
 def prepare(
@@ -101,6 +98,7 @@ def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:
     remedy = "choose another --work-dir, or --overwrite it"
     if differing:
         raise UserError(f"{data.folder}: prepared with other options ({', '.join(differing)}); {remedy}")
+    sources.choose()
     for name, known in data.sources.items():
         path = sources.find_local(name)
         if path and file_hash(path) != known.sha256:
@@ -113,7 +111,8 @@ def _check_ours(final: Path) -> None:
     if final.is_symlink():
         raise UserError(f"{final}: is a link, which cannot be replaced; remove it, or choose another --work-dir")
     if final.exists():
-        foreign = sorted({path.name for path in final.iterdir()} - CONTENT)
+        names = {path.name for path in final.iterdir()} - CONTENT
+        foreign = sorted(name for name in names if not name.startswith("words."))  # counts by evaluation/words.py
         if foreign or not (final / "manifest.json").exists():
             problem = f"it has {foreign[0]}" if foreign else "it has no manifest.json"
             raise UserError(f"{final}: not made by `encourage-mt prepare` ({problem}); choose another --work-dir")

@@ -119,9 +119,7 @@ def encode(lines: list[str], dictionary) -> list[Tensor]:
     return [dictionary.encode_line(line, add_if_not_exist=False, append_eos=True).long() for line in lines]
 
 
-def score_pairs(
-    model, task, sources: list[Tensor], translations: list[Tensor], description: str = "confidence"
-) -> list[TokenValues]:
+def score_pairs(model, task, sources: list[Tensor], translations: list[Tensor], description: str) -> list[TokenValues]:
     """Return for each pair the values of the translation's pieces, its end of sentence last, in float64.
 
     model and task are those of `diagnostics.load`; a source or translation is the ids that `encode` returns. The values

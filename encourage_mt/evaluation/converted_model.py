@@ -1,4 +1,4 @@
-"""Convert a checkpoint to CTranslate2, and translate pieces with it as fairseq-generate does; needs no torch."""
+"""Convert a checkpoint to CTranslate2, and translate pieces with it, without torch, as fairseq-generate does."""
 
 import math
 import os

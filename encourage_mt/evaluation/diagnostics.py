@@ -135,15 +135,11 @@ class Analysis(Record):
         return {"format": 2, **content}
 
 
-class NotATransformer(UserError):
-    """A model that diagnostics do not support."""
-
-
 def analyse(run: Run) -> Analysis:
     """Return the measurements of the averaged checkpoint of `run` on valid; they are kept in its analysis.json.
 
-    Raises UserError if the run is not evaluated, its checkpoint is missing or its analysis.json is damaged, and
-    NotATransformer if the model has no linear output projection.
+    Raises UserError if the run is not evaluated, its checkpoint or the binarized data is missing, its analysis.json is
+    damaged, or the model has no linear output projection.
     """
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
@@ -155,9 +151,7 @@ def analyse(run: Run) -> Analysis:
     options = loss_options(Result.read(run.folder).criterion)
     model, task = load(checkpoint, run.data, SPLIT, "train")
     if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
-        raise NotATransformer(
-            f"{run.folder}: diagnostics support only fairseq's Transformers, not {type(model).__name__}"
-        )
+        raise UserError(f"{run.folder}: diagnostics support only fairseq's Transformers, not {type(model).__name__}")
     weight = model.decoder.output_projection.weight.detach()
     values = measure(batches(model, task, run.name), frequencies(task), options, weight)
     write_json(path, {"format": 2, "source": source, **values})

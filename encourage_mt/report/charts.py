@@ -82,8 +82,9 @@ def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
     for key, ylabel, meaning in (bleu, nll):
         figure, ax = axes("updates", ylabel)
         for (label, runs), style in zip(groups.items(), STYLES, strict=True):
-            curves = [finite_rows(read_log(run.log), "valid_num_updates", key) for run in runs]
-            curves = [points for points in curves if points]
+            logs = [finite_rows(read_log(run.log), "epoch", "valid_num_updates", key) for run in runs]
+            # an epoch appears twice in a log if its checkpoint was lost; the last record counts
+            curves = [list({epoch: point for epoch, *point in rows}.values()) for rows in logs if rows]
             name = f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
             for number, points in enumerate(curves):
                 x, y = zip(*points, strict=True)
@@ -220,8 +221,10 @@ def calibration(sides: list[Side]) -> Chart:
     figure, ax = axes("confidence (probability of the prediction)", "accuracy")
     ax.plot([0, 1], [0, 1], color="#666666", linewidth=0.8, label="perfect calibration")
     for side in sides:
-        filled = side.mean("calibration.tokens") > 0
-        confidence, accuracy = (side.mean(f"calibration.{name}")[filled] for name in ("confidence", "accuracy"))
+        names = ("tokens", "confidence", "accuracy")
+        tokens, *values = (np.array([getattr(a.calibration, name) for a in side.analyses]) for name in names)
+        filled = tokens.any(axis=0)  # a run without tokens in a bin does not count there
+        confidence, accuracy = ((tokens * value).sum(axis=0)[filled] / tokens.sum(axis=0)[filled] for value in values)
         ax.plot(confidence, accuracy, **side.style, markersize=4, linewidth=1.4, label=side.label)
     ax.legend()
     errors = list_means(sides, "calibration.error", ".3f")

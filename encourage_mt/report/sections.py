@@ -10,9 +10,10 @@ from typing import Any, cast
 from sacrebleu.metrics.bleu import BLEU
 
 from ..data.manifest import PreparedData
+from ..errors import UserError
 from ..evaluation import scoring
 from ..evaluation.comparison import Comparison, read_translation
-from ..evaluation.diagnostics import NotATransformer, analyse
+from ..evaluation.diagnostics import analyse
 from ..evaluation.formatting import Table
 from ..evaluation.lengths import bleu_by_length
 from ..evaluation.results import HEADLINE
@@ -133,7 +134,7 @@ def curves(material: Material) -> Section:
 def diagnostics(material: Material) -> Section:
     try:
         analyses = {label: [analyse(run) for run in runs] for label, runs in material.groups.items()}
-    except NotATransformer as error:
+    except UserError as error:  # such as a model that is no Transformer, or removed training data
         logger.warning("diagnostics are left out: %s", error)
         return Section("Diagnostics")
     return Section("Diagnostics", DIAGNOSTICS_NOTE, charts=diagnostic_charts(analyses))

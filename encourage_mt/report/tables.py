@@ -150,7 +150,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         for s in starts
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
-    spent = f"; training took {sum(hours):.1f} hours, {sum(hours) / len(hours):.2f} per run" if hours else ""
+    spent = f"training took {sum(hours):.1f} hours, {sum(hours) / len(hours):.2f} per run" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
     sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
@@ -163,7 +163,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
         f"{search('lenpen')}{temperature}{engine}",
-        "hardware": f"{' or '.join(sorted(machines))}{spent}",
+        "hardware": "; ".join(filter(None, [" or ".join(sorted(machines)), spent])),
     }
 
 

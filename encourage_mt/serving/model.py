@@ -20,7 +20,8 @@ def preparation_of(data: PreparedData, split: str) -> Preparation:
     corpora: Any = data.options.get("data", [])
     key = "valid_every" if split == "valid" else ""
     with as_user_error(f"{data.folder / 'manifest.json'}: options: cannot be read"):
-        like_train = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
+        holds_out = any(split in corpus.get("held_out", {}) or corpus.get(key) for corpus in corpora)
+        like_train = holds_out and bool(data.counts["train"].get("held_out"))  # not if another alternative was used
         return Preparation.of({**data.options, "tokenizer": data.tokenizer, "lowercase": data.lowercase}, like_train)
 
 

@@ -139,6 +139,7 @@ def translate_stream(
 def read_stream(source: BinaryIO) -> Iterator[tuple[str]]:
     """Yield each line of a stream as soon as it arrives, as a tuple of one; lines end at \\n only."""
     for number, line in enumerate(iter(lambda: source.readline(MAX_LINE + 1), b"")):
+        line = line.removesuffix(b"\n")
         if len(line) > MAX_LINE:
             raise UserError(f"standard input: line {number + 1}: longer than {MAX_LINE:,} bytes")
-        yield (decode("standard input", line.removesuffix(b"\n"), number)[0],)
+        yield (decode("standard input", line, number)[0],)

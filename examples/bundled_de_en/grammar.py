@@ -50,7 +50,6 @@ class NounPhrase:
     person: str  # I, he or they: what the verb agrees with
     gender: str = ""  # m, f, n or pl, where a relative clause may follow
     noun: str = ""
-    human: bool = False
     pairs: list = field(default_factory=list)
 
 
@@ -206,7 +205,7 @@ class Grammar:
         else:
             en = f"{'an' if body[0] in 'aeiou' else 'a'} {body}"
         person = "they" if is_plural else "he"
-        return NounPhrase(de, en, en, person, slot, singular, animate, pairs)
+        return NounPhrase(de, en, en, person, slot, singular, pairs)
 
     def clause(self, relative_allowed=True) -> Clause:
         tense = self.rng.choices(["present", "past", "modal"], weights=[45, 35, 20])[0]

@@ -93,11 +93,11 @@ def test_the_confidence_in_the_reference_is_the_likelihood_of_the_diagnostics(ev
     model, task = diagnostics.load(evaluated.folder / "average.pt", evaluated.data, "valid")
     pairs = task.dataset("valid")
     sides = [[side[index] for index in range(len(side))] for side in (pairs.src, pairs.tgt)]
-    values = confidence.score_pairs(model, task, *sides)
+    values = confidence.score_pairs(model, task, *sides, "confidence")
     log_p = np.concatenate([each["log_probability"] for each in values])
     assert -log_p.mean() == pytest.approx(analyse(evaluated).nll, rel=1e-5)
     assert [len(each["energy"]) for each in values] == [len(line) for line in sides[1]], "in the order of the pairs"
-    again = confidence.score_pairs(model, task, *(side[:1] for side in sides))
+    again = confidence.score_pairs(model, task, *(side[:1] for side in sides), "confidence")
     assert again[0]["entropy"] == pytest.approx(values[0]["entropy"], rel=1e-4)
 
 

@@ -194,6 +194,19 @@ def test_data_that_another_process_made_meanwhile_is_not_made_again(prepared, tm
     assert "is prepared already" in capsys.readouterr().out
 
 
+def test_another_file_of_the_second_alternative_is_refused(tmp_path):
+    """The first alternative is a download; the files of the second one are beside the recipe."""
+    download = {"urls": ["https://x"], "train": ["a.tsv"], "valid": ["b.tsv"], "test": ["c.tsv"]}
+    recipe = load_recipe(write_recipe(tmp_path, data=[download, TINY["data"]]))
+    data = prepare(recipe, tmp_path / "work")
+    write(data / "words.123.json.tmp", "of a report that was killed")
+    with open(tmp_path / "test.tsv", "a", encoding="utf-8") as file:
+        file.write("eins\tone\n")
+    with pytest.raises(UserError, match="prepared from another test.tsv"):
+        prepare(recipe, tmp_path / "work")
+    assert prepare(recipe, tmp_path / "work", overwrite=True) == data
+
+
 def test_data_behind_a_link_is_not_replaced(prepared, tmp_path, capsys):
     work, recipe = prepared
     os.rename(work / "data", tmp_path / "elsewhere")

@@ -244,6 +244,10 @@ def test_curves_have_different_names_and_runs_without_a_log_are_left_out(reporte
     legend = [text.get_text() for text in charts[0].figure.axes[0].get_legend().get_texts()]
     assert legend == ["ce (1 seed)"] and len(charts[0].figure.axes[0].lines) == 1
     assert learning_curves({"ce": [silent], "el": [silent]}) == []
+    lines = runs[0].log.read_text(encoding="utf-8").splitlines(keepends=True)
+    silent.log.write_text("".join([*lines, *lines]), encoding="utf-8")  # every epoch twice
+    twice, once = (learning_curves({"ce": [run]})[0].figure.axes[0].lines[0] for run in (silent, runs[0]))
+    assert (twice.get_xydata() == once.get_xydata()).all()
 
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")

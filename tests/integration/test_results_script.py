@@ -149,6 +149,10 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     content["scores"]["test"]["sacreBLEU"]["score"] += 1
     write_json(scores, content)
     assert "not of the present scores of ce.seed1" in project.run("--add", folder)
+    content["scores"]["test"]["sacreBLEU"]["score"] -= 1
+    del content["scores"]["test"]["TER"]
+    write_json(scores, content)
+    assert "not of the present scores of ce.seed1" in project.run("--add", folder)
     shutil.copy(folder / "el.seed1" / "average.pt", folder / "ce.seed1")
     assert "of another average" in project.run("--add", folder)
     shutil.copy(work.folder / "ce.seed1" / "average.pt", folder / "ce.seed1")

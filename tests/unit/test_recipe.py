@@ -231,6 +231,12 @@ def test_settings_change_training_criterion_and_translation(tmp_path):
     assert recipe.arms["el"].options == {**EL, "label-smoothing": 0.2, "log-end": 0.25}
 
 
+def test_label_smoothing_is_set_where_the_criterion_has_it(tmp_path):
+    recipe = changed(tmp_path, ["label-smoothing=0.2"], arms={"ce": CE, "plain": {"criterion": "cross_entropy"}})
+    assert recipe.arms["ce"].options["label-smoothing"] == 0.2
+    assert recipe.arms["plain"].options == {"criterion": "cross_entropy"}
+
+
 def test_numbers_with_an_exponent_are_numbers(tmp_path):
     recipe = changed(tmp_path, ["lr=1e-3", "label-smoothing=2e-1"], ["soft=el,log-end=5e-1"])
     assert recipe.train["lr"] == 0.001 and recipe.arms["ce"].options["label-smoothing"] == 0.2
@@ -254,6 +260,7 @@ def test_an_arm_is_made_from_another_one(tmp_path):
         (["lr=nan"], [], "train.lr: "),
         (["lr=["], [], "--set"),
         (["max-epoch=1"], [], "average: "),
+        (["max-epoch=5", "max-update=9"], [], "replace each other"),
         (["beam=0"], [], "beam: "),
         (["log-end=7"], [], "log_end"),
         ([], ["x"], "--add-arm"),

@@ -108,6 +108,15 @@ def stream(translator, text, **options):
 # --- text
 
 
+def test_text_is_prepared_as_by_the_alternative_that_was_used(tmp_path):
+    """The first alternative of the recipe holds the test set out of train; the data comes from the second."""
+    alternatives = [{"train": ["a.tsv"], "held_out": {"test": 1}}, {"train": ["b.tsv"], "test": ["c.tsv"]}]
+    options = {"data": alternatives, "tokenizer": "moses", "straight_apostrophes": True, "normalize_punctuation": True}
+    data = sample_data(tmp_path / "data", {"de": ["x"], "en": ["x"]}, tokenizer="moses", options=options)
+    assert preparation_of(data, "test") == Preparation.of({**options, "lowercase": False}, False)
+    assert preparation_of(data, "test") != Preparation.of({**options, "lowercase": False}, True)
+
+
 @pytest.mark.parametrize(
     ("split", "data", "like_train"),
     [
@@ -132,6 +141,9 @@ def test_text_is_prepared_as_the_set_was(split, data, like_train, tmp_path):
         lowercase=True,
         remove_bpe="@@ ",
         options=recipe.preparation,
+        counts=dict.fromkeys(
+            ("train", "valid", "test"), {"kept": 1, "held_out": len({"held_out", "valid_every"} & set(data))}
+        ),
     )
     steps = preparation_of(prepared, split).steps("de")
     lines = ["Das ist ein „Test“ – gut-gemeint, l’État (d.h. nicht schlecht).", *HOSTILE]
@@ -233,6 +245,11 @@ def test_lines_are_translated_as_they_arrive(echo):
     output, written = io.BytesIO(), []
     translate_stream(echo, Source(b"a\n" * 7), output, lines=3)
     assert written == [0, 0, 0, 3, 3, 3, 6, 6] and output.getvalue() == b"a\n" * 7
+
+
+def test_the_longest_line_is_translated(echo):
+    line = b" " * translate.MAX_LINE
+    assert stream(echo, line + b"\n") == stream(echo, line)
 
 
 @pytest.mark.parametrize(
