@@ -41,7 +41,7 @@ ensure_environment() {
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
         "${pip[@]}" 'pip<24.1'
-        "${pip[@]}" -e "$root[${EXTRAS/transformers,/}]" # the tested transformers needs Python 3.11; its tests skip
+        "${pip[@]}" -e "$root[${EXTRAS/transformers,/}]" # transformers is not tested there; its tests skip
     else
         # an isolated build of fairseq would fetch a second torch
         "${pip[@]}" torch numpy cython setuptools wheel ninja
