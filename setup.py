@@ -69,7 +69,7 @@ setup(
     packages=find_packages(include=["encourage_mt", "encourage_mt.*"]),
     package_data={"encourage_mt": ["py.typed", "**/*.j2", "**/*.cpp", "**/*.h"]},
     **native_loss(),
-    install_requires=["torch>=2.1"],
+    install_requires=["torch>=2.8"],
     extras_require={
         # the plugin: a fairseq that builds on this Python. Leave this extra out if you have a fairseq of your own
         "fairseq": [

@@ -46,11 +46,14 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     What is at `output` is removed then. If the block raises, it stays as it was and nothing is left beside it. Not for
     two processes at a time.
     """
-    partial = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("tmp", "old"))
+    for left in (partial, old):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         yield partial
-        shutil.rmtree(output, ignore_errors=True)
+        if output.exists():
+            output.rename(old)  # a kill while it is deleted must not leave half of it
         partial.rename(output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)

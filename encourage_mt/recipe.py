@@ -307,6 +307,12 @@ def _insert_bitext(content: dict, source: str | None, target: str | None, bitext
     content["data"]["train"] = list(bitext)
 
 
+def render_options(options: dict[str, Any]) -> list[str]:
+    """Return options as command-line words: {"max-epoch": 3, "share-all-embeddings": True, ...}; False is left out."""
+    given = {name: value for name, value in options.items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
 def check_train_options(recipe: Recipe) -> None:
     """Ask fairseq's own parser about the options of every arm (this imports fairseq, which takes seconds).
 
@@ -322,12 +328,9 @@ def check_train_options(recipe: Recipe) -> None:
 
         register()
         for arm in recipe.arms:
-            values = {**recipe.arm_train(arm), **recipe.arms[arm].options}.items()
-            words = [
-                f"--{name}" if value is True else f"--{name}={value}" for name, value in values if value is not False
-            ]
+            words = ["data-bin", *render_options({**recipe.arm_train(arm), **recipe.arms[arm].options})]
             try:
-                options.parse_args_and_arch(options.get_training_parser(), ["data-bin", *words])
+                options.parse_args_and_arch(options.get_training_parser(), words)
             except (SystemExit, ValueError, TypeError, KeyError, RuntimeError) as error:
                 problem = messages.getvalue().strip().rpartition("error: ")[2] or str(error)
                 problem = short_repr(problem, 200).strip("'\"")

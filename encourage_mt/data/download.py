@@ -33,8 +33,8 @@ class _Failed(Exception):
         self.restart = restart
 
 
-def download(urls: list[str], path: Path, checksums: list[str]) -> str:
-    """Fetch a file with one of `checksums` from the first of `urls` that serves it, write it to `path`, return the URL.
+def download(urls: list[str], path: Path, checksums: list[str]) -> None:
+    """Fetch a file with one of `checksums` from the first of `urls` that serves it and write it to `path`.
 
     A checksum is "sha256:...", "md5:..." or, weaker, "bytes:N". Without any, a file is accepted if the server says how
     long it is and it is not a web page. An unfinished download stays beside `path` as *.part; a later run resumes it if
@@ -53,7 +53,7 @@ def download(urls: list[str], path: Path, checksums: list[str]) -> str:
             os.replace(part, path)
             for unfinished in parts:
                 unfinished.unlink(missing_ok=True)
-            return url
+            return
     raise UserError(f"{path.name}: cannot be downloaded ({'; '.join(reasons)}); if you have the file, use --raw-dir")
 
 

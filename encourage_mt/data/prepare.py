@@ -75,10 +75,13 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
         (partial / MARKER).touch()
         partial.chmod(work_dir.stat().st_mode & 0o777)  # a temporary folder is closed to others
         data = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
+        old = Path(tempfile.mkdtemp(prefix="data.partial-", dir=work_dir))
+        (old / MARKER).touch()
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(old / "data")  # a kill while it is deleted must not leave half of it
         (partial / MARKER).unlink()
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{work_dir}: no space left on the disk; free some and run it again") from None

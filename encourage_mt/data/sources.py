@@ -45,7 +45,8 @@ class Sources:
 
         def is_local(corpus: Corpus) -> bool:
             names = {name for lists in corpus.splits.values() for files in lists for name in files}
-            return all(self.find_local(name.partition(":")[0], corpus) for name in names)
+            parts = [[part for part in name.split(":", 1) if part] for name in names]
+            return all(any(self.find_local(part, corpus) for part in either) for either in parts)
 
         self.corpus = next(filter(is_local, self.recipe.data), self.recipe.data[0])
         return self.corpus

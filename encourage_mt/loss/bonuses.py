@@ -81,12 +81,13 @@ def find_bonus(name: str) -> Bonus:
 
 def _import_bonus(name: str) -> Bonus:
     module_name, attribute = name.split(":")
-    folder = os.getcwd()  # a console script such as fairseq-train has its own folder in sys.path instead
-    sys.path.append(folder)
+    # a console script such as fairseq-train has its own folder in sys.path; hydra changes the current one, but not PWD
+    folders = {os.getcwd(), os.environ.get("PWD", os.getcwd())} - set(sys.path)
+    sys.path += folders
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"bonus {name}: no module {module_name} in the current directory or on PYTHONPATH"
             ) from None
@@ -94,7 +95,7 @@ def _import_bonus(name: str) -> Bonus:
     except Exception as error:  # a user's module may raise anything
         raise ValueError(f"bonus {name}: cannot import {module_name}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = [folder for folder in sys.path if folder not in folders]
     for bonus in list(_registry.values()):
         if bonus.value.__module__ == module_name and attribute in (bonus.name, bonus.value.__name__):
             return Bonus(name, bonus.value, bonus.scaled_slope, bonus.linear)

@@ -57,7 +57,7 @@ def loss_terms(
 
 
 def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> ModuleType:
-    """Return the module that computes the loss: `backend`, or the reference for a bonus that it does not support.
+    """Return the module that computes the loss: the first of `_candidates` that runs here and supports the bonus.
 
     The first use of each combination logs the backend and why it is not a faster one.
     Raises ValueError if the backend is unknown or cannot run on this device.

@@ -42,8 +42,8 @@ def unavailable() -> str:
 
 
 def _library(instruction_set: str) -> Path | None:
-    """Return the path of the compiled file for `instruction_set`, or None."""
-    for name in (instruction_set, "default"):
+    """Return the path of the compiled file for `instruction_set` or an older one, or None."""
+    for name in (instruction_set, *(["avx2"] if instruction_set == "avx512" else []), "default"):
         library = Path(__file__).with_name(f"_native_{name}.so")
         if library.exists():
             return library

@@ -20,6 +20,7 @@ constexpr int VECTOR_BYTES = 16;
 #endif
 constexpr int64_t CHUNK = 512;  // elements added up in their own type before float64 takes over
 
+// Sum is a name that depends on T, because GCC ignores a `vector_size` that depends on T for plain double.
 template <typename T>
 struct Traits;
 

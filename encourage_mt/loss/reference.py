@@ -31,6 +31,7 @@ def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Te
     `ignored` [tokens] marks the tokens that do not count; their target may be any type from 0 to V - 1.
     """
     target = target.unsqueeze(1)
+    logits = logits.masked_fill(ignored.unsqueeze(1), 0.0)  # also NaN, whose gradient would be NaN
     log_probs = F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
     target_mass, smoothing_mass = options.smoothing_masses(logits.size(1))
 

@@ -1,15 +1,13 @@
 """Load checkpoints without running code in them, and refuse those whose bytes changed.
 
-torch 2.6 and later load weights only and refuse every type that is not allow-listed. fairseq's checkpoints contain a
-few such types, and importing the plugin lists exactly those. On an older torch, fairseq loads with full pickle, which
-can run any code: the plugin cannot change that, so the first load warns. torch does not check the checksums in its
-files, so a flipped bit would become a wrong parameter: every load compares them first.
+torch loads weights only and refuses every type that is not allow-listed. fairseq's checkpoints contain a few such
+types, and importing the plugin lists exactly those. torch does not check the checksums in its files, so a flipped bit
+would become a wrong parameter: every load compares them first.
 """
 
 import argparse
 import collections
 import functools
-import logging
 import math
 import re
 import typing
@@ -22,18 +20,14 @@ import torch
 
 from ..errors import UserError, as_user_error, first_line
 
-logger = logging.getLogger(__name__)
-
 PATTERNS = {"epoch": r"checkpoint\d+\.pt", "update": r"checkpoint_\d+_\d+\.pt"}
-UNSAFE = "torch %s runs any code a checkpoint carries: load only those you trust, or use torch 2.6 or newer"
 
 
 def install() -> None:
     """Make a fairseq process check each checkpoint before it loads it, and allow-list the types checkpoints need."""
     from fairseq import checkpoint_utils
 
-    if torch_version() >= (2, 6):
-        torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
+    torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
     load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
     if hasattr(load_to_cpu, "__wrapped__"):  # installed already
         return
@@ -44,11 +38,6 @@ def install() -> None:
         return load_to_cpu(path, *args, **kwargs)
 
     checkpoint_utils.load_checkpoint_to_cpu = check_and_load
-
-
-def torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def types_in_files() -> list:
@@ -75,7 +64,7 @@ def types_in_broadcasts() -> list:
 
 
 def check(path) -> None:
-    """Raise UserError if a checkpoint file is damaged; warn, once, if this torch would run code in it.
+    """Raise UserError if a checkpoint file is damaged.
 
     Files of torch before 1.6 are not archives and have no checksums. Files that are not on this disk are not checked.
     """
@@ -85,13 +74,6 @@ def check(path) -> None:
             is_archive = file.read(2) == b"PK"
         if is_archive and (reason := find_corruption(path)):
             raise UserError(f"{path}: damaged checkpoint ({reason}); resume the training to replace it, or use another")
-    if torch_version() < (2, 6):
-        warn_unsafe()
-
-
-@functools.cache  # once a process
-def warn_unsafe() -> None:
-    logger.warning(UNSAFE, torch.__version__)
 
 
 def find_corruption(path: Path) -> str | None:
@@ -113,11 +95,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no such checkpoint")
     with as_user_error(f"{path}: not a checkpoint that can be loaded safely"):
         check(path)
-        if torch_version() < (2, 6):
-            state = torch.load(path, map_location="cpu")
-        else:
-            with torch.serialization.safe_globals(types_in_files()):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(types_in_files()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
         sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
     if not sane:
         raise UserError(f"{path}: its model contains values that are not tensors; was it saved by fairseq-train?")

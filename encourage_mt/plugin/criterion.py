@@ -116,7 +116,6 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
     def __init__(self, cfg, task):
         FairseqCriterion.__init__(self, task)
         self.sentence_avg = cfg.sentence_avg
-        self.eps = cfg.label_smoothing
         self.ignore_prefix_size = cfg.ignore_prefix_size
         self.report_accuracy = cfg.report_accuracy
         is_training = "fairseq_cli.train" in sys.modules
@@ -135,6 +134,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
                 raise
             logger.error("criterion: %s", error)
             sys.exit(2)
+        self.full_weight = self.options.bonus_weight
         self.loss_backend, self.fuse_projection = extra.loss_backend, extra.fuse_projection
         self.rdrop_alpha = extra.rdrop_alpha
         if self.schedule.varies:
@@ -154,14 +154,18 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         The trainer passes that number, and resuming restores it, so every process has the same weight as in an
         undisturbed run. Validation takes the weight of the last training step, fairseq-validate the full one.
         """
-        train_step, full_weight = task.train_step, self.options.bonus_weight
+        train_step = task.train_step
 
         @functools.wraps(train_step)
         def set_weight_and_train(sample, model, criterion, optimizer, update_num, *args, **kwargs):
-            self.options = replace(self.options, bonus_weight=full_weight * self.schedule.factor(update_num))
+            self.set_weight(update_num)
             return train_step(sample, model, criterion, optimizer, update_num, *args, **kwargs)
 
         task.train_step = set_weight_and_train
+
+    def set_weight(self, updates):
+        """Set the weight of the bonus to that of the update that follows the first `updates` ones."""
+        self.options = replace(self.options, bonus_weight=self.full_weight * self.schedule.factor(updates))
 
     def forward(self, model, sample, reduce=True):
         """Return (loss, sample_size, logging_output) of a batch, as LabelSmoothedCrossEntropyCriterion does.
@@ -181,7 +185,7 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         else:
             net_output = model(**sample["net_input"])
             logits, target = self.get_lprobs_and_target(model, net_output, sample)
-            terms = loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
+            terms = self.terms(logits, target, reduce)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": terms.loss.data,
@@ -201,6 +205,14 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             logging_output["n_correct"] = correct.item()
             logging_output["total"] = self.without_prefix(sample["target"]).ne(self.padding_idx).sum().item()
         return terms.loss, sample_size, logging_output
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        """Return (loss, nll_loss), which subclasses and tasks may ask for; `forward` does not use it."""
+        terms = self.terms(*self.get_lprobs_and_target(model, net_output, sample), reduce)
+        return terms.loss, terms.nll_loss
+
+    def terms(self, logits, target, reduce):
+        return loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
 
     def fused_terms(self, model, sample):
         """Return (LossTerms, number of correct predictions) without logits of the whole batch."""

@@ -3,7 +3,7 @@
 fairseq writes a checkpoint to a temporary file and renames it, but without fsync, and copies it over checkpoint_last.pt
 and checkpoint_best.pt, so that a kill or a full disk can leave half of one. With these hooks, a training that is killed
 or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU with as many
-threads.
+threads (except with --patience, whose count fairseq does not save).
 """
 
 import errno
@@ -100,36 +100,39 @@ def resume_from_whole(load_checkpoint):
             if not sharded:
                 del trainer.get_train_iterator
         validate_last_epoch(extra_state, epoch_itr, trainer)
-        exit_if_trained(trainer)
+        if is_trained(trainer):
+            logger.info("trained already: %d updates", trainer.get_num_updates())
+            sys.exit(0)
         return extra_state, epoch_itr
 
     return restore_and_load
 
 
 def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
-    """Validate and save as at the end of the last epoch, if the training was stopped before it did so.
+    """Validate and save as at the end of the last epoch or of the training, if it was stopped before it did so.
 
-    A checkpoint saved then is at the start of the next epoch and has no validation loss.
+    A checkpoint saved then has no validation loss and is at the start of the next epoch, or has all updates.
     """
     cfg = trainer.cfg
-    ended = epoch_itr.epoch - 1
-    if not extra_state or ended < 1 or epoch_itr.iterations_in_epoch or cfg.dataset.disable_validation:
+    if not extra_state or extra_state["val_loss"] is not None or cfg.dataset.disable_validation:
         return
-    if extra_state["val_loss"] is None and extra_state["train_iterator"].get("iterations_in_epoch") == 0:
+    position = extra_state["train_iterator"]
+    is_end = epoch_itr.epoch > 1 and not epoch_itr.iterations_in_epoch and position.get("iterations_in_epoch") == 0
+    if is_end or is_trained(trainer):
         from fairseq_cli import train
 
-        logger.info("epoch %d was not validated before the training was stopped", ended)
-        position = extra_state["train_iterator"]
-        at_end = SimpleNamespace(epoch=ended, end_of_epoch=lambda: True, state_dict=lambda: position)
-        train.validate_and_save(cfg, trainer, trainer.task, at_end, cfg.dataset.valid_subset.split(","), True)
+        epoch = epoch_itr.epoch - is_end
+        logger.info("epoch %d was not validated before the training was stopped", epoch)
+        criterion = trainer.get_criterion()
+        if hasattr(criterion, "set_weight"):  # to that of the last update
+            criterion.set_weight(trainer.get_num_updates() - 1)
+        at_end = SimpleNamespace(epoch=epoch, end_of_epoch=lambda: is_end, state_dict=lambda: position)
+        train.validate_and_save(cfg, trainer, trainer.task, at_end, cfg.dataset.valid_subset.split(","), is_end)
 
 
-def exit_if_trained(trainer) -> None:
-    """Exit if the training has made all its updates: fairseq would make one more before it checks."""
-    updates = trainer.get_num_updates()
-    if 0 < trainer.cfg.optimization.max_update <= updates:
-        logger.info("trained already: %d updates", updates)
-        sys.exit(0)
+def is_trained(trainer) -> bool:
+    """Return whether the training has made all its updates; fairseq would make one more before it checks."""
+    return 0 < trainer.cfg.optimization.max_update <= trainer.get_num_updates()
 
 
 def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:

@@ -13,7 +13,8 @@ from ..evaluation.formatting import Table, escape
 from ..evaluation.results import Result, searches
 from ..files import write_record
 from ..processes import locked
-from ..training.run_folder import Run, render_options
+from ..recipe import render_options
+from ..training.run_folder import Run
 from .sections import SECTIONS, Material, Section, disagree
 from .tables import criterion_options, describe_options, describe_setting, name_sides
 

@@ -5,7 +5,7 @@ import shlex
 from ..data.manifest import PreparedData
 from ..evaluation.formatting import markdown_table, signature_lines
 from ..evaluation.results import Result
-from ..training.run_folder import render_options
+from ..recipe import render_options
 from .model import Agreement, Model
 
 

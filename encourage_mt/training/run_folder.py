@@ -14,7 +14,7 @@ from ..environment import USER_DIR, Precision
 from ..errors import UserError, as_user_error
 from ..files import Record, Scalar, read_record, write_record
 from ..plugin.checkpoints import load_checkpoint, newest_checkpoint
-from ..recipe import AVERAGE, BEAM, LENPEN, Name
+from ..recipe import AVERAGE, BEAM, LENPEN, Name, render_options
 
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
 WATCHING = {  # options that do not change what is trained
@@ -152,12 +152,6 @@ class Run(Record):
         """Return precision and the options that decide the parameters as text, as they are on a command line."""
         options = {name: value for name, value in self.options.items() if name not in WATCHING}
         return {name: str(value) for name, value in {**options, "precision": self.precision}.items()}
-
-
-def render_options(options: dict[str, Scalar]) -> list[str]:
-    """Return options as command-line words: {"max-epoch": 3, "share-all-embeddings": True, ...}; False is left out."""
-    given = {name: value for name, value in options.items() if value is not False}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
 def parse_options(command: str) -> dict[str, Scalar]:

@@ -93,7 +93,6 @@ class RunsCode:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.skipif(checkpoints.torch_version() < (2, 6), reason="torch before 2.6 cannot load safely")
 def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     _, data = tiny
     proof, hostile = tmp_path / "proof", tmp_path / "hostile.pt"
@@ -111,7 +110,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     assert proof.exists(), "the checkpoint is indeed hostile"
 
 
-@pytest.mark.skipif(checkpoints.torch_version() < (2, 6), reason="torch before 2.6 has no allow-list")
 def test_the_allow_list_has_exactly_the_types_of_a_checkpoint_with_eval_bleu(el_run):
     path = el_run / "checkpoint_last.pt"
     listed = checkpoints.types_in_files()

@@ -7,7 +7,6 @@ import sys
 import fairseq.criterions  # noqa: F401  # before the plugin, as in a fairseq command
 import pytest
 import torch
-from fairseq import checkpoint_utils
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
@@ -16,7 +15,6 @@ from loss_cases import each_backend
 
 from encourage_mt.loss import bonuses
 from encourage_mt.loss.options import OPTIONS
-from encourage_mt.plugin import checkpoints
 from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossConfig, LabelSmoothedEncouragingLossCriterion
 
 TYPES = 40
@@ -235,6 +233,14 @@ def test_the_schedule_follows_the_updates(task, model):
     assert "bonus_weight" not in make_criterion(task)(model, sample)[2]
 
 
+def test_a_task_that_asks_for_the_loss_of_an_output_gets_it(task, model):
+    criterion, sample = make_criterion(task, label_smoothing=0.1), make_sample([6, 4])
+    loss, _, log = criterion(model, sample)
+    for reduce in (True, False):
+        found = criterion.compute_loss(model, model(**sample["net_input"]), sample, reduce)
+        assert [term.sum().item() for term in found] == pytest.approx([loss.item(), log["nll_loss"].item()], rel=1e-5)
+
+
 def test_rdrop_equals_plain_pytorch(task):
     """One training step of a model with dropout: each sentence twice in one batch, with the same random numbers."""
     model = build_model(task, dropout=0.3).train()
@@ -273,13 +279,3 @@ def test_rdrop_equals_plain_pytorch(task):
     model.eval()
     plain = make_criterion(task, **options)
     assert criterion(model, sample)[0] == plain(model, sample)[0], "validation is without R-Drop"
-
-
-def test_on_an_older_torch_the_first_load_warns(monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", lambda path: {"path": path})
-    monkeypatch.setattr(checkpoints, "torch_version", lambda: (2, 5))
-    checkpoints.install()
-    for path in ("a.pt", "b.pt"):
-        assert checkpoint_utils.load_checkpoint_to_cpu(path) == {"path": path}
-    (record,) = caplog.records
-    assert "torch 2.6" in record.getMessage()

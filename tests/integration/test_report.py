@@ -21,10 +21,11 @@ from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import holm
 from encourage_mt.evaluation.words import count_words, words_of
 from encourage_mt.files import read_json, read_record, write_json
+from encourage_mt.recipe import render_options
 from encourage_mt.report.charts import Chart, learning_curves
 from encourage_mt.report.page import FILE_LIST
 from encourage_mt.report.sections import Section, TranslatedSet, disagree, mark_words
-from encourage_mt.training.run_folder import open_run, render_options
+from encourage_mt.training.run_folder import open_run
 
 CHARTS = {
     *"seeds_test length_test length_gain_test valid_bleu valid_nll representation energy margin probability".split(),

@@ -46,7 +46,8 @@ def user_file(tmp_path, monkeypatch):
     """The current directory has my_bonus.py, which nothing has imported."""
     (tmp_path / "my_bonus.py").write_text(USER_FILE)
     (tmp_path / "broken_bonus.py").write_text("1 / 0")
-    (tmp_path / "needy_bonus.py").write_text("import no_such_library")
+    for name in ("needy_bonus", "no_such_library_bonus"):
+        (tmp_path / f"{name}.py").write_text("import no_such_library")
     monkeypatch.chdir(tmp_path)
     for name in ("my_bonus", "broken_bonus", "needy_bonus"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -136,6 +137,16 @@ def test_a_bonus_in_a_file_of_the_user(name, user_file, caplog):
     assert all(name in warning and "reference" in warning for warning in warnings) and bool(warnings) == slow
 
 
+def test_a_bonus_is_found_where_the_command_was_started(user_file, tmp_path, monkeypatch):
+    """fairseq-hydra-train changes the current folder."""
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "outputs")
+    monkeypatch.syspath_prepend(str(tmp_path / "outputs"))
+    before = list(sys.path)
+    assert LossOptions(bonus="my_bonus:square").bonus == "my_bonus:square" and sys.path == before
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -147,6 +158,7 @@ def test_a_bonus_in_a_file_of_the_user(name, user_file, caplog):
         ("my_bonus:number", "my_bonus has no function number"),
         ("broken_bonus:square", "cannot import broken_bonus: ZeroDivisionError"),
         ("needy_bonus:square", "no_such_library"),
+        ("no_such_library_bonus:square", "cannot import no_such_library_bonus"),
     ],
 )
 def test_a_bonus_that_cannot_be_found(name, problem, user_file):

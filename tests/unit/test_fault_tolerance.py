@@ -154,18 +154,24 @@ def test_a_long_epoch_is_saved_every_ten_minutes(monkeypatch):
         ({"val_loss": 2.0}, False),
         ({"epoch": 1}, False),
         ({"position": 5}, False),
+        ({"position": 5, "updates": 9}, True),
+        ({"position": 5, "updates": 9, "val_loss": 2.0}, False),
         ({"disabled": True}, False),
     ],
 )
-def test_a_resumed_run_validates_an_epoch_that_was_stopped_before(changes, owed, monkeypatch):
+def test_a_resumed_run_repeats_the_validation_of_an_epoch_or_of_the_last_update(changes, owed, monkeypatch):
     from fairseq_cli import train
 
-    state = {"val_loss": None, "epoch": 4, "position": 0, "disabled": False, **changes}
+    state = {"val_loss": None, "epoch": 4, "position": 0, "disabled": False, "updates": 8, **changes}
     position = {"epoch": state["epoch"], "iterations_in_epoch": state["position"]}
     epoch_itr = SimpleNamespace(epoch=state["epoch"], iterations_in_epoch=state["position"])
     dataset = SimpleNamespace(disable_validation=state["disabled"], valid_subset="valid,valid1")
-    trainer = SimpleNamespace(cfg=SimpleNamespace(dataset=dataset), task="task")
-    calls = []
+    cfg = SimpleNamespace(dataset=dataset, optimization=SimpleNamespace(max_update=9))
+    weights, calls = [], []
+    criterion = SimpleNamespace(set_weight=weights.append)
+    trainer = SimpleNamespace(
+        cfg=cfg, task="task", get_criterion=lambda: criterion, get_num_updates=lambda: state["updates"]
+    )
     monkeypatch.setattr(train, "validate_and_save", lambda *words: calls.append(words))
     extra_state = {"val_loss": state["val_loss"], "train_iterator": position}
     fault_tolerance.validate_last_epoch(extra_state, epoch_itr, trainer)
@@ -173,5 +179,7 @@ def test_a_resumed_run_validates_an_epoch_that_was_stopped_before(changes, owed,
     assert len(calls) == owed
     if owed:
         *_, at_end, subsets, end_of_epoch = calls[0]
-        assert (at_end.epoch, at_end.end_of_epoch(), at_end.state_dict()) == (3, True, position)
-        assert subsets == ["valid", "valid1"] and end_of_epoch
+        ended = (4, False) if state["position"] else (3, True)
+        assert (at_end.epoch, at_end.end_of_epoch(), at_end.state_dict()) == (*ended, position)
+        assert subsets == ["valid", "valid1"] and end_of_epoch == ended[1]
+        assert weights == [state["updates"] - 1], "validation has the weight of the last update"

@@ -46,6 +46,15 @@ def together(features, weight, target, options, scale=1.0):
     return terms, correct, [leaf.grad for leaf in leaves]
 
 
+def test_without_recording_no_gradient_is_computed(monkeypatch):
+    features, weight, target = make()
+    expected = together(features, weight, target, LossOptions())[0].loss
+    monkeypatch.setattr(fused_projection, "_product", None)
+    with torch.no_grad():
+        terms, _ = projected_loss_terms(features, weight, target, LossOptions(), PAD)
+    torch.testing.assert_close(terms.loss, expected.detach())
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize(
     "options", [LossOptions(label_smoothing=0.1), LossOptions(bonus="none"), LossOptions(log_end=1)]
