@@ -45,8 +45,7 @@ class Sources:
 
         def is_local(corpus: Corpus) -> bool:
             names = {name for lists in corpus.splits.values() for files in lists for name in files}
-            parts = [[part for part in name.split(":", 1) if part] for name in names]
-            return all(any(self.find_local(part, corpus) for part in either) for either in parts)
+            return all(any(self.find_local(part, corpus) for part in name.split(":", 1)) for name in names)
 
         self.corpus = next(filter(is_local, self.recipe.data), self.recipe.data[0])
         return self.corpus

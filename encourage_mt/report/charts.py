@@ -16,7 +16,7 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis, FrequencyRange
 from ..evaluation.lengths import Interval, LengthRange
 from ..evaluation.results import HEADLINE
-from ..training.run_folder import Run, finite_rows, read_log
+from ..training.run_folder import Run, read_log, rows_by_epoch
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name, such as that of an arm, begins no formula
 # Okabe and Ito (2008): blue and vermillion
@@ -82,9 +82,8 @@ def learning_curves(groups: dict[str, list[Run]]) -> list[Chart]:
     for key, ylabel, meaning in (bleu, nll):
         figure, ax = axes("updates", ylabel)
         for (label, runs), style in zip(groups.items(), STYLES, strict=True):
-            logs = [finite_rows(read_log(run.log), "epoch", "valid_num_updates", key) for run in runs]
-            # an epoch appears twice in a log if its checkpoint was lost; the last record counts
-            curves = [list({epoch: point for epoch, *point in rows}.values()) for rows in logs if rows]
+            by_epoch = [rows_by_epoch(read_log(run.log), "valid_num_updates", key) for run in runs]
+            curves = [list(rows.values()) for rows in by_epoch if rows]
             name = f"{label} ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
             for number, points in enumerate(curves):
                 x, y = zip(*points, strict=True)

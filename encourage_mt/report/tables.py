@@ -11,7 +11,7 @@ from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm, searches
 from ..evaluation.significance import SOUGHT, MetricComparison, format_seeds, paired_seeds
 from ..files import Scalar
 from ..recipe import Recipe
-from ..training.run_folder import finite_rows
+from ..training.run_folder import rows_by_epoch
 
 DIAGNOSTICS = {
     "valid nll (nats)": "nll",
@@ -184,13 +184,9 @@ def diagnostic_values(analysis: Analysis) -> dict[str, float]:
 
 
 def learning_curve(records: list[dict]) -> list[CurvePoint]:
-    """Return greedy BLEU and nll on valid after each epoch, from the records of a log.
-
-    An epoch appears twice in a log if its checkpoint was lost; the last record counts.
-    """
-    names = {"epoch": "epoch", "updates": "valid_num_updates", "bleu": "valid_bleu", "nll": "valid_nll_loss"}
-    ends = {epoch: (epoch, *others) for epoch, *others in finite_rows(records, *names.values())}
-    return [CurvePoint(**dict(zip(names, row, strict=True))) for row in ends.values()]
+    """Return greedy BLEU and nll on valid after each epoch, from the records of a log."""
+    ends = rows_by_epoch(records, "valid_num_updates", "valid_bleu", "valid_nll_loss")
+    return [CurvePoint(epoch=epoch, updates=row[0], bleu=row[1], nll=row[2]) for epoch, row in ends.items()]
 
 
 def curve_table(results: list[Result]) -> str:

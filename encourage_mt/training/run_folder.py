@@ -322,3 +322,11 @@ def finite_rows(records: list[dict], *names: str) -> list[list[float]]:
     """Return the values of `names` in each record that has all of them, without rows that are not finite or absurd."""
     rows = [[float(record[name]) for name in names] for record in records if record.keys() >= set(names)]
     return [row for row in rows if all(abs(value) < ABSURD for value in row)]
+
+
+def rows_by_epoch(records: list[dict], *names: str) -> dict[float, list[float]]:
+    """Return {epoch: values of `names`} from `finite_rows`.
+
+    An epoch appears twice in a log if its checkpoint was lost; the last record counts.
+    """
+    return {epoch: values for epoch, *values in finite_rows(records, "epoch", *names)}
