@@ -41,7 +41,8 @@ VOCABULARIES = (6000, 10000, 32000)
 SPREADS = (0, 1, 2, 3, 4)
 PAD = 1
 FEATURES = 512
-SECONDS = 1  # for each row; no row runs more often than --repeats
+SECONDS = 1  # for each row, after at least RUNS runs; no row runs more often than --repeats
+RUNS = 5
 
 
 def fairseq_lsce(logits, target):
@@ -66,7 +67,7 @@ def from_logits(device):
             from liger_kernel.transformers.functional import liger_cross_entropy
         except ImportError:
             return rows
-        rows["Liger cross entropy"] = lambda logits, target: liger_cross_entropy(
+        rows["Liger cross entropy, with a copy of the logits"] = lambda logits, target: liger_cross_entropy(
             logits.clone(), target, ignore_index=PAD, reduction="sum", label_smoothing=0.1
         )  # the clone is there because it overwrites the logits
     return rows
@@ -166,7 +167,7 @@ def interleave(actions, device, repeats, reset=lambda: None):
         peaks[name] = peak_bytes(action, device)
     for _ in range(repeats):
         for name, action in actions.items():
-            if sum(seconds[name]) < SECONDS:
+            if len(seconds[name]) < RUNS or sum(seconds[name]) < SECONDS:
                 reset()
                 seconds[name].append(seconds_of(action, device))
     return {name: (statistics.median(values), peaks[name]) for name, values in seconds.items()}
@@ -194,20 +195,25 @@ def bench_sizes(dtypes, device, memory, repeats, quick):
             size = {"vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch.")}
             buffer = torch.empty_like(logits)
             copy = {ROOFLINE: functools.partial(buffer.copy_, logits)}
-            name, function = list(from_logits(device).items())[1]
-            validation = {f"{name}, no gradient": functools.partial(function, logits, target)}
-            results = measure(from_logits(device), [logits], target, device, repeats, validation | copy)
-            rows += as_rows(results, size, 2 * logits.numel() * logits.itemsize, memory, results[ROOFLINE][0])
+            functions = from_logits(device)
+            validation = {
+                f"{name}, no gradient": functools.partial(functions[name], logits, target)
+                for name in list(functions)[:2]
+            }
+            results = measure(functions, [logits], target, device, repeats, copy | validation)
+            for names in (functions | copy, validation):
+                rows += as_rows({name: results[name] for name in names}, size, memory, results[ROOFLINE][0])
             del logits, buffer, copy, validation
             torch.manual_seed(2)
             weight = (torch.randn(vocabulary, FEATURES) / FEATURES**0.5).to(device, dtype)
             features = torch.randn(TOKENS, FEATURES).to(device, dtype)
             results = measure(from_features(), [features, weight], target, device, repeats)
-            rows += as_rows(results, size, None, memory)
+            rows += as_rows(results, size, memory)
     return rows
 
 
-def as_rows(results, size, bytes_moved, memory, copied=None):
+def as_rows(results, size, memory, copied=None):
+    """Return a row for each result; the first is the baseline of `time / LSCE`."""
     baseline = next(iter(results.values()))
     return [
         {
@@ -216,7 +222,6 @@ def as_rows(results, size, bytes_moved, memory, copied=None):
             "ms": round(1e3 * seconds, 2),
             "time / LSCE": round(seconds / baseline[0], 2),
             "time / copy": round(seconds / copied, 2) if copied else None,
-            "GB/s": round(bytes_moved / seconds / 1e9, 1) if bytes_moved else None,
             "extra MiB": round(peak / 2**20) if memory == "default" and name != ROOFLINE else None,
         }
         for name, (seconds, peak) in results.items()

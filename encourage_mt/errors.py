@@ -56,7 +56,7 @@ def exit_on_user_error(program: str):
             _discard_output()
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again", file=sys.stderr)
         sys.exit(130)
 
 

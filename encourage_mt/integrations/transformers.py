@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..loss import EncouragingLoss
+from ..loss.terms import mean_of
 
 
 class EncouragingLossForTrainer:
@@ -49,10 +50,8 @@ class EncouragingLossForTrainer:
             labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=self.loss.ignore_index)
         total = self.loss(logits.flatten(0, -2), labels.flatten())
         if num_items_in_batch is None:
-            return total / labels.ne(self.loss.ignore_index).sum()
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+            num_items_in_batch = labels.ne(self.loss.ignore_index).sum()
+        return mean_of(total, torch.as_tensor(num_items_in_batch, device=total.device))
 
     @staticmethod
     def _shifts(outputs: Any) -> bool:

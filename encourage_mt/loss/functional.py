@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import chunked, native, reference
 from .bonuses import check_bonus
 from .options import BACKENDS, LossOptions
-from .terms import LossTerms
+from .terms import LossTerms, class_indices, mean_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ def loss_terms(
     """Return loss, likelihood and bonus of `logits` [tokens, V] for `target` [tokens].
 
     Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are computed in
-    float32; float64 stays. Tokens whose target is `ignore_index` do not count and get no gradient. Backend
-    "reference" is the plain expression; the others are fast, and only their loss term has a gradient; "auto" takes the
-    fastest that can run here. Raises ValueError if shapes do not fit, V < 2, or the backend is unknown or cannot run.
+    float32; float64 stays, except with "triton", which computes in float32. Tokens whose target is `ignore_index` do
+    not count and get no gradient. Backend "reference" is the plain expression; the others are fast, and only their loss
+    term has a gradient; "auto" takes the fastest that can run here. Raises ValueError if shapes do not fit, V < 2, the
+    target is not of an integer type, or the backend is unknown or cannot run.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -50,6 +51,7 @@ def loss_terms(
         )
     if logits.size(1) < 2:
         raise ValueError("the loss needs at least 2 classes")
+    target = class_indices(target)
     ignored = target.eq(ignore_index)
     implementation = find_backend(backend, options, logits.device.type, logits.dtype)
     terms: LossTerms = implementation.loss_terms(logits, target.masked_fill(ignored, 0), options, ignored, reduce)
@@ -196,11 +198,7 @@ def _loss(
 ) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction}")
-    if target.is_floating_point():
-        raise ValueError(
-            f"target must contain class indices (torch.long), got {target.dtype}: "
-            "class probabilities (soft targets) are not supported"
-        )
+    target = class_indices(target)
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"expected logits (N, C, ...) and target (N, ...), got {list(logits.shape)} and {list(target.shape)}"
@@ -208,5 +206,5 @@ def _loss(
     rows = logits.movedim(1, -1).reshape(-1, logits.size(1))
     loss = loss_terms(rows, target.reshape(-1), options, ignore_index, reduction != "none", backend).loss
     if reduction == "mean":
-        return loss / target.ne(ignore_index).sum()
+        return mean_of(loss, target.ne(ignore_index).sum())
     return loss if reduction == "sum" else loss.view(target.shape)

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import reference
 from .functional import _options, _show_options, find_backend
 from .options import LossOptions
-from .terms import LossTerms, clone_terms, refuse_double_backward
+from .terms import LossTerms, class_indices, clone_terms, mean_of, refuse_double_backward
 
 ROWS = 1024
 SCALE = 256.0
@@ -53,9 +53,9 @@ def linear_encouraging_loss(
         raise ValueError(
             f"expected features (..., D) and target (...), got {list(features.shape)} and {list(target.shape)}"
         )
-    rows, targets = features.reshape(-1, features.size(-1)), target.reshape(-1)
+    rows, targets = features.reshape(-1, features.size(-1)), class_indices(target).reshape(-1)
     terms, _ = projected_loss_terms(rows, weight, targets, _options(options), ignore_index, backend, bias=bias)
-    return terms.loss / targets.ne(ignore_index).sum() if reduction == "mean" else terms.loss
+    return mean_of(terms.loss, targets.ne(ignore_index).sum()) if reduction == "mean" else terms.loss
 
 
 def projected_loss_terms(
@@ -93,6 +93,7 @@ def projected_loss_terms(
             f"only the reference backend computes the {options.bonus} bonus with these options, and it cannot be fused "
             "with the projection: drop --fuse-projection, or choose another --loss-backend or bonus"
         )
+    target = class_indices(target)
     ignored = target.eq(ignore_index)
     if not torch.compiler.is_compiling():  # a shape that depends on the data would break the graph
         kept = (~ignored).nonzero().squeeze(1)

@@ -1,5 +1,6 @@
 """Define the terms that every backend returns, and the helpers that all custom backward passes share."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,21 @@ def clone_terms(terms: Tensor, reduce: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
     loss, nll_loss, bonus = (term.sum() if reduce else term.clone() for term in terms)
     return loss, nll_loss, bonus
+
+
+def class_indices(target: Tensor) -> Tensor:
+    """Return `target` as int64. Raises ValueError if it is not of an integer type."""
+    if target.is_floating_point():
+        raise ValueError(
+            f"target must contain class indices (torch.long), got {target.dtype}: "
+            "class probabilities (soft targets) are not supported"
+        )
+    return target.long()
+
+
+def mean_of(total: Tensor, count: Tensor) -> Tensor:
+    """Return total / count; if the count is 0, NaN with a gradient of 0, as torch's cross entropy does."""
+    return torch.where(count > 0, total / count.clamp(min=1), math.nan)
 
 
 def refuse_double_backward() -> None:

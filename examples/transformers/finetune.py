@@ -21,18 +21,24 @@ from transformers import (
     set_seed,
 )
 
+from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.integrations.transformers import EncouragingLossForTrainer
 
 
 def read_pairs(source, target):
-    """Return the lines of two parallel files; exit if their numbers differ."""
-    sources, targets = (
-        Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines() also splits at U+2028
-        for path in (source, target)
-    )
+    """Return the lines of two parallel files. Raises UserError if one cannot be read or their numbers differ."""
+    sources, targets = map(read_lines, (source, target))
     if len(sources) != len(targets):
-        raise SystemExit(f"error: {source} has {len(sources)} lines, {target} has {len(targets)}")
+        raise UserError(f"{source} has {len(sources)} lines, {target} has {len(targets)}")
     return sources, targets
+
+
+def read_lines(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    return text.removesuffix("\n").split("\n")  # splitlines() also splits at U+2028
 
 
 def tokenize(tokenizer, sources, targets, max_length):
@@ -80,7 +86,16 @@ def main():
     parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
     parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
     args = parser.parse_args()
+    try:
+        loss = EncouragingLossForTrainer(bonus=args.bonus, log_end=args.log_end, label_smoothing=args.label_smoothing)
+    except ValueError as error:
+        parser.error(str(error))
+    with exit_on_user_error("finetune.py"):
+        finetune(args, loss)
 
+
+def finetune(args, loss):
+    """Train, write the model and the translations of the test to args.output, and print the scores."""
     set_seed(args.seed)
     train, (sources, references) = read_pairs(*args.train), read_pairs(*args.test)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -101,9 +116,7 @@ def main():
         train_dataset=tokenize(tokenizer, *train, args.max_length),
         # with the model, because Trainer keeps the labels from it: the collator makes the decoder's input
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_loss_func=EncouragingLossForTrainer(
-            bonus=args.bonus, log_end=args.log_end, label_smoothing=args.label_smoothing
-        ),
+        compute_loss_func=loss,
     )
     trainer.train()
     trainer.save_model()

@@ -1,10 +1,8 @@
 """Compare the criterion with --fuse-projection and without it."""
 
-import argparse
-
 import pytest
 import torch
-from test_criterion import SIZES, build_model, make_criterion, make_sample, task  # noqa: F401
+from test_criterion import build_model, make_criterion, make_sample, task  # noqa: F401
 
 from encourage_mt.loss import fused_projection
 
@@ -69,4 +67,3 @@ def test_the_reference_backend_cannot_be_fused(task):  # noqa: F811
     criterion = make_criterion(task, label_smoothing=0.1, fuse_projection=True, loss_backend="reference")
     with pytest.raises(ValueError, match="drop --fuse-projection"):
         criterion(build_model(task).train(), make_sample([5, 3]))
-    assert isinstance(task, argparse.Namespace) and SIZES

@@ -117,6 +117,10 @@ def test_without_a_count_of_items_the_loss_is_a_mean():
     outputs = model(**batch)
     expected = summed_loss(outputs.logits[:, :-1], labels[:, 1:]) / labels[:, 1:].ne(-100).sum()
     torch.testing.assert_close(EncouragingLossForTrainer(label_smoothing=0.1)(outputs, labels), expected)
+    for count in (0, torch.tensor(0)):  # a batch without targets
+        loss = EncouragingLossForTrainer()(outputs, torch.full_like(labels, -100), count)
+        (gradient,) = torch.autograd.grad(loss, outputs.logits, retain_graph=True)
+        assert loss.isnan() and not gradient.any()
     by_name = EncouragingLossForTrainer(label_smoothing=0.1, shift_labels=True)(outputs.to_tuple(), labels)
     torch.testing.assert_close(by_name, expected)
     with pytest.raises(ValueError, match="shift_labels"):
@@ -152,3 +156,7 @@ def test_the_example_fine_tunes_and_scores(tmp_path):
     assert "BLEU" in done.stdout and "|version:" in done.stdout
     assert len((tmp_path / "out/translations.txt").read_text().splitlines()) == 16
     assert (tmp_path / "out/model.safetensors").exists()
+
+    for wrong, message in ((["--test", "missing", "b"], "missing"), (["--log-end", "2"], "log_end")):
+        done = subprocess.run([*command, *wrong], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]

@@ -133,6 +133,14 @@ def test_linear_encouraging_loss_equals_linear_and_encouraging_loss(reduction):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_mean_of_no_target_is_nan_without_gradient():
+    features, weight, target = make()
+    leaves = [features.detach().requires_grad_(), weight.detach().requires_grad_()]
+    loss = linear_encouraging_loss(*leaves, torch.full_like(target, PAD), ignore_index=PAD)
+    loss.backward()
+    assert loss.isnan() and not any(leaf.grad.any() for leaf in leaves)
+
+
 def test_the_second_backward_pass_and_the_second_derivative_are_refused():
     features, weight, target = make()
     loss = linear_encouraging_loss(features, weight, target)

@@ -43,12 +43,23 @@ def test_is_cross_entropy_without_bonus(more, reduction):
         torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=0)
 
 
-def test_mean_of_no_target_is_nan():
-    """As with torch's: there is nothing to take the mean of."""
-    logits, _ = random_batch(3, 5)
+@each_backend
+def test_mean_of_no_target_is_nan_without_gradient(backend):
+    """As with torch's: there is nothing to take the mean of, and an optimizer's step must not make the weights NaN."""
     target = torch.full((3,), -100)
-    assert torch.nn.CrossEntropyLoss()(logits, target).isnan()
-    assert EncouragingLoss()(logits, target).isnan()
+    for loss in (torch.nn.CrossEntropyLoss(), EncouragingLoss(backend=backend)):
+        logits = random_batch(3, 5)[0].requires_grad_()
+        value = loss(logits, target)
+        value.backward()
+        assert value.isnan() and not logits.grad.any()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_target_of_any_integer_type(dtype, backend):
+    logits, target = random_batch(6, 9)
+    loss = EncouragingLoss(label_smoothing=0.1, backend=backend)
+    torch.testing.assert_close(loss(logits, target.to(dtype)), loss(logits, target), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

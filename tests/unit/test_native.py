@@ -34,17 +34,6 @@ def test_widths(vocabulary, bonus):
 
 
 @compiled
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_logit_breaks_the_whole_row(bad):
-    logits, target = random_batch(3, 70)
-    logits[1, 5] = bad
-    terms, gradient = terms_and_gradient(logits, target, EL, "native", reduce=False)
-    assert terms.loss.isnan().tolist() == [False, True, False]
-    assert gradient.isnan().all(dim=1).tolist() == [False, True, False]
-    assert gradient[[0, 2]].isfinite().all()
-
-
-@compiled
 def test_a_target_that_is_not_a_type_is_refused():
     with pytest.raises(IndexError, match="target 9.*8 types"):
         loss_terms(torch.zeros(2, 8), torch.tensor([0, 9]), EL, backend="native")
@@ -150,8 +139,19 @@ def test_chunked_takes_over_where_nothing_is_compiled(monkeypatch, caplog):
 @compiled
 @pytest.mark.skipif(native._library("avx2") is None, reason="not compiled for AVX2")
 def test_other_instruction_set():
-    """On a processor without AVX-512 the AVX2 code is loaded."""
-    code = "from encourage_mt.loss import native; print(native.unavailable() or 'loaded')"
+    """On a processor without AVX-512, the AVX2 code is loaded and agrees with the reference."""
+    code = """if True:
+        import torch
+        from encourage_mt.loss import encouraging_loss, native
+        print(native._library(torch.backends.cpu.get_cpu_capability().lower()).name)
+        logits, target, results = torch.randn(9, 1001), torch.arange(9), []
+        for backend in ("native", "reference"):
+            leaf = logits.clone().requires_grad_()
+            loss = encouraging_loss(leaf, target, label_smoothing=0.1, backend=backend)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+    """
     environment = {"PYTHONPATH": str(Path(native.__file__).parents[2]), "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "loaded"
+    assert done.stdout.strip() == "_native_avx2.so"
