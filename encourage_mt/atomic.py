@@ -23,9 +23,16 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name_file(error, path)
         raise
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Add the name of the file to the error of a write, such as on a full disk, which has none."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 @contextmanager
@@ -54,6 +61,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(old)  # a kill while it is deleted must not leave half of it
         partial.rename(output)
+    except OSError as error:
+        _name_file(error, output)
+        raise
     finally:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: that of this process)."""
     with exit_on_user_error("encourage-mt"):
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        for word in words:
+            if not word.isascii() and any("\ud800" <= char <= "\udfff" for char in word):  # in no JSON file of ours
+                raise UserError(f"{ascii(word)}: is not UTF-8; rename the file or folder")
+        arguments = parse_arguments(words)
         with log_to_console(sys.stderr if arguments.command == "translate" else sys.stdout):
-            COMMANDS[arguments.command](arguments)
+            try:
+                COMMANDS[arguments.command](arguments)
+            except ModuleNotFoundError as error:
+                raise UserError(f"{error.name} is not installed; docs/install.md says which extra has it") from None
 
 
 @contextmanager
@@ -297,8 +304,9 @@ def compare_runs(arguments) -> None:
 def report_runs(arguments) -> None:
     """Carry out `encourage-mt report`."""
     from .evaluation.comparison import compare
-    from .report.page import write_report
+    from .report.page import check_output, write_report
 
+    check_output(arguments.output.resolve())  # before the tests, which take long
     baseline, candidate = open_sides(arguments)
     comparison = compare(baseline, candidate, arguments.allow_differences)
     write_report(comparison, baseline, candidate, arguments.output)

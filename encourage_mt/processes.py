@@ -4,6 +4,7 @@ import fcntl
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -136,5 +137,6 @@ def locked(folder: Path, node: int = 0):
 def set_up_worker(parent: int) -> None:
     """Set up a worker of a process pool, in the worker: it dies with its `parent` and does not keep its locks."""
     die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the pool
     for lock in _held_locks:  # copies that a forked worker inherited; closing them does not unlock
         lock.close()

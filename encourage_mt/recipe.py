@@ -303,7 +303,9 @@ def _insert_bitext(content: dict, source: str | None, target: str | None, bitext
     for option, language in (("--source", source), ("--target", target)):
         if not language:
             raise UserError(f"{option}: is missing, and the file has no suffix that names its language, such as .de")
-    content.update(source=source, target=target, name=f"{content.get('name')}_{source}_{target}")
+    content.update(source=source, target=target)
+    if "name" in content:
+        content["name"] = f"{content['name']}_{source}_{target}"
     content["data"]["train"] = list(bitext)
 
 

@@ -89,7 +89,7 @@ class Clean(Record):
 class Subword(Record):
     """Either {merges: N} for subword-nmt, or options of SentencePiece's trainer, with its defaults."""
 
-    merges: Annotated[int, within(1, 10**6)] | None = None
+    merges: Annotated[int, within(1, 10**6)] = 0
     vocab_size: Annotated[int, within(8, 10**6)] = 8000
     model_type: Literal["bpe", "unigram", "char", "word"] = "unigram"
     byte_fallback: bool = False

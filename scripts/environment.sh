@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}
+[[ $VENV = /* ]] || VENV=$PWD/$VENV
 EXTRAS=fairseq,recipes,serving,transformers,classification,test
 
 fail() {

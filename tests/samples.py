@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from encourage_mt.data.manifest import PreparedData
+from encourage_mt.data.manifest import PreparedData, hash_text
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import write_record
 from encourage_mt.training.run_folder import Run, open_run
 
 EVALUATION = {
     **{"average": 10, "beam": 5, "lenpen": 1.0, "comet": None},
-    **{"data_sha256": "d" * 64, "checkpoints_sha256": {}},
+    **{"data_sha256": hash_text({}), "checkpoints_sha256": {}},  # of sample_data
 }
 WORDS = np.array([f"w{number}" for number in range(300)])
 

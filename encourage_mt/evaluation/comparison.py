@@ -149,6 +149,7 @@ def _by_seed(runs, side):
         result = Result.read(run.folder)
         if result.seed in by_seed:
             raise UserError(f"{run.folder}: seed {result.seed} appears twice among the {side} runs")
+        result.check_data(run.prepared())
         by_seed[result.seed] = (run, result)
     return by_seed
 

@@ -144,11 +144,11 @@ def analyse(run: Run) -> Analysis:
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
     source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint)}
+    options = loss_options(Result.read(run.folder).criterion)
     if path.exists():
         analysis = read_record(path, Analysis)
-        if analysis.source == source:
+        if analysis.source == source and (analysis.gradient or not options):
             return analysis
-    options = loss_options(Result.read(run.folder).criterion)
     model, task = load(checkpoint, run.data, SPLIT, "train")
     if not isinstance(getattr(getattr(model, "decoder", None), "output_projection", None), torch.nn.Linear):
         raise UserError(f"{run.folder}: diagnostics support only fairseq's Transformers, not {type(model).__name__}")
@@ -205,7 +205,8 @@ def batches(model, task, name: str) -> Iterable[tuple[Tensor, Tensor]]:
 
 def force_decode(model, task, dataset, description: str) -> Iterable[tuple[Tensor, dict]]:
     """Yield (logits [sentences, longest, V], fairseq's batch) for a dataset of pairs; each target is its own prefix."""
-    iterator = task.get_batch_iterator(dataset, max_tokens=MAX_TOKENS, required_batch_size_multiple=1)
+    max_tokens = max(MAX_TOKENS, int(np.max(dataset.sizes)))  # of one long sentence, which fairseq would refuse
+    iterator = task.get_batch_iterator(dataset, max_tokens=max_tokens, required_batch_size_multiple=1)
     device = next(model.parameters()).device
     warnings.filterwarnings("ignore", "'pin_memory'")  # fairseq asks for it on every machine
     warnings.filterwarnings("ignore", "Support for mismatched")  # because fairseq's masks differ in type

@@ -20,11 +20,12 @@ from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
 from ..training.run_folder import Run, finite_rows, mapping, read_log, training_settings
 from . import scoring
-from .averaging import average
+from .averaging import average, digest
 from .engines import translate_sets
 from .results import HEADLINE, Evaluation, Result, Score
 
 UNFINISHED = ".evaluate"  # a folder in the run's; its files replace earlier translations when all are scored
+UNFINISHED_TRAINING = "scored before the training ended"
 
 
 def evaluate_all(runs: list[Run], comet: Path | None = None, engine: Engine = "fairseq") -> list[Result]:
@@ -68,7 +69,12 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
         check_data(run, data)
         if (run.folder / "scores.json").exists() and (run.folder / "average.pt").exists():
             result = Result.read(run.folder)
-            if result.evaluation == settings and result.translations_sha256 == hash_translations(run.folder, data):
+            if (
+                result.evaluation == settings
+                and result.translations_sha256 == hash_translations(run.folder, data)
+                and is_scored_model(run.folder / "average.pt", result)
+                and (UNFINISHED_TRAINING in result.alarms) == is_unfinished(run)
+            ):
                 print(f"{run.name}: scored already")
                 return result
         with temporary_folder(run.folder / UNFINISHED) as output:
@@ -110,13 +116,27 @@ def _evaluate(run, data, settings, paths, comet, output):
         translations_sha256=hash_translations(output, data),
         weights_sha256=weights,
         parameters=parameters,
-        alarms=final_alarms(read_log(run.log), bleu),
+        alarms=[*final_alarms(read_log(run.log), bleu), *[UNFINISHED_TRAINING] * is_unfinished(run)],
     )
 
 
+def is_unfinished(run: Run) -> bool:
+    """Return whether the training of a run has not ended; False if it was started by hand and this is not recorded."""
+    return bool(run.provenance.get("starts")) and not run.is_done
+
+
+def is_scored_model(path: Path, result: Result) -> bool:
+    """Return whether a checkpoint has the parameters that were scored; versions before 0.2 did not record them."""
+    return result.weights_sha256 in (None, digest(load_checkpoint(path)["model"]))
+
+
 def count_parameters(model: dict[str, torch.Tensor]) -> int:
-    """Return the number of parameters of a model; those that layers share count once."""
-    return sum({value.data_ptr(): value.numel() for value in model.values() if value.numel() > 1}.values())
+    """Return the number of parameters of a model; a matrix that layers share counts once.
+
+    A shared matrix is found by its values, because fairseq saves copies of it on a GPU and in half precision.
+    """
+    sizes = {digest({"": v}) if v.dim() > 1 else name: v.numel() for name, v in model.items() if v.numel() > 1}
+    return sum(sizes.values())
 
 
 def as_json(settings: dict) -> dict:
@@ -188,8 +208,10 @@ def speed(log: Path) -> dict[str, float]:
 
 
 def evaluated_checkpoint(run: Run) -> Path:
-    """Return the averaged checkpoint that was scored. Raises UserError if it is missing or the run is not evaluated."""
-    path = run.folder / "average.pt"
+    """Return the averaged checkpoint that was scored. Raises UserError if it is missing or the run is not scored."""
+    path, remedy = run.folder / "average.pt", f"run `encourage-mt evaluate {run.folder}`"
     if not (path.exists() and (run.folder / "scores.json").exists()):
-        raise UserError(f"{run.folder}: has no average.pt with scores.json; run `encourage-mt evaluate {run.folder}`")
+        raise UserError(f"{run.folder}: has no average.pt with scores.json; {remedy}")
+    if not is_scored_model(path, Result.read(run.folder)):
+        raise UserError(f"{path}: is not the model that was scored; {remedy}")
     return path

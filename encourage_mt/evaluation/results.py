@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from ..data.manifest import PreparedData
 from ..environment import Engine
 from ..errors import UserError
 from ..fields import Count
@@ -120,6 +121,11 @@ class Result(Record):
     def write(self, folder: Path) -> None:
         """Write the scores as scores.json into a folder."""
         write_record(folder / "scores.json", self)
+
+    def check_data(self, data: PreparedData) -> None:
+        """Raise UserError if the data is not what the run was scored on."""
+        if self.evaluation.data_sha256 != data.checksum:
+            raise UserError(f"{data.folder}: not the data that {self.name} was scored on, its checksum differs")
 
     @classmethod
     def upgrade(cls, content: dict) -> dict:

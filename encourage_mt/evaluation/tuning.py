@@ -62,6 +62,8 @@ def tune(runs: list[Run]) -> list[Run]:
     first: dict[str, Run] = {}
     for run in runs:
         other = first.setdefault(run.arm, run)
+        if run is not other and not run.recipe:
+            raise UserError(f"--tune: {run.folder} was trained by hand; tune such runs one by one")
         if {**run.options, "seed": 0} != {**other.options, "seed": 0}:
             raise UserError(f"--tune: {run.folder} and {other.folder} are of one arm but differ in more than the seed")
         if run.prepared().checksum != runs[0].prepared().checksum:

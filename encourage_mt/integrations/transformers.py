@@ -20,7 +20,7 @@ class EncouragingLossForTrainer:
     """A `compute_loss_func` for decoder-only and encoder-decoder language models.
 
     The loss is a sum over tokens divided by `num_items_in_batch`, the number of targets that Trainer counts over all
-    accumulated batches and all processes; without it (in evaluation) it is the mean over the targets of the batch.
+    accumulated batches and all processes; without it, it is the mean over the targets of the batch.
     Targets of -100 are ignored. `loss` is the `EncouragingLoss` inside, whose `bonus_weight` may be set during the
     training.
 
@@ -51,7 +51,9 @@ class EncouragingLossForTrainer:
         total = self.loss(logits.flatten(0, -2), labels.flatten())
         if num_items_in_batch is None:
             num_items_in_batch = labels.ne(self.loss.ignore_index).sum()
-        return mean_of(total, torch.as_tensor(num_items_in_batch, device=total.device))
+        count = torch.as_tensor(num_items_in_batch, device=total.device)
+        # Under DataParallel, Trainer passes a share of the count for each GPU
+        return mean_of(total, count.sum())
 
     @staticmethod
     def _shifts(outputs: Any) -> bool:

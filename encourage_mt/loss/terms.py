@@ -40,7 +40,7 @@ def class_indices(target: Tensor) -> Tensor:
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:
     """Return total / count; if the count is 0, NaN with a gradient of 0, as torch's cross entropy does."""
-    return torch.where(count > 0, total / count.clamp(min=1), math.nan)
+    return torch.where(count > 0, total / count.where(count > 0, 1), math.nan)
 
 
 def refuse_double_backward() -> None:

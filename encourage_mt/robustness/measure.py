@@ -162,6 +162,18 @@ class Measurement:
     def _pieces(self, line: str) -> Pieces:
         return tuple(self.translator.pieces(line))
 
+    def chosen(self) -> Robustness:
+        """Return what was chosen from the record, which may have more, measured by earlier commands."""
+        noise = {CLEAN, SEGMENTATION, *perturbations(self.choice.percentages)}
+        foreign = {CLEAN, SHUFFLED, REVERSED, *self.choice.foreign}
+
+        def pick(sets: dict[str, dict[str, Any]], names: set[str]) -> dict[str, dict[str, Any]]:
+            tests = self.choice.tests
+            return {test: {name: sets[test][name] for name in sets[test] if name in names} for test in tests}
+
+        changes = {"noise": pick(self.record.noise, noise), "foreign": pick(self.record.foreign, foreign)}
+        return self.record.model_copy(update=changes)
+
     def _measure_noise(self, test, name, pieces, changed, references, clean, translation) -> list[str]:
         """Return the translation of a noisy set. clean: {pieces: translation}; translation: that of the clean set."""
         noise, checksum = self.record.noise.setdefault(test, {}), hash_text([pieces, references])
@@ -199,6 +211,10 @@ class Measurement:
         foreign, checksum = self.record.foreign.setdefault(test, {}), hash_text(pieces)
         if name in foreign and foreign[name].source_sha256 == checksum:
             return
+        for known in self.record.foreign.values():  # a file of --ood, measured for another test set
+            if name in known and known[name].source_sha256 == checksum:
+                foreign[name] = known[name]
+                return self._save()
         description = f"{self.run.name} {test}, {name} for detection"
         translations = [found.pieces for found in self._translate(pieces, description)]
         self.fairseq = self.fairseq or load(evaluated_checkpoint(self.run), self.run.data)
@@ -280,4 +296,4 @@ def measure(run: Run, choice: Choice) -> Robustness:
             measurement.measure(test)
     if not measurement.has_worked:
         print(f"{run.name}: measured already")
-    return measurement.record
+    return measurement.chosen()

@@ -10,6 +10,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 
 ATTACKS = 8
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -103,14 +104,15 @@ def attack(line: str, rng: random.Random) -> str:
 
 def perturbations(percentages: list[int]) -> dict[str, Perturbation]:
     """Return {name: perturbation}: those of characters and words with each percentage of the words, then the others."""
-    chosen: dict[str, Perturbation] = {}
-    for percent in percentages:
-        for name, variants in CHARACTER_ERRORS.items():
-            chosen[f"{name} {percent}%"] = change_words(variants, percent / 100)
-        chosen[f"dropped words {percent}%"] = drop_words(percent / 100)
-        chosen[f"repeated words {percent}%"] = repeat_words(percent / 100)
+    kinds: dict[str, Callable[[float], Perturbation]]
+    kinds = {name: partial(change_words, variants) for name, variants in CHARACTER_ERRORS.items()}
+    kinds |= {"dropped words": drop_words, "repeated words": repeat_words}
     return {
-        **dict(sorted(chosen.items())),
+        **{
+            f"{kind} {percent}%": kinds[kind](percent / 100)
+            for kind in sorted(kinds)
+            for percent in sorted(percentages)
+        },
         "no diacritics": remove_diacritics,
         "lower case": lambda line, rng: line.lower(),
         "upper case": lambda line, rng: line.upper(),

@@ -65,18 +65,21 @@ class Summary(Record):
 
 
 def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, dict[int, Run]], list[str]]:
-    """Return {arm: {seed: run}} of evaluated runs, in their order, and the settings that should be the same.
+    """Return {arm: {seed: run}} of evaluated runs, in their order, and why they should not be compared.
 
-    Raises UserError if a seed appears twice in an arm, or as `check_comparable` does.
+    These are settings that differ, and alarms. Raises UserError if a seed appears twice in an arm, a run was scored on
+    other data, or as `check_comparable` does.
     """
     results = [Result.read(run.folder) for run in runs]
     arms: dict[str, dict[int, Run]] = {}
     for run, result in zip(runs, results, strict=True):
         if result.seed in arms.setdefault(result.arm, {}):
             raise UserError(f"{run.folder}: seed {result.seed} appears twice among the runs of {result.arm}")
+        result.check_data(run.prepared())
         arms[result.arm][result.seed] = run
     groups = [[result for result in results if result.arm == arm] for arm in arms]
-    return arms, check_comparable(groups, allow_differences)
+    alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in results if result.alarms]
+    return arms, [*check_comparable(groups, allow_differences), *alarms]
 
 
 def summarize(arms: dict[str, BySeed], unequal: list[str]) -> Summary:

@@ -23,7 +23,7 @@ def markdown(summary: Summary) -> str:
     """Return the values of each test set, then the gains of each arm over the first, with their tests."""
     lines = []
     if summary.differences:
-        lines += [f"**These runs differ in more than the criterion**: {escape('; '.join(summary.differences))}.", ""]
+        lines += [f"**These runs should not be compared**: {escape('; '.join(summary.differences))}.", ""]
     for test in summary.clean:
         lines += [f"### {test}", "", escape(clean_line(summary, test)), ""]
         for table, note in ((noise_table(summary, test), NOISE_NOTE), (foreign_table(summary, test), FOREIGN_NOTE)):

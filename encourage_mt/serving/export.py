@@ -44,8 +44,7 @@ def _export(run: Run, output: Path, quantization: str) -> None:
     output = output.resolve()
     check_output(output)
     data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
-    if result.evaluation.data_sha256 != data.checksum:
-        raise UserError(f"{data.folder}: not the data that {run.name} was scored on, its checksum differs")
+    result.check_data(data)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as partial:
         print(

@@ -66,10 +66,11 @@ def test_an_analysis_is_reused_until_the_checkpoint_changes(evaluated, monkeypat
     assert analyse(evaluated) == first
     write_json(path, {name: value for name, value in content.items() if name != "format"})
     assert analyse(evaluated) == first, "of version 0.1"
-    content["source"]["checkpoint_sha256"] = "0" * 64
-    write_json(path, content)
-    with pytest.raises(TypeError):
-        analyse(evaluated)
+    without = {**content, "gradient": None}  # of a bonus that was not trusted then
+    for changed in (without, {**content, "source": {**content["source"], "checkpoint_sha256": "0" * 64}}):
+        write_json(path, changed)
+        with pytest.raises(TypeError):
+            analyse(evaluated)
     content["margin"]["share"].pop()
     write_json(path, content)
     with pytest.raises(UserError, match="analysis.json: margin: .*share"):
@@ -101,6 +102,13 @@ def test_the_confidence_in_the_reference_is_the_likelihood_of_the_diagnostics(ev
     assert again[0]["entropy"] == pytest.approx(values[0]["entropy"], rel=1e-4)
 
 
+def test_a_sentence_that_is_longer_than_a_batch_is_measured(evaluated, monkeypatch):
+    expected = analyse(evaluated)
+    (evaluated.folder / "analysis.json").unlink()
+    monkeypatch.setattr(diagnostics, "MAX_TOKENS", 2)
+    assert analyse(evaluated).nll == pytest.approx(expected.nll, rel=1e-5)
+
+
 def test_confidence_is_kept_until_the_translation_changes(translated, monkeypatch):
     path = translated.folder / "confidence.json"
     first = confidence.measure_confidence(translated)
@@ -120,7 +128,7 @@ def test_confidence_is_kept_until_the_translation_changes(translated, monkeypatc
     write_json(path, content)
     with pytest.raises(UserError, match="confidence.json: sets.test: correct"):
         confidence.measure_confidence(translated)
-    write_json(path, {**content, "sets": {}})
+    write_json(path, first.model_dump(mode="json"))
     with open(translated.folder / "test.en", "a", encoding="utf-8") as file:
         file.write("one more\n")
     with pytest.raises(TypeError):

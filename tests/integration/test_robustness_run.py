@@ -68,6 +68,28 @@ def test_a_second_run_measures_nothing_and_says_so(measured, capsys, monkeypatch
     assert "| attack, worst of 8 " in text and "comparisons: if nothing differed" in text
 
 
+def test_only_what_was_chosen_is_returned(measured, monkeypatch):
+    command, _ = measured
+    run = runs_of(command)[0]
+    choice = measure.choose(run.prepared(), [], [20, 50], 1, [])
+    monkeypatch.setattr(measure, "perturbations", lambda percentages: {"upper case": lambda line, rng: line.upper()})
+    record = measure.measure(run, choice)
+    assert set(record.noise["test"]) == {CLEAN, "upper case", "other segmentation"}
+    assert set(record.foreign["test"]) == {CLEAN, SHUFFLED, REVERSED}
+    assert len(read_measured(run).noise["test"]) == NOISE, "the file keeps everything"
+
+
+def test_a_foreign_file_is_measured_once_for_all_test_sets(measured, monkeypatch):
+    command, _ = measured
+    run = runs_of(command)[0]
+    measurement = measure.Measurement(run, measure.Translator(export.exported(run)), measure.Choice([], [], 1, {}))
+    monkeypatch.setattr(measure, "translate_pieces", None)
+    lines = ["eins zwei drei", "ganz etwas anderes", "noch ein Satz"]
+    monkeypatch.setattr(measurement, "_save", lambda: None)
+    measurement._measure_foreign("another", "own", list(map(measurement._pieces, lines)))
+    assert measurement.record.foreign["another"]["own"] == measurement.record.foreign["test"]["own"]
+
+
 def test_an_interrupted_run_resumes_with_the_noise_that_is_missing(measured, monkeypatch, capsys):
     command, _ = measured
     folder = runs_of(command)[0].folder

@@ -121,6 +121,9 @@ def test_without_a_count_of_items_the_loss_is_a_mean():
         loss = EncouragingLossForTrainer()(outputs, torch.full_like(labels, -100), count)
         (gradient,) = torch.autograd.grad(loss, outputs.logits, retain_graph=True)
         assert loss.isnan() and not gradient.any()
+    count = labels[:, 1:].ne(-100).sum()
+    half = EncouragingLossForTrainer(label_smoothing=0.1)(outputs, labels, count.expand(2, 1))
+    torch.testing.assert_close(2 * half, expected, msg="Trainer multiplies by the 2 GPUs of DataParallel")
     by_name = EncouragingLossForTrainer(label_smoothing=0.1, shift_labels=True)(outputs.to_tuple(), labels)
     torch.testing.assert_close(by_name, expected)
     with pytest.raises(ValueError, match="shift_labels"):

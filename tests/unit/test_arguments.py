@@ -10,7 +10,7 @@ from encourage_mt import processes
 from encourage_mt.arguments import build_parser
 from encourage_mt.environment import USER_DIR
 
-COMMANDS = ["prepare", "run", "train", "evaluate", "export", "translate", "compare", "report"]
+COMMANDS = ["prepare", "run", "train", "evaluate", "export", "translate", "robustness", "compare", "report"]
 HEAVY = ["torch", "fairseq", "matplotlib", "sacrebleu", "pydantic", "numpy", "yaml", "scipy", "sentencepiece"]
 
 
@@ -56,7 +56,7 @@ def test_every_option_has_a_help_text_with_its_default(command, capsys):
         (["translate", "x", "--beam", "9" * 20], "--beam"),
         (["robustness", "x", "--seed", "9" * 5000], "--seed"),
         (["robustness", "x", "--strength", "abc"], "--strength"),
-        (["robustness", "x", "--ood", "\udcff=file"], "NAME=FILE"),
+        (["robustness", "x", "--ood", "\udcff=file"], "UTF-8"),
         (["robustness", "x", "--output", "/"], "--output"),
         (["robustness", "x", "--output", "nowhere/file"], "--output"),
         (["evaluate", "x", "--lenpen", "--user-dir=evil"], "--lenpen"),

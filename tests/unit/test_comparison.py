@@ -90,7 +90,7 @@ def pair_of(bench, **changes):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"evaluation__data_sha256": "e" * 64}, f"data_sha256: {'d' * 64} or {'e' * 64}"),
+        ({"evaluation__data_sha256": "e" * 64}, f"data_sha256: {EVALUATION['data_sha256']} or {'e' * 64}"),
         ({"evaluation__beam": 4}, "beam: 5 or 4"),
         ({"evaluation__lenpen": 0.6}, "lenpen: 1.0 or 0.6"),
         ({"evaluation__average": 5}, "average: 10 or 5"),
@@ -208,6 +208,13 @@ def spoil_reference(run):
     path.write_text(path.read_text().replace("w1", "<<unk>>", 1))
 
 
+def spoil_data(run):
+    """Let the candidate have been scored on other data than the baseline, although the references are the same."""
+    path = run.folder / "scores.json"
+    content = read_json(path)
+    write_json(path, {**content, "evaluation": {**content["evaluation"], "data_sha256": "0" * 64}})
+
+
 SPOILED = {
     "unscored": (lambda run: (run.folder / "scores.json").unlink(), ["el.seed1", "encourage-mt evaluate"]),
     "broken": (lambda run: (run.folder / "scores.json").write_text("{"), ["scores.json: not JSON"]),
@@ -217,6 +224,7 @@ SPOILED = {
     "short": (lambda run: (run.folder / "test.en").write_text("a\n"), ["test.en: 1 hypotheses for 20 references"]),
     "empty": (lambda run: (run.folder / "test.en").write_text(""), ["test.en: empty"]),
     "gone": (lambda run: (run.folder / "test.en").unlink(), ["test.en"]),
+    "other data": (spoil_data, ["not the data that el.seed1 was scored on"]),
     "unk": (spoil_reference, ["reference line 1 contains <<unk>>"]),
 }
 

@@ -52,8 +52,6 @@ def commands(page: Path):
                 yield [script.stem, f"examples/{words[2]}/recipe.yaml", *words[3:]]
             elif script.stem == "quickstart":
                 yield ["run", "examples/bundled_de_en/recipe.yaml", *words[2:]]
-            elif script.stem == "evaluate":
-                yield ["evaluate", *words[2:]]
         elif words and Path(words[0]).name == "encourage-mt":
             yield words[1:]
 

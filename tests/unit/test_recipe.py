@@ -52,6 +52,7 @@ def refusal(path, **options):
         ("subword: ", {"subword": {}}),
         ("subword: ", {"subword": {"merges": 9, "vocab_size": 9}}),
         ("subword.merges: ", {"subword": {"merges": 0}}),
+        ("subword.merges: ", {"subword": {"merges": None}}),
         ("subword.vocab_size: ", {"subword": {"vocab_size": 1e30}}),
         ("subword.model_type: ", {"subword": {"model_type": "zzz", "vocab_size": 9}}),
         ("subword.model_prefix: ", {"subword": {"model_prefix": "/tmp/x", "vocab_size": 9}}),

@@ -1,6 +1,5 @@
 """Test perturbations, measures of detection and the comparison of arms on texts and scores with known answers."""
 
-import random
 import re
 
 import numpy as np
@@ -22,7 +21,6 @@ from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, No
 from encourage_mt.robustness.perturbations import CHARACTER_ERRORS, NEIGHBOURS, perturb, perturbations
 
 LINES = ["Der kleine Hund läuft über die Straße, schnell!", "Sie liest ein Buch (oder zwei).", "Ja."] * 40
-RNG = random.Random(1)
 
 
 # --- perturbations
@@ -38,6 +36,7 @@ def test_errors_of_characters_change_one_letter():
 
 
 def test_perturbations_do_what_they_say():
+    assert list(perturbations([20, 5]))[:2] == ["doubled characters 5%", "doubled characters 20%"], "in numeric order"
     every = perturbations([10])
     changed = {name: perturb(LINES, perturbation, name, 1)[0] for name, perturbation in every.items()}
     assert changed["no diacritics"] == "Der kleine Hund lauft uber die Straße, schnell!"
@@ -281,6 +280,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         summary.group(runs)
     arms, unequal = summary.group(runs, allow_differences=True)
     assert arms == {"ce": {1: runs[0]}, "el": {1: runs[1]}} and unequal == ["lr: 1 or 2"]
+    sample_result("el", training={"lr": 1}, alarms=["diverged"]).write(runs[1].folder)
+    assert summary.group([runs[0], runs[1]])[1] == ["el.seed1: diverged"]
     for run, bonus in zip(runs, ("log", "power"), strict=True):
         result = sample_result("el", training={}, criterion={"bonus": bonus})
         result.model_copy(update={"seed": runs.index(run)}).write(run.folder)
