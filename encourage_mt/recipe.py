@@ -66,7 +66,11 @@ class Recipe(Record):
             if getattr(self, name) and self.tokenizer == "none":
                 raise ValueError(f"{name}: needs tokenizer: moses")
         for arm in self.arms:
-            _check_length(f"arms.{arm}.train" if self.arms[arm].train else "train", self.arm_train(arm), self.average)
+            options, average = self.arm_train(arm), self.arm_average(arm)
+            _check_length(f"arms.{arm}.train" if self.arms[arm].train else "train", options)
+            if average > options.get("max-epoch", average):
+                name = f"arms.{arm}.average" if self.arms[arm].average else "average"
+                raise ValueError(f"{name}: must be between 1 and max-epoch {options['max-epoch']}, got {average}")
         known: dict[str, tuple] = {split: STAGES for split in ("train", "valid", *self.tests)}
         known["dictionary"] = (self.source, self.target)
         for split, counts in self.expected.items():
@@ -121,9 +125,14 @@ class Recipe(Record):
         own = self.arms[arm].train
         return {**without_length(self.train, own), **own}
 
+    def arm_average(self, arm: str) -> int:
+        """Return how many checkpoints of an arm are averaged: as many as the recipe says, unless the arm says it."""
+        return self.arms[arm].average or self.average
+
     def arm_differences(self, arm: str) -> list[str]:
-        """Return the training options in which an arm differs from the recipe."""
-        return [name for name, value in self.arms[arm].train.items() if value != self.train.get(name)]
+        """Return the settings, except the criterion, in which an arm differs from the recipe."""
+        differing = [name for name, value in self.arms[arm].train.items() if value != self.train.get(name)]
+        return [*differing, *["average"] * (self.arm_average(arm) != self.average)]
 
     def reversed(self) -> "Recipe":
         """Return the other direction of the same corpus."""
@@ -153,7 +162,7 @@ def without_length(options: dict[str, Any], others: Iterable[str]) -> dict[str, 
     return {name: value for name, value in options.items() if name not in replaced}
 
 
-def _check_length(key: str, options: dict[str, Any], average: int) -> None:
+def _check_length(key: str, options: dict[str, Any]) -> None:
     for name in ("max-tokens", "update-freq", "max-epoch", "max-update"):
         value = options.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10**9:
@@ -162,8 +171,6 @@ def _check_length(key: str, options: dict[str, Any], average: int) -> None:
         raise ValueError(f"{key}.max-tokens: is missing")
     if len(LENGTHS & set(options)) != 1:
         raise ValueError(f"{key}: must set either max-epoch or max-update")
-    if average > options.get("max-epoch", average):
-        raise ValueError(f"average: must be between 1 and max-epoch {options['max-epoch']}, got {average}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -277,7 +284,8 @@ def change(content: dict, settings: Sequence[str], new_arms: Sequence[str]) -> N
             raise UserError(f"--add-arm {text}: the recipe {problem}; its arms: {', '.join(arms)}")
         arms[arm] = copy.deepcopy(arms[base])
         for name, value in (_assignment("--add-arm", each) for each in changes):
-            options = arms[arm] if name in OPTION_NAMES | {"criterion"} else arms[arm].setdefault("train", {})
+            is_own = name in OPTION_NAMES | {"criterion", "average"}
+            options = arms[arm] if is_own else arms[arm].setdefault("train", {})
             options[name] = value
 
 

@@ -125,13 +125,14 @@ def check_trusted_bonus(name: str) -> None:
 
 
 class Arm(Record):
-    """One side of a comparison: a criterion with its options, and training options that replace the recipe's."""
+    """One side of a comparison: a criterion with its options, and what replaces the recipe's `train` and `average`."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, OptionValue] = Field(init=False)
 
     criterion: Annotated[str, matching("[a-z][a-z0-9_]*", "the name of a criterion of fairseq")]
     train: TrainOptions = {}
+    average: Annotated[int, within(1, 1000)] | None = None
 
     @model_validator(mode="after")
     def _check_options(self) -> "Arm":

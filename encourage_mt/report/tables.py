@@ -259,14 +259,17 @@ def name_sides(sides: dict[str, Result]) -> str:
 
 
 def training_differences(result: Result, other: Result) -> str:
-    """Return the options of fairseq-train, except seed and criterion, in which a result differs from another."""
+    """Return the options of fairseq-train, except seed and criterion, and the average in which two results differ."""
     if not (criterion_options(result) and criterion_options(other)):
         return ""
     first, second = (
         dict(takewhile(lambda option: option[0] != "criterion", side.options.items())) for side in (other, result)
     )
     names = [name for name in dict.fromkeys([*second, *first]) if name != "seed"]
-    return ", ".join(f"{name} {second.get(name, 'unset')}" for name in names if first.get(name) != second.get(name))
+    differing = [f"{name} {second.get(name, 'unset')}" for name in names if first.get(name) != second.get(name)]
+    if result.evaluation.average != other.evaluation.average:
+        differing.append(f"{result.evaluation.average} checkpoints averaged")
+    return ", ".join(differing)
 
 
 def metric_names(results: list[Result]) -> list[str]:

@@ -36,7 +36,9 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "eval-bleu-remove-bpe": recipe.remove_bpe,
         "best-checkpoint-metric": "bleu",
         "maximize-best-checkpoint-metric": True,
-        "keep-last-epochs": max(recipe.average, AVERAGE),  # so that another number of them can be averaged later
+        "keep-last-epochs": max(
+            recipe.arm_average(arm), AVERAGE
+        ),  # so that another number of them can be averaged later
         "log-format": "json",
         "log-interval": 20,
         "num-workers": 0,
@@ -50,7 +52,7 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         seed=seed,
         data=data,
         options=options,
-        average=recipe.average,
+        average=recipe.arm_average(arm),
         beam=recipe.beam,
         lenpen=recipe.lenpen,
         precision=precision,

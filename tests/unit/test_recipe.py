@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from encourage_mt.data.sizing import choose
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import check_train_options, load_recipe
+from encourage_mt.training.train import make_run
 
 FILES = {"train": ["a", "b"], "valid": ["c", "d"], "test": ["e", "f"]}
 TRAIN, EL, CE = TINY["train"], TINY["arms"]["el"], TINY["arms"]["ce"]
@@ -168,6 +169,16 @@ def test_an_arm_may_train_with_options_of_its_own(tmp_path):
     assert recipe.arms["ce"].options == CE
 
 
+def test_an_arm_may_average_another_number_of_checkpoints(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, arms={"ce": CE, "el": {**EL, "average": 2}}, average=1))
+    assert [recipe.arm_average(arm) for arm in ("ce", "el")] == [1, 2]
+    assert [recipe.arm_differences(arm) for arm in ("ce", "el")] == [[], ["average"]]
+    assert [make_run(recipe, arm, 1, tmp_path, tmp_path, "fp32").average for arm in ("ce", "el")] == [1, 2]
+    assert recipe.arms["el"].options == EL
+    with pytest.raises(UserError, match="arms.el.average: must be between 1 and max-epoch"):
+        load_recipe(write_recipe(tmp_path, arms={"el": {**EL, "average": 99}}))
+
+
 def test_the_other_direction_and_the_modern_pipeline(tmp_path):
     data = {**FILES, "columns": [2, 1], "drop_tags": ["url"]}
     changes = {"data": data, "tokenizer": "moses", "lowercase": True, "subword": {"merges": 300}, "name": "tiny_de_en"}
@@ -189,7 +200,8 @@ def test_arms_of_the_bundled_recipes_differ_in_at_most_one_training_option_and_r
         assert set(recipe.arms) >= {"ce", "el"}
         for name, arm in recipe.arms.items():
             lengths = [options.get("max-epoch") or options.get("max-update") for options in (recipe.train, arm.train)]
-            assert "rdrop-alpha" not in arm.options or lengths[1] == lengths[0] / 2, name
+            if "rdrop-alpha" in arm.options:
+                assert lengths[1] == lengths[0] / 2 and recipe.arm_average(name) == recipe.average // 2, name
             assert len(arm.train) <= 1
     check_train_options(load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml"))
 
