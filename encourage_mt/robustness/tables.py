@@ -15,7 +15,7 @@ FOREIGN_NOTE = (
     "Out-of-distribution (OOD) text, in percent. AUROC: probability that a sentence of the test set has a higher score "
     "than one of the OOD text; 50 is chance. Of equal length: only between sources of equal length, so that length "
     "alone gets 50. FPR95: share of OOD sentences above the threshold that 95% of the test set exceed. Source length "
-    "and fewest pieces are controls that ignore the model."
+    "and fewest pieces (of the translation) are controls that ignore the probabilities."
 )
 
 
