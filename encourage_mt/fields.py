@@ -13,7 +13,7 @@ RESERVED_OPTIONS = re.compile(
     "|save-.*|restore-.*|reset-.*|keep-.*|no-save.*|no-epoch-checkpoints|no-last-checkpoints|finetune-from-model"
     "|log-.*|azureml-.*|aim-.*|eval-.*|.*best-checkpoint-.*|disable-validation|continue-once"
     "|num-workers|required-batch-size-multiple|.*-subset|combine-.*|memory-efficient-.*|distributed-.*|device-id"
-    "|use-bmuf|suppress-crashes|num-shards|shard-id|dataset-impl|model-parallel-size|cpu-offload|.*-asynchronously"
+    "|use-bmuf|max-sentences.*|suppress-crashes|num-shards|shard-id|dataset-impl|model-parallel-size|cpu-offload|.*-asynchronously"
     "|nprocs-per-node|load-checkpoint-.*|pipeline-.*|.*-path|.*-sharded-state|checkpoint-.*|.*-overrides|use-plasma-view"
 )
 # fairseq evaluates some values as Python code, so only words, numbers and tuples of numbers pass

@@ -163,7 +163,7 @@ def without_length(options: dict[str, Any], others: Iterable[str]) -> dict[str, 
 
 
 def _check_length(key: str, options: dict[str, Any]) -> None:
-    for name in ("max-tokens", "update-freq", "max-epoch", "max-update"):
+    for name in ("max-tokens", "batch-size", "update-freq", "max-epoch", "max-update"):
         value = options.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10**9:
             raise ValueError(f"{key}.{name}: must be a whole number from 1 to 1,000,000,000, got {short_repr(value)}")
@@ -341,7 +341,7 @@ def check_train_options(recipe: Recipe) -> None:
             words = ["data-bin", *render_options({**recipe.arm_train(arm), **recipe.arms[arm].options})]
             try:
                 options.parse_args_and_arch(options.get_training_parser(), words)
-            except (SystemExit, ValueError, TypeError, KeyError, RuntimeError) as error:
+            except (SystemExit, SyntaxError, ValueError, TypeError, KeyError, RuntimeError) as error:
                 problem = messages.getvalue().strip().rpartition("error: ")[2] or str(error)
                 problem = short_repr(problem, 200).strip("'\"")
                 raise UserError(f"{recipe.file}: arms.{arm}: fairseq-train refuses it: {problem}") from None

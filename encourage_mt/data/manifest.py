@@ -205,7 +205,10 @@ def find_warnings(expected, counts, dictionary, leakage, lengths) -> list[str]:
     for split, sides in lengths.items():
         longest = max(side.longest for side in sides.values())
         if longest > 1022:
-            warnings.append(f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022")
+            remedy = "" if split == "train" else ", so scoring needs --engine ctranslate2"
+            warnings.append(
+                f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022{remedy}"
+            )
     return warnings
 
 

@@ -8,6 +8,7 @@ import errno
 import functools
 import shutil
 import tempfile
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from .manifest import Lengths, PreparedData, count_repetitions, describe_dropped
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
+LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,022 subwords
 MARKER = ".made-by-encourage-mt"  # in a folder that may be deleted if this program is killed
 CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
 
@@ -312,15 +314,16 @@ def _filter(path, kept):
 def hold_out(pairs: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[int, str]:
     """Return {position: split} with `sizes`[split] pairs for each split, the same whenever the pairs are the same.
 
-    Only pairs whose source and whose target both occur once in the whole corpus (case and white space aside) are
-    taken, so that no sentence is in two splits. They are taken in the order of a hash of the pair, so that a corpus
-    that grows keeps most of them, and both directions have the same. Raises UserError if there are too few.
+    Only pairs whose source and whose target both occur once in the whole corpus (in NFKC, case and white space aside)
+    and have at most LONGEST characters are taken, so that no sentence is in two splits or too long for a model. They
+    are taken in the order of a hash of the pair, so that a corpus that grows keeps most of them, and both directions
+    have the same. Raises UserError if there are too few.
     """
     sources, targets = array("Q"), array("Q")
     for source, target in pairs:
-        source, target = (" ".join(side.split()).casefold() for side in (source, target))
-        sources.append(hash64(source) if source else 0)
-        targets.append(hash64(target) if target else 0)
+        for hashes, sentence in ((sources, source), (targets, target)):
+            text = " ".join(unicodedata.normalize("NFKC", sentence).split()).casefold()
+            hashes.append(hash64(text) if 0 < len(text) <= LONGEST else 0)
     sides = [np.frombuffer(side, dtype=np.uint64) for side in (sources, targets)]
     order = sides[0] + sides[1]  # the same for both directions
     once = np.ones(len(order), dtype=bool)

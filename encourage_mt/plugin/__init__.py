@@ -7,12 +7,13 @@ from argparse import Namespace
 
 def register() -> None:
     """Register the criterion and install the checkpoint and training hooks in this fairseq process."""
-    from . import checkpoints, criterion, fault_tolerance  # noqa: F401 (importing criterion registers it)
+    from . import accumulation, checkpoints, criterion, fault_tolerance  # noqa: F401 (importing criterion registers it)
 
     checkpoints.install()
     switch_encoder_fast_path_off()
     if "fairseq_cli.train" in sys.modules:
         fault_tolerance.install()
+        accumulation.install()
     if "fairseq_cli.generate" in sys.modules:
         from fairseq_cli import generate
 

@@ -1,11 +1,13 @@
 """Load checkpoints without running code in them, and refuse those whose bytes changed.
 
 torch loads weights only and refuses every type that is not allow-listed. fairseq's checkpoints contain a few such
-types, and importing the plugin lists exactly those. torch does not check the checksums in its files, so a flipped bit
-would become a wrong parameter: every load compares them first.
+types, and importing the plugin lists exactly those. fairseq evaluates some options of a model, such as the layers of a
+convolutional one, as Python code, so text that calls a function is refused there. torch does not check the checksums in
+its files, so a flipped bit would become a wrong parameter: every load compares them first.
 """
 
 import argparse
+import ast
 import collections
 import functools
 import math
@@ -13,13 +15,16 @@ import re
 import typing
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 
 from ..errors import UserError, as_user_error, first_line
 
+PATHS = ("data", "dir", "file", "path", "project")  # ends of the names of options that fairseq does not evaluate
 PATTERNS = {"epoch": r"checkpoint\d+\.pt", "update": r"checkpoint_\d+_\d+\.pt"}
 
 
@@ -35,7 +40,9 @@ def install() -> None:
     @functools.wraps(load_to_cpu)
     def check_and_load(path, *args, **kwargs):
         check(path)
-        return load_to_cpu(path, *args, **kwargs)
+        state = load_to_cpu(path, *args, **kwargs)
+        refuse_code(path, state)
+        return state
 
     checkpoint_utils.load_checkpoint_to_cpu = check_and_load
 
@@ -86,6 +93,34 @@ def find_corruption(path: Path) -> str | None:
     return f"{broken} does not match its checksum" if broken else None
 
 
+def refuse_code(path, state: Mapping[str, Any]) -> None:
+    """Raise UserError if an option of the model or the criterion in a checkpoint's state calls a function."""
+    from omegaconf import OmegaConf
+
+    cfg: Any = state.get("cfg") or {}
+    cfg = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    for section in (cfg.get("model"), cfg.get("criterion"), state.get("args")):
+        if name := find_call(section):
+            raise UserError(f"{path}: its option {name} is code, which fairseq would run")
+
+
+def find_call(options: Any, name: str = "") -> str:
+    """Return the name of an option whose text is a Python expression that calls something, or ""."""
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    if isinstance(options, Mapping):
+        return next(filter(None, (find_call(value, str(key)) for key, value in options.items())), "")
+    if isinstance(options, (list, tuple)):
+        return next(filter(None, (find_call(value, name) for value in options)), "")
+    if not isinstance(options, str) or name.endswith(PATHS):
+        return ""
+    try:
+        tree = ast.parse(options.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # evaluating it fails too
+        return ""
+    return name if any(isinstance(node, ast.Call) for node in ast.walk(tree)) else ""
+
+
 def load_checkpoint(path: Path) -> dict:
     """Return the state in a checkpoint file, on the CPU.
 
@@ -95,8 +130,11 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no such checkpoint")
     with as_user_error(f"{path}: not a checkpoint that can be loaded safely"):
         check(path)
-        with torch.serialization.safe_globals(types_in_files()):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        torch.serialization.add_safe_globals(
+            types_in_files()
+        )  # for good: `safe_globals` would remove those of `install`
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_code(path, state)
         sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
     if not sane:
         raise UserError(f"{path}: its model contains values that are not tensors; was it saved by fairseq-train?")

@@ -1,9 +1,10 @@
-"""Make fairseq-train save complete checkpoints, resume from intact ones, and stop on SIGTERM.
+"""Make fairseq-train save complete checkpoints, resume from intact ones, and stop on SIGTERM and Ctrl-C.
 
 fairseq writes a checkpoint to a temporary file and renames it, but without fsync, and copies it over checkpoint_last.pt
 and checkpoint_best.pt, so that a kill or a full disk can leave half of one. With these hooks, a training that is killed
 or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU with as many
-threads (except with --patience, whose count fairseq does not save).
+threads, in fp32. fairseq does not save the fp32 weights of fp16 and bf16, the count of --patience, and that of
+--lr-scheduler reduce_lr_on_plateau.
 """
 
 import errno
@@ -84,20 +85,22 @@ def resume_from_whole(load_checkpoint):
 
     @functools.wraps(load_checkpoint)
     def restore_and_load(cfg, trainer, **options):
-        signal.signal(signal.SIGTERM, request_stop)  # not earlier, so that a parent of several ranks can be ended
+        for each in (signal.SIGTERM, signal.SIGINT):  # not earlier, so that a parent of several ranks can be ended
+            signal.signal(each, request_stop)
         if cfg.restore_file == "checkpoint_last.pt":
             if trainer.data_parallel_rank == 0:
                 restore_last_checkpoint(Path(cfg.save_dir), trainer.checkpoint_suffix)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
-        sharded = trainer.task.has_sharded_data("train")  # other data each epoch, so other batches in any case
+        # other data each epoch, or other batches with the seed plus the epoch: fairseq alone resumes these correctly
+        makes_anew = trainer.task.has_sharded_data("train") or trainer.cfg.dataset.update_epoch_batch_itr
         make_batches = trainer.get_train_iterator
-        if not sharded:
+        if not makes_anew:
             trainer.get_train_iterator = lambda epoch, **settings: make_batches(1, **settings)
         try:
             extra_state, epoch_itr = load_checkpoint(cfg, trainer, **options)
         finally:
-            if not sharded:
+            if not makes_anew:
                 del trainer.get_train_iterator
         validate_last_epoch(extra_state, epoch_itr, trainer)
         if is_trained(trainer):
@@ -169,13 +172,16 @@ class StopTraining(BaseException):
 def request_stop(signum, frame) -> None:
     global _stop_requested
     _stop_requested = True
+    if signum == signal.SIGINT:  # a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_and_stop_in_time(validate_and_save):
     """Wrap fairseq_cli.train.validate_and_save, which is called after each update.
 
-    On SIGTERM save and exit with 143. A running validation stops after the present batch; the resumed run repeats one
-    that belongs to the end of an epoch. Within an epoch that takes long, save checkpoint_last.pt every SAVE_SECONDS.
+    On SIGTERM or Ctrl-C save and exit with 143. A running validation stops after the present batch; the resumed run
+    repeats one that belongs to the end of an epoch. Within an epoch that takes long, save checkpoint_last.pt every
+    SAVE_SECONDS.
     """
 
     @functools.wraps(validate_and_save)
@@ -198,20 +204,33 @@ def save_and_stop_in_time(validate_and_save):
             losses, ends = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
             if is_due and not (end_of_epoch or ends):
                 checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-            if is_due or end_of_epoch:
+            if is_due or (end_of_epoch and epoch_itr.epoch % cfg.checkpoint.save_interval == 0):
                 _last_save = time.monotonic()
             return losses, ends
         except StopTraining:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
             if trainer.data_parallel_world_size > 1:
                 torch.distributed.barrier()  # rank 0 has saved before another rank's end tears the group down
-            saved = "not saved (--no-save)" if cfg.checkpoint.no_save else SAVED
-            logger.warning("stopped by SIGTERM after %d updates; %s", trainer.get_num_updates(), saved)
+            if end_of_epoch:
+                print_epoch(cfg, epoch_itr)
+            unsaved = cfg.checkpoint.no_save or (cfg.checkpoint.no_last_checkpoints and not end_of_epoch)
+            saved = "not saved (--no-save or --no-last-checkpoints)" if unsaved else SAVED
+            logger.warning("stopped after %d updates; %s", trainer.get_num_updates(), saved)
             sys.exit(STOPPED)
         finally:
             vars(trainer).pop("valid_step", None)
 
     return watched
+
+
+def print_epoch(cfg, epoch_itr) -> None:
+    """Log the training's figures of the epoch, as fairseq does only after the validation."""
+    from fairseq.logging import metrics, progress_bar
+    from fairseq_cli import train
+
+    if metrics.get_meter("train", "loss"):
+        bar = progress_bar.progress_bar([], log_format=cfg.common.log_format, epoch=epoch_itr.epoch)
+        bar.print(train.get_training_stats(metrics.get_smoothed_values("train")), tag="train")
 
 
 def any_rank(trainer, *values: bool) -> list[bool]:

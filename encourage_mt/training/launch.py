@@ -139,7 +139,7 @@ def hydra_config(run: Run) -> str:
         register()
         try:
             arguments = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-        except SystemExit:
+        except (SystemExit, SyntaxError):
             raise UserError(f"fairseq-train refuses the options of {run.name}: {' '.join(words)}") from None
         whole: Any = convert_namespace_to_omegaconf(arguments)
     if not arguments.arch.startswith("transformer"):
@@ -148,7 +148,8 @@ def hydra_config(run: Run) -> str:
     model: Any = OmegaConf.to_container(structured, enum_to_str=True)
     model["_name"] = "transformer"
     sections: dict[str, Any] = {"model": model}
-    for name in ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint"):
+    names = ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint", "ema")
+    for name in (*names, "distributed_training"):
         if not OmegaConf.is_config(whole[name]):  # an old part of fairseq that only its command line can set
             raise UserError(f"--precision bf16: fairseq-hydra-train cannot set the {name} {getattr(arguments, name)}")
         sections[name] = OmegaConf.to_container(whole[name], enum_to_str=True)

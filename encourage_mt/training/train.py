@@ -106,6 +106,7 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
         logger.warning("Stopping: each training saves a checkpoint first.")
         raise
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they are saving
         saved = trainings.stop()
         signal.signal(signal.SIGTERM, before)
         if saved:
@@ -160,7 +161,9 @@ class Trainings:
         self.ended += training.share if code else 1
         if code:
             self.failures.append(describe_failure("fairseq-train", code, training.run.log))
-        elif self.cluster.node == 0 and not list(training.run.checkpoints.glob("checkpoint*.pt")):
+        elif self.cluster.node:
+            return  # node 0 decides whether the training is done
+        elif not list(training.run.checkpoints.glob("checkpoint*.pt")):
             # such as with a learning rate that fairseq takes for the end of the training
             self.failures.append(f"{training.run.name}: fairseq-train ended without a checkpoint ({training.run.log})")
         else:

@@ -12,6 +12,7 @@ import torch
 from conftest import CE, EL, EVAL_BLEU, ROOT, run
 
 from encourage_mt.environment import USER_DIR
+from encourage_mt.errors import UserError
 from encourage_mt.plugin import checkpoints
 from encourage_mt.training.run_folder import read_log
 
@@ -108,6 +109,19 @@ def test_a_checkpoint_that_would_run_code_is_refused(el_run, tiny, tmp_path):
     assert not proof.exists() and not averaged.exists()
     torch.load(hostile, weights_only=False)
     assert proof.exists(), "the checkpoint is indeed hostile"
+
+
+def test_a_checkpoint_with_an_option_that_is_code_is_refused(el_run, tiny, tmp_path):
+    """fairseq evaluates this option with Python."""
+    _, data = tiny
+    proof, hostile = tmp_path / "proof", tmp_path / "hostile.pt"
+    state = torch.load(el_run / "checkpoint_last.pt", weights_only=False)
+    state["cfg"]["model"].adaptive_softmax_cutoff = f"[5, open({str(proof)!r}, 'w')] and [5]"
+    torch.save(state, hostile)
+    assert "adaptive_softmax_cutoff is code" in generate(hostile, data, "--user-dir", USER_DIR, code=1).stderr
+    with pytest.raises(UserError, match="hostile.pt: .*adaptive_softmax_cutoff is code"):
+        checkpoints.load_checkpoint(hostile)
+    assert not proof.exists()
 
 
 def test_the_allow_list_has_exactly_the_types_of_a_checkpoint_with_eval_bleu(el_run):

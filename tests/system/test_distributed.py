@@ -12,6 +12,7 @@ from encourage_mt.cli import main
 from encourage_mt.plugin import checkpoints
 from encourage_mt.training.launch import Cluster, hydra_config, launch_command
 from encourage_mt.training.run_folder import open_run, read_log
+from encourage_mt.training.schedule import count_batches
 
 # SGD (nag without momentum): Adam magnifies the rounding of gradients whose true value is 0, such as biases of keys
 TRAIN = {
@@ -89,6 +90,17 @@ def test_a_process_without_a_batch_does_not_block_the_others(data, tmp_path):
     epochs = [record for record in log if "train_loss" in record]
     assert [int(record["train_num_updates"]) for record in epochs] == [1, 2]
     assert float(epochs[1]["train_loss"]) < float(epochs[0]["train_loss"])
+
+
+def test_an_empty_batch_at_the_end_of_an_update_does_not_hide_the_others(one, data, tmp_path):
+    """The last update of an epoch has 3 batches: 2 of the first process, one and an empty one of the second."""
+    run = open_run(one)
+    tokens = next(tokens for tokens in range(200, 400) if count_batches(run, tokens, None) % 4 == 3)
+    folders = [tmp_path / str(gpus) for gpus in (1, 2)]
+    for gpus, folder in enumerate(folders, 1):
+        folder.mkdir()
+        train_on(gpus, folder, data, **{"max-tokens": tokens})
+    assert_same(*(folder / "work" / "el.seed1" for folder in folders), rtol=1e-3, atol=1e-5)
 
 
 def test_the_fused_projection_trains_the_same_on_two_processes(two, data, tmp_path):

@@ -119,14 +119,15 @@ def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, c
             trainer.valid_step(sample)
         return [1.0], False
 
-    trainer, cfg = Trainer(), SimpleNamespace(checkpoint=SimpleNamespace(no_save=False))
+    options = SimpleNamespace(no_save=False, no_last_checkpoints=False, save_interval=1)
+    trainer, cfg, epoch_itr = Trainer(), SimpleNamespace(checkpoint=options), SimpleNamespace(epoch=1)
     monkeypatch.setattr(checkpoint_utils, "save_checkpoint", lambda *words: saved.append(words[-1]))
     hooked = fault_tolerance.save_and_stop_in_time(validate_and_save)
     if at_step is None:
-        assert hooked(cfg, trainer, None, None, ["valid"], True) == ([1.0], False)
+        assert hooked(cfg, trainer, None, epoch_itr, ["valid"], True) == ([1.0], False)
     else:
         with pytest.raises(SystemExit) as stop:
-            hooked(cfg, trainer, None, None, ["valid"], True)
+            hooked(cfg, trainer, None, epoch_itr, ["valid"], True)
         assert stop.value.code == 143 and "after 7 updates" in caplog.text and "run the same command" in caplog.text
     assert len(steps) == (10 if at_step is None else at_step)
     assert saved == ([] if at_step is None else [None])
@@ -140,11 +141,12 @@ def test_a_long_epoch_is_saved_every_ten_minutes(monkeypatch):
     monkeypatch.setattr(fault_tolerance, "_last_save", 0)
     monkeypatch.setattr(checkpoint_utils, "save_checkpoint", lambda *words: saved.append(words[2:]))
     trainer = type("Trainer", (), {"data_parallel_world_size": 1, "valid_step": None})()
-    hooked = fault_tolerance.save_and_stop_in_time(lambda *words: ([1.0], words[3] == 21))
+    hooked = fault_tolerance.save_and_stop_in_time(lambda *words: ([1.0], words[3].update == 21))
+    cfg = SimpleNamespace(checkpoint=SimpleNamespace(save_interval=1))
     for update in range(22):
         now[0] += 300
-        hooked(SimpleNamespace(checkpoint=None), trainer, None, update, ["valid"], update == 9)
-    assert saved == [(update, None) for update in (2, 5, 8, 12, 15, 18)]
+        hooked(cfg, trainer, None, SimpleNamespace(update=update, epoch=1), ["valid"], update == 9)
+    assert saved == [(SimpleNamespace(update=update, epoch=1), None) for update in (2, 5, 8, 12, 15, 18)]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def refusal(path, **options):
         ("expected.train.zzz: ", {"expected": {"train": {"zzz": 1}}}),
         ("train: ", {"train": {**TRAIN, "max-update": 9}}),  # and max-epoch
         ("train.max-tokens: ", {"train": {"max-epoch": 2}}),
+        ("train.batch-size: ", {"train": {**TRAIN, "batch-size": "abc"}}),
+        ("train.max-sentences: ", {"train": {**TRAIN, "max-sentences": 64}}),
         ("train.update-freq: ", {"train": {**TRAIN, "update-freq": "2"}}),
         ("train.update-freq: ", {"train": {**TRAIN, "update-freq": [1, 2]}}),
         ("train.max-epoch: ", {"train": {**TRAIN, "max-epoch": None}}),
