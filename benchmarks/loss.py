@@ -353,11 +353,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where to run")
-    parser.add_argument(
-        "--tables", nargs="+", choices=TABLES, default=["sizes"],
-        help="sizes: all implementations; spreads: logits of several kinds; busy: two other processes keep the cores "
-        "busy; steps: training steps; all but sizes run on a CPU",
-    )  # fmt: skip
+    text = "sizes: all implementations; spreads: logits of several kinds; busy: two other processes keep the cores "
+    text += "busy; steps: training steps; all but sizes run on a CPU"
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=["sizes"], help=text)
     parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help="settings of glibc (CPU)")
     parser.add_argument("--repeats", type=int, default=15, help="maximum number of runs per row")
     parser.add_argument("--quick", action="store_true", help="measure only the smallest size")

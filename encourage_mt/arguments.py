@@ -108,27 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_recipe_options(command)
     add_changes(command)
     add_cluster_options(command)
-    command.add_argument(
-        "--seeds",
-        type=index,
-        nargs="+",
-        default=[1],
-        metavar="SEED",
-        help="random seeds; every arm is trained with every seed (default: 1)",
-    )
-    command.add_argument(
-        "--arms",
-        nargs="+",
-        default=["ce", "el"],
-        metavar="ARM",
-        help="arms of the recipe to train; the first is the baseline of all comparisons (default: ce el)",
-    )
-    command.add_argument(
-        "--parallel",
-        type=count,
-        metavar="N",
-        help="number of runs to train at a time (default: as many as the GPUs allow; without a GPU, one per core)",
-    )
+    text = "random seeds; every arm is trained with every seed (default: 1)"
+    command.add_argument("--seeds", type=index, nargs="+", default=[1], metavar="SEED", help=text)
+    text = "arms of the recipe to train; the first is the baseline of all comparisons (default: ce el)"
+    command.add_argument("--arms", nargs="+", default=["ce", "el"], metavar="ARM", help=text)
+    text = "number of runs to train at a time (default: as many as the GPUs allow; without a GPU, one per core)"
+    command.add_argument("--parallel", type=count, metavar="N", help=text)
     add_engine(command)
 
     command = add(
@@ -141,15 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_cluster_options(command)
     command.add_argument("--arm", required=True, help="arm of the recipe (required)")
     command.add_argument("--seed", type=index, default=1, help="random seed (default: %(default)s)")
-    command.add_argument(
-        "--nodes", type=count, default=1, metavar="N", help="number of machines (default: %(default)s)"
-    )
-    command.add_argument(
-        "--node", type=index, default=0, metavar="N", help="index of this machine, from 0 (default: %(default)s)"
-    )
-    command.add_argument(
-        "--master", metavar="HOST:PORT", help="address of machine 0; required for several machines (default: none)"
-    )
+    text = "number of machines (default: %(default)s)"
+    command.add_argument("--nodes", type=count, default=1, metavar="N", help=text)
+    text = "index of this machine, from 0 (default: %(default)s)"
+    command.add_argument("--node", type=index, default=0, metavar="N", help=text)
+    text = "address of machine 0; required for several machines (default: none)"
+    command.add_argument("--master", metavar="HOST:PORT", help=text)
 
     command = add("evaluate", "average the last checkpoints of each run, translate, score and write scores.json")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
@@ -164,27 +146,17 @@ def build_parser() -> argparse.ArgumentParser:
     tune = "choose beam, length penalty and temperature of each arm by its mean BLEU on valid (default: no)"
     command.add_argument("--tune", action="store_true", help=tune)
     add_engine(command)
-    command.add_argument(
-        "--comet", type=Path, metavar="CKPT", help="also compute COMET with the model in this file (default: none)"
-    )
+    text = "also compute COMET with the model in this file (default: none)"
+    command.add_argument("--comet", type=Path, metavar="CKPT", help=text)
 
     command = add(
         "export", "convert a run into a folder that translates without fairseq, and verify that its translations agree"
     )
     command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
-    command.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="MODEL",
-        help="folder to make; an earlier export there is replaced (required)",
-    )
-    command.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        default="float32",
-        help="type of the weights; int8 is smaller and faster, and changes some translations (default: %(default)s)",
-    )
+    text = "folder to make; an earlier export there is replaced (required)"
+    command.add_argument("--output", type=Path, required=True, metavar="MODEL", help=text)
+    text = "type of the weights; int8 is smaller and faster, and changes some translations (default: %(default)s)"
+    command.add_argument("--quantization", choices=QUANTIZATIONS, default="float32", help=text)
 
     add_translate(add("translate", "translate standard input to standard output, line by line"))
 
@@ -205,28 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = add(name, help)
         for side in ("baseline", "candidate"):
-            command.add_argument(
-                f"--{side}",
-                type=Path,
-                nargs="+",
-                required=True,
-                metavar="RUN",
-                help=f"folders of evaluated runs of the {side}, one per seed (required)",
-            )
+            text = f"folders of evaluated runs of the {side}, one per seed (required)"
+            command.add_argument(f"--{side}", type=Path, nargs="+", required=True, metavar="RUN", help=text)
         add_data_option(command)
         add_allow_differences(command)
-        command.add_argument(
-            "--engine",
-            choices=get_args(Engine),
-            help="require that this program translated all runs (default: any program, but the same for all runs)",
-        )
-    command.add_argument(
-        "--output",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="folder to make; an earlier report there is replaced (default: %(default)s)",
-    )
+        text = "require that this program translated all runs (default: any program, but the same for all runs)"
+        command.add_argument("--engine", choices=get_args(Engine), help=text)
+    text = "folder to make; an earlier report there is replaced (default: %(default)s)"
+    command.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help=text)
 
     add("user-dir", 'print the folder of the fairseq plugin, for fairseq-train --user-dir "$(encourage-mt user-dir)"')
     return parser
@@ -234,47 +192,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_translate(command: argparse.ArgumentParser) -> None:
     """Add the options of `encourage-mt translate`."""
-    command.add_argument(
-        "model", type=Path, metavar="MODEL|RUN", help="folder of an export, or of an evaluated run, which is exported"
-    )
+    text = "folder of an export, or of an evaluated run, which is exported"
+    command.add_argument("model", type=Path, metavar="MODEL|RUN", help=text)
     command.add_argument("--beam", type=count, metavar="N", help="beam size (default: that of the evaluation)")
-    command.add_argument(
-        "--nbest",
-        type=count,
-        default=1,
-        metavar="N",
-        help="number of translations per line, best first (default: %(default)s)",
-    )
-    command.add_argument(
-        "--scores",
-        action="store_true",
-        help="write fairseq-generate's score and a tab before each translation (default: no)",
-    )
-    command.add_argument(
-        "--batch-size",
-        type=count,
-        default=256,
-        metavar="N",
-        help="number of lines to translate together; 1 translates each line as it arrives (default: %(default)s)",
-    )
+    text = "number of translations per line, best first (default: %(default)s)"
+    command.add_argument("--nbest", type=count, default=1, metavar="N", help=text)
+    text = "write fairseq-generate's score and a tab before each translation (default: no)"
+    command.add_argument("--scores", action="store_true", help=text)
+    text = "number of lines to translate together; 1 translates each line as it arrives (default: %(default)s)"
+    command.add_argument("--batch-size", type=count, default=256, metavar="N", help=text)
     threads = "number of CPU threads (default: OMP_NUM_THREADS, otherwise one per core)"
     command.add_argument("--threads", type=count, metavar="N", help=threads)
-    command.add_argument(
-        "--device",
-        choices=["cpu", "cuda", "auto"],
-        default="auto",
-        help="auto uses a GPU if there is one (default: auto)",
-    )
+    text = "auto uses a GPU if there is one (default: auto)"
+    command.add_argument("--device", choices=["cpu", "cuda", "auto"], default="auto", help=text)
 
 
 def add_engine(command: argparse.ArgumentParser) -> None:
     """Add the choice of the engine that translates."""
-    command.add_argument(
-        "--engine",
-        choices=get_args(Engine),
-        default="fairseq",
-        help="program that translates; ctranslate2 is faster but needs the extra serving (default: %(default)s)",
-    )
+    text = "program that translates; ctranslate2 is faster but needs the extra serving (default: %(default)s)"
+    command.add_argument("--engine", choices=get_args(Engine), default="fairseq", help=text)
 
 
 def add_data_option(command: argparse.ArgumentParser) -> None:
@@ -283,40 +219,24 @@ def add_data_option(command: argparse.ArgumentParser) -> None:
 
 
 def add_allow_differences(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--allow-differences",
-        action="store_true",
-        help="compare even if the runs differ in more than the criterion, or two seeds have the same model (default: "
-        "stop and name the difference)",
-    )
+    text = "compare even if the runs differ in more than the criterion, or two seeds have the same model (default: "
+    text += "stop and name the difference)"
+    command.add_argument("--allow-differences", action="store_true", help=text)
 
 
 def add_robustness(command: argparse.ArgumentParser) -> None:
     """Add the options of `encourage-mt robustness`."""
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated run")
     add_data_option(command)
-    command.add_argument(
-        "--strength",
-        type=percentage,
-        nargs="+",
-        default=[10, 20],
-        metavar="PERCENT",
-        help="percentages of the words to change; each is measured (default: 10 20)",
-    )
+    text = "percentages of the words to change; each is measured (default: 10 20)"
+    command.add_argument("--strength", type=percentage, nargs="+", default=[10, 20], metavar="PERCENT", help=text)
     command.add_argument("--seed", type=index, default=1, help="seed of the noise (default: %(default)s)")
     command.add_argument("--tests", nargs="+", default=[], metavar="SET", help="test sets to measure (default: all)")
-    command.add_argument(
-        "--ood",
-        type=named_file,
-        nargs="+",
-        default=[],
-        metavar="NAME=FILE",
-        help="out-of-distribution text, one sentence per line, besides the two sets made from each test set: shuffled "
-        "words, and text in the target language (default: none)",
-    )
-    command.add_argument(
-        "--output", type=new_file, metavar="FILE", help="also write the summary as JSON (default: only print it)"
-    )
+    text = "out-of-distribution text, one sentence per line, besides the two sets made from each test set: shuffled "
+    text += "words, and text in the target language (default: none)"
+    command.add_argument("--ood", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help=text)
+    text = "also write the summary as JSON (default: only print it)"
+    command.add_argument("--output", type=new_file, metavar="FILE", help=text)
     add_allow_differences(command)
 
 
@@ -324,59 +244,31 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     """Add the recipe, and the options for its data: where the files are, how to prepare them, and where to write."""
     command.add_argument("recipe", type=Path, help="path of a recipe.yaml")
     data = command.add_argument_group("data")
-    data.add_argument(
-        "--raw-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder that has the files or archives of the corpus (default: download them)",
-    )
-    data.add_argument(
-        "--download-dir",
-        type=Path,
-        default=DOWNLOADS,
-        metavar="DIR",
-        help="folder for downloads, shared by all recipes (default: %(default)s)",
-    )
-    data.add_argument(
-        "--work-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder for all output (default: runs/NAME, with the name of the recipe)",
-    )
+    text = "folder that has the files or archives of the corpus (default: download them)"
+    data.add_argument("--raw-dir", type=Path, metavar="DIR", help=text)
+    text = "folder for downloads, shared by all recipes (default: %(default)s)"
+    data.add_argument("--download-dir", type=Path, default=DOWNLOADS, metavar="DIR", help=text)
+    text = "folder for all output (default: runs/NAME, with the name of the recipe)"
+    data.add_argument("--work-dir", type=Path, metavar="DIR", help=text)
     data.add_argument("--overwrite", action="store_true", help="replace existing prepared data (default: keep it)")
     data.add_argument("--reverse", action="store_true", help="swap source and target language (default: no)")
-    data.add_argument(
-        "--modern",
-        action="store_true",
-        help="use raw cased text and SentencePiece with NFKC and byte fallback, no Moses (default: as in the recipe)",
-    )
-    data.add_argument(
-        "--bitext",
-        nargs="+",
-        metavar="FILE",
-        help="your own text, for examples/own: two files, or one tab-separated file, plain or .gz (default: none)",
-    )
+    text = "use raw cased text and SentencePiece with NFKC and byte fallback, no Moses (default: as in the recipe)"
+    data.add_argument("--modern", action="store_true", help=text)
+    text = "your own text, for examples/own: two files, or one tab-separated file, plain or .gz (default: none)"
+    data.add_argument("--bitext", nargs="+", metavar="FILE", help=text)
     for option, side in (("--source", "first"), ("--target", "second")):
-        data.add_argument(
-            option, metavar="LANG", help=f"language of the {side} side of --bitext (default: the suffix of its file)"
-        )
-    data.add_argument(
-        "--workers", type=count, metavar="N", help="number of processes for the preparation (default: one per core)"
-    )
+        text = f"language of the {side} side of --bitext (default: the suffix of its file)"
+        data.add_argument(option, metavar="LANG", help=text)
+    text = "number of processes for the preparation (default: one per core)"
+    data.add_argument("--workers", type=count, metavar="N", help=text)
 
 
 def add_changes(command: argparse.ArgumentParser) -> None:
     """Add the options that change a recipe."""
     changes = command.add_argument_group("changes to the recipe")
-    changes.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set options of fairseq-train or of the criterion for all arms, or average, beam or lenpen; for example "
-        "lr=0.001 max-epoch=20 (default: as in the recipe)",
-    )
+    text = "set options of fairseq-train or of the criterion for all arms, or average, beam or lenpen; for example "
+    text += "lr=0.001 max-epoch=20 (default: as in the recipe)"
+    changes.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     changes.add_argument(
         "--add-arm",
         nargs="+",
@@ -389,12 +281,8 @@ def add_changes(command: argparse.ArgumentParser) -> None:
 
 def add_cluster_options(command: argparse.ArgumentParser) -> None:
     """Add the options for the GPUs and the precision of each training."""
-    command.add_argument(
-        "--gpus", type=count, default=1, metavar="N", help="GPUs per run, on each machine (default: %(default)s)"
-    )
-    command.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        help="floating-point format in training (default: fp16 on a GPU, fp32 on a CPU)",
-    )
+    text = "GPUs per run, on each machine (default: %(default)s)"
+    command.add_argument("--gpus", type=count, default=1, metavar="N", help=text)
+    text = "floating-point format in training (default: fp16 on a GPU, fp32 on a CPU)"
+    command.add_argument("--precision", choices=get_args(Precision), help=text)
     command.add_argument("--dry-run", action="store_true", help="only print the training commands (default: no)")

@@ -59,18 +59,12 @@ def parser(description: str, arms: dict[str, Options], settings: tuple[str, ...]
         result.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=metavar, help=text)
     text = "number of seeds: N trains seeds 1 to N (default: %(default)s)"
     result.add_argument("--seeds", type=count, default=10, metavar="N", help=text)
-    result.add_argument(
-        "--raw-dir", type=Path, metavar="DIR", help="folder that has the files of the data set (default: download them)"
-    )
-    result.add_argument(
-        "--work-dir", type=Path, default=Path(folder), metavar="DIR",
-        help="folder for the runs; finished runs in it are not repeated (default: %(default)s)",
-    )  # fmt: skip
-    result.add_argument(
-        "--report-only",
-        action="store_true",
-        help="only write the report, from the finished runs (default: train first)",
-    )
+    text = "folder that has the files of the data set (default: download them)"
+    result.add_argument("--raw-dir", type=Path, metavar="DIR", help=text)
+    text = "folder for the runs; finished runs in it are not repeated (default: %(default)s)"
+    result.add_argument("--work-dir", type=Path, default=Path(folder), metavar="DIR", help=text)
+    text = "only write the report, from the finished runs (default: train first)"
+    result.add_argument("--report-only", action="store_true", help=text)
     return result
 
 

@@ -11,15 +11,13 @@ from encourage_mt.plugin.checkpoints import last_checkpoints
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--inputs", nargs="+", type=Path, required=True, help="checkpoint files, or the folder of one run"
-    )
+    text = "checkpoint files, or the folder of one run"
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, help=text)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="average the last N checkpoint<epoch>.pt")
-    group.add_argument(
-        "--num-update-checkpoints", type=int, metavar="N", help="average the last N checkpoint_<epoch>_<update>.pt"
-    )
+    text = "average the last N checkpoint_<epoch>_<update>.pt"
+    group.add_argument("--num-update-checkpoints", type=int, metavar="N", help=text)
     args = parser.parse_args()
     kind = "epoch" if args.num_epoch_checkpoints is not None else "update"
     count = args.num_epoch_checkpoints if kind == "epoch" else args.num_update_checkpoints

@@ -173,9 +173,8 @@ def table(match: re.Match) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--add", type=Path, metavar="FOLDER", help="work directory of encourage-mt run to copy from (default: none)"
-    )
+    text = "work directory of encourage-mt run to copy from (default: none)"
+    parser.add_argument("--add", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--into", metavar="NAME", help="folder of results/ to write to (default: the recipe's name)")
     arguments = parser.parse_args()
     with exit_on_user_error("results.py"):

@@ -150,9 +150,8 @@ def run(graphs: list[Data], name: str, epochs: int, options: Options, seed: int)
 def main() -> None:
     options = parser(__doc__, ARMS, tuple(PUBLISHED), "runs/graphs")
     options.set_defaults(seeds=20)
-    options.add_argument(
-        "--epochs", type=count, default=500, metavar="N", help="maximum number of epochs (default: %(default)s)"
-    )
+    text = "maximum number of epochs (default: %(default)s)"
+    options.add_argument("--epochs", type=count, default=500, metavar="N", help=text)
     with exit_on_user_error("train_graphs.py"):
         arguments = options.parse_args()
         torch.set_num_threads(1)

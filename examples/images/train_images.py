@@ -126,12 +126,10 @@ def run(data: dict[str, Tensor], epochs: int, setting: str, options: Options, se
 
 def main() -> None:
     options = parser(__doc__, ARMS, SETTINGS, "runs/images")
-    options.add_argument(
-        "--digits", type=Path, metavar="FILE", help="file of the test images of MNIST (default: download it)"
-    )
-    options.add_argument(
-        "--epochs", type=count, default=10, metavar="N", help="number of epochs (default: %(default)s)"
-    )
+    text = "file of the test images of MNIST (default: download it)"
+    options.add_argument("--digits", type=Path, metavar="FILE", help=text)
+    text = "number of epochs (default: %(default)s)"
+    options.add_argument("--epochs", type=count, default=10, metavar="N", help=text)
     with exit_on_user_error("train_images.py"):
         arguments = options.parse_args()
         torch.set_num_threads(1)  # more threads are slower on images this small

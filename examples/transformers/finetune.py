@@ -70,9 +70,8 @@ def main():
     text = "text to translate, and its reference translation"
     parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help=text)
     parser.add_argument("--output", required=True, help="folder for the model and the translations")
-    parser.add_argument(
-        "--bonus", default="log", help="none (cross entropy), log, power, cosine or MODULE:NAME (default: log)"
-    )
+    text = "none (cross entropy), log, power, cosine or MODULE:NAME (default: log)"
+    parser.add_argument("--bonus", default="log", help=text)
     text = "probability above which the log bonus continues linearly, along its tangent (default: 0.5)"
     parser.add_argument("--log-end", type=float, default=0.5, help=text)
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="epsilon of label smoothing (default: 0.1)")
@@ -80,9 +79,8 @@ def main():
     parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
     parser.add_argument("--batch-size", type=int, default=16, help="sentences per batch and device (default: 16)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per update (default: 1)")
-    parser.add_argument(
-        "--max-length", type=int, default=256, help="maximum number of tokens per sentence (default: 256)"
-    )
+    text = "maximum number of tokens per sentence (default: 256)"
+    parser.add_argument("--max-length", type=int, default=256, help=text)
     parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
     parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
     args = parser.parse_args()
