@@ -279,15 +279,7 @@ def bench_busy(repeats, quick):
         logits = make_logits(vocabulary, 2, target)
         with busy_cores():
             results = measure(functions, [logits], target, "cpu", 2 * repeats)
-        rows += [
-            {
-                "implementation": name,
-                "vocabulary": vocabulary,
-                "ms": round(1e3 * seconds, 1),
-                "time / LSCE": round(seconds / results[BASELINE][0], 2),
-            }
-            for name, (seconds, _) in results.items()
-        ]
+        rows += as_rows(results, {"vocabulary": vocabulary}, "kept")
     return rows
 
 

@@ -198,12 +198,8 @@ class Experiment:
 
 
 def compare(baseline: dict[int, Result], candidate: dict[int, Result], measure: str) -> MetricComparison:
-    """Return the paired test over the seeds that both arms have, or Welch's test if they share none."""
-    shared = set(baseline) & set(candidate)
-    sides = [
-        {seed: run.measures[measure] for seed, run in side.items() if not shared or seed in shared}
-        for side in (baseline, candidate)
-    ]
+    """Return the test over the seeds that both arms have, if there are at least two, or Welch's over all seeds."""
+    sides = [{seed: run.measures[measure] for seed, run in side.items()} for side in (baseline, candidate)]
     return MetricComparison(measure, *sides)
 
 

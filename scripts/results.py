@@ -21,7 +21,7 @@ from pathlib import Path
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import Analysis
-from encourage_mt.evaluation.results import HEADLINE, Result, by_arm
+from encourage_mt.evaluation.results import HEADLINE, Result, Score, by_arm
 from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.evaluation.tuning import Tuning, mean_by_arm, tuning_table
 from encourage_mt.files import file_hash, read_record, write_record
@@ -73,7 +73,7 @@ def add(folder: Path, name: str | None) -> None:
     for path in sorted(folder.glob("report-*/comparison.json")):
         comparison = read_record(path, Comparison)
         for compared, score, run_name in scores_of(comparison, results):
-            if compared != score:
+            if score is None or compared != score.score:
                 raise UserError(f"{path}: is not of the present scores of {run_name}; make the report again")
         records[f"{path.parent.name.removeprefix('report-')}.comparison"] = comparison
     if (folder / "robustness.json").exists():
@@ -115,23 +115,17 @@ def read_result(run: Run) -> Result:
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 
 
-def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, float | None, str]]:
+def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, Score | None, str]]:
     """Return (score in the comparison, score of the run if it has one, run's name) of all sets, metrics and seeds."""
     sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
     return [
-        (getattr(metric, sides[result.arm])[result.seed], find_score(result, split, name), result.name)
+        (getattr(metric, sides[result.arm])[result.seed], result.scores.get(split, {}).get(name), result.name)
         for result in results
         if result.arm in sides
         for split, metrics in comparison.tests.items()
         for name, metric in metrics.items()
         if result.seed in getattr(metric, sides[result.arm])
     ]
-
-
-def find_score(result: Result, split: str, metric: str) -> float | None:
-    """Return a score of a run, or None if it was not computed."""
-    scores = result.scores.get(split, {})
-    return scores[metric].score if metric in scores else None
 
 
 def read_results(folder: Path) -> list[Result]:

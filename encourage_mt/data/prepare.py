@@ -7,7 +7,6 @@ Text is processed in chunks and kept on disk between the steps: memory does not 
 import errno
 import functools
 import shutil
-import tempfile
 import unicodedata
 from array import array
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..atomic import atomic_folder
 from ..environment import DOWNLOADS, cores, versions
 from ..errors import UserError
 from ..files import file_hash
@@ -33,7 +33,6 @@ from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
 LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,022 subwords
-MARKER = ".made-by-encourage-mt"  # in a folder that may be deleted if this program is killed
 CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
 
 
@@ -69,27 +68,15 @@ def prepare(
 
 
 def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> PreparedData:
-    for left in work_dir.glob("data.partial-*"):
-        if (left / MARKER).exists():  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-    final, partial = work_dir / "data", Path(tempfile.mkdtemp(prefix="data.partial-", dir=work_dir))
+    final = work_dir / "data"
     try:
-        (partial / MARKER).touch()
-        partial.chmod(work_dir.stat().st_mode & 0o777)  # a temporary folder is closed to others
-        data = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
-        old = Path(tempfile.mkdtemp(prefix="data.partial-", dir=work_dir))
-        (old / MARKER).touch()
-        if final.exists():
-            final.rename(old / "data")  # a kill while it is deleted must not leave half of it
-        (partial / MARKER).unlink()
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(final) as partial:
+            partial.mkdir()
+            data = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{work_dir}: no space left on the disk; free some and run it again") from None
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return data.model_copy(update={"folder": final})
 
 

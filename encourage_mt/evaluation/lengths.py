@@ -1,6 +1,5 @@
 """Compare translations of short and long sentences: BLEU by the length of the reference, with intervals."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +42,8 @@ def bleu_by_length(references: list[str], systems: dict[str, list[list[str]]], m
     return ranges
 
 
-def group(lengths: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+def group(lengths: np.ndarray) -> dict[str, np.ndarray]:
     """Return {"6-10": indices, ...} for the ranges of lengths that occur; small ones are joined."""
-    lengths = np.asarray(lengths)
     ranges: list[tuple[int, int | None, np.ndarray]] = []
     for low, high in zip(EDGES, (*EDGES[1:], None), strict=True):
         chosen = np.flatnonzero((lengths >= low) & (lengths < (high or np.inf)))

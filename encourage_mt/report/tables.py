@@ -26,7 +26,7 @@ PACKAGES = ("python", "torch", "fairseq-fixed", "fairseq", "sentencepiece", "sub
 
 def runs_table(results: list[Result]) -> str:
     """Return a row for each run and set, followed by alarms and signatures."""
-    metrics = metric_names(results)
+    metrics = list(all_signatures(results))
     rows = []
     for result in results:
         speed = [format_number(result.target_tokens_per_second, ",.0f"), format_time(result.train_seconds)]
@@ -62,7 +62,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     """
     arms = by_arm(results)
     splits = list(comparisons[0].tests) if comparisons else list(results[0].scores)
-    metrics = metric_names(results)
+    metrics = list(all_signatures(results))
     first = next(iter(arms))
     rows = []
     for arm, group in arms.items():
@@ -270,10 +270,6 @@ def training_differences(result: Result, other: Result) -> str:
     if result.evaluation.average != other.evaluation.average:
         differing.append(f"{result.evaluation.average} checkpoints averaged")
     return ", ".join(differing)
-
-
-def metric_names(results: list[Result]) -> list[str]:
-    return list(dict.fromkeys(metric for result in results for scores in result.scores.values() for metric in scores))
 
 
 def all_signatures(results: list[Result]) -> dict[str, str]:

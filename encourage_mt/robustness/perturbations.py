@@ -68,10 +68,6 @@ def drop_words(rate: float) -> Perturbation:
     return lambda line, rng: re.sub(r"\S+\s*", lambda match: match[0] if rng.random() >= rate else "", line)
 
 
-def repeat_words(rate: float) -> Perturbation:
-    return change_words(lambda word: [f"{word} {word}"], rate)
-
-
 def shuffle_words(line: str, rng: random.Random) -> str:
     words = line.split()
     rng.shuffle(words)
@@ -106,7 +102,7 @@ def perturbations(percentages: list[int]) -> dict[str, Perturbation]:
     """Return {name: perturbation}: those of characters and words with each percentage of the words, then the others."""
     kinds: dict[str, Callable[[float], Perturbation]]
     kinds = {name: partial(change_words, variants) for name, variants in CHARACTER_ERRORS.items()}
-    kinds |= {"dropped words": drop_words, "repeated words": repeat_words}
+    kinds |= {"dropped words": drop_words, "repeated words": partial(change_words, lambda word: [f"{word} {word}"])}
     return {
         **{
             f"{kind} {percent}%": kinds[kind](percent / 100)

@@ -54,14 +54,10 @@ class Summary(Record):
     signatures: dict[str, str]
     differences: list[str]
 
-    def gains(self, arm: str) -> dict[str, MetricComparison]:
-        """Return {description: gain} of all comparisons of an arm."""
-        return {
-            f"{test}, {gain.metric}": gain
-            for test, by_measure in self.comparisons[arm].items()
-            for gains in by_measure.values()
-            for gain in gains
-        }
+    def gains(self, arm: str) -> list[MetricComparison]:
+        """Return all comparisons of an arm."""
+        by_test = self.comparisons[arm].values()
+        return [gain for by_measure in by_test for gains in by_measure.values() for gain in gains]
 
 
 def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, dict[int, Run]], list[str]]:
@@ -106,7 +102,7 @@ def summarize(arms: dict[str, BySeed], unequal: list[str]) -> Summary:
         signatures=measured[0].signatures,
         differences=unequal,
     )
-    correct([gain for arm in others for gain in summary.gains(arm).values()])
+    correct([gain for arm in others for gain in summary.gains(arm)])
     return summary
 
 

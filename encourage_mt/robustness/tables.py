@@ -25,11 +25,12 @@ def markdown(summary: Summary) -> str:
     if summary.differences:
         lines += [f"**These runs should not be compared**: {escape('; '.join(summary.differences))}.", ""]
     for test in summary.clean:
-        lines += [f"### {test}", "", escape(clean_line(summary, test)), ""]
+        scores = ", ".join(f"{arm} {format_mean(side.values())}" for arm, side in summary.clean[test].items())
+        lines += [f"### {test}", "", escape(f"{HEADLINE} of the clean text of {test}: {scores}."), ""]
         for table, note in ((noise_table(summary, test), NOISE_NOTE), (foreign_table(summary, test), FOREIGN_NOTE)):
             lines += [table.markdown(), "", note, ""] if table.rows else []
     if len(summary.arms) > 1:
-        everything = [gain for arm in summary.comparisons for gain in summary.gains(arm).values()]
+        everything = [gain for arm in summary.comparisons for gain in summary.gains(arm)]
         lines += ["### Comparisons", "", describe_correction(everything), ""]
     for arm, by_test in summary.comparisons.items():
         for test, by_measure in by_test.items():
@@ -37,11 +38,6 @@ def markdown(summary: Summary) -> str:
                 table = measures_table(f"{arm}_{test}_{measure}", gains, summary.arms[0], arm)
                 lines += [escape(f"{arm} against {summary.arms[0]}, {test}, {measure}:"), "", table.markdown(), ""]
     return "\n".join([*lines, *signature_lines(summary.signatures)])
-
-
-def clean_line(summary: Summary, test: str) -> str:
-    scores = [f"{arm} {format_mean(side.values())}" for arm, side in summary.clean[test].items()]
-    return f"{HEADLINE} of the clean text of {test}: {', '.join(scores)}."
 
 
 def noise_table(summary: Summary, test: str) -> Table:

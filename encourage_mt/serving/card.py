@@ -11,51 +11,30 @@ from .model import Agreement, Model
 
 def model_card(model: Model, agreement: Agreement, data: PreparedData, result: Result) -> str:
     """Return the card as Markdown."""
-    metrics = list(dict.fromkeys(metric for scores in result.scores.values() for metric in scores))
+    metrics = list(result.signatures)
     rows = [
         [split, *(f"{scores[metric].score:.2f}" if metric in scores else "" for metric in metrics)]
         for split, scores in result.scores.items()
     ]
-    sources = [f"- {name}: sha256 {source.sha256}" for name, source in data.sources.items()]
     contained = "" if result.evaluation.temperature == 1 else " (which is in the model already)"
     averaged = f"the mean of its last {result.evaluation.average} checkpoints"
-    return "\n".join(
-        [
-            f"# {result.recipe or data.folder.parent.name}: {model.source} to {model.target}",
-            "",
-            f"A translation model, exported by encourage-mt from the run {model.name} ({averaged}).",
-            "",
-            "```bash",
-            f"encourage-mt translate FOLDER < text.{model.source} > text.{model.target}",
-            "```",
-            "",
-            "## Scores",
-            "",
-            f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}{contained}.",
-            "",
-            markdown_table(["set", *metrics], rows),
-            "",
-            *signature_lines(result.signatures),
-            "",
-            f"This export ({model.quantization}): {agreement.describe()}",
-            "",
-            "## Data",
-            "",
-            "; ".join(f"{split}: {pairs:,} pairs" for split, pairs in data.lines.items()) + ". Made from:",
-            "",
-            *sources,
-            "",
-            "## Training",
-            "",
-            f"`{shlex.join(render_options(result.options))}`",
-            "",
-            ", ".join(f"{name} {version}" for name, version in result.versions.items())
-            + f"; scored on {result.machine}.",
-            "",
-            "## Licence",
-            "",
-            "The licence of the training data may also bind this model: some corpora exclude commercial use. Check the "
-            "licences of the files above before you share or use it. The software that made it has the MIT licence.",
-            "",
-        ]
-    )
+    paragraphs = [
+        f"# {result.recipe or data.folder.parent.name}: {model.source} to {model.target}",
+        f"A translation model, exported by encourage-mt from the run {model.name} ({averaged}).",
+        f"```bash\nencourage-mt translate FOLDER < text.{model.source} > text.{model.target}\n```",
+        "## Scores",
+        f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}{contained}.",
+        markdown_table(["set", *metrics], rows),
+        "\n".join(signature_lines(result.signatures)),
+        f"This export ({model.quantization}): {agreement.describe()}",
+        "## Data",
+        "; ".join(f"{split}: {pairs:,} pairs" for split, pairs in data.lines.items()) + ". Made from:",
+        "\n".join(f"- {name}: sha256 {source.sha256}" for name, source in data.sources.items()),
+        "## Training",
+        f"`{shlex.join(render_options(result.options))}`",
+        ", ".join(f"{name} {version}" for name, version in result.versions.items()) + f"; scored on {result.machine}.",
+        "## Licence",
+        "The licence of the training data may also bind this model: some corpora exclude commercial use. Check the "
+        "licences of the files above before you share or use it. The software that made it has the MIT licence.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"

@@ -1,5 +1,7 @@
 """Make the command that starts a training on GPUs and machines, with the same tokens per update on any number."""
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,7 @@ def hydra_config(run: Run) -> str:
     from ..plugin import register
 
     words = run.arguments()
-    with quiet_imports():
+    with quiet_imports(), redirect_stderr(io.StringIO()):  # the usage that argparse prints
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
         from fairseq.models.transformer import TransformerConfig

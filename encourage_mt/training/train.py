@@ -36,9 +36,8 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "eval-bleu-remove-bpe": recipe.remove_bpe,
         "best-checkpoint-metric": "bleu",
         "maximize-best-checkpoint-metric": True,
-        "keep-last-epochs": max(
-            recipe.arm_average(arm), AVERAGE
-        ),  # so that another number of them can be averaged later
+        # at least AVERAGE, so that another number of them can be averaged later
+        "keep-last-epochs": max(recipe.arm_average(arm), AVERAGE),
         "log-format": "json",
         "log-interval": 20,
         "num-workers": 0,

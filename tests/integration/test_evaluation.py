@@ -301,6 +301,8 @@ def test_a_run_is_scored_again_after_another_beam_or_if_a_translation_was_replac
     assert not scored_already("--beam", "1") and Result.read(copy) == result
     (copy / "valid.en").unlink()
     assert not scored_already("--beam", "1")
+    shutil.copy(copy / "checkpoints" / "checkpoint3.pt", copy / "checkpoints" / "checkpoint2.pt")
+    assert not scored_already("--beam", "1")
 
 
 def test_another_average_than_the_scored_one_is_refused_and_scored_again(copy, translated, capsys):

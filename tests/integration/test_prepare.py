@@ -19,7 +19,7 @@ from encourage_mt.data import prepare as preparation
 from encourage_mt.data import stages
 from encourage_mt.data.bitext import read_lines
 from encourage_mt.data.manifest import PreparedData
-from encourage_mt.data.prepare import MARKER, prepare
+from encourage_mt.data.prepare import hold_out, prepare
 from encourage_mt.data.sizing import choose
 from encourage_mt.errors import UserError
 from encourage_mt.recipe import load_recipe
@@ -83,9 +83,9 @@ def test_prepared_data_is_complete_and_made_once(tmp_path, capsys):
         for side, language in enumerate(("de", "en"))
     }
     recipe = load_recipe(own_recipe(tmp_path, {"expected": {"test": {"kept": [6, 7]}}}, **sides))
-    left = tmp_path / "work" / "data.partial-1"
+    left = tmp_path / "work" / ".data.tmp"
     left.mkdir(parents=True)
-    write(left / MARKER, "")
+    write(left / "half", "")
     data = prepare(recipe, tmp_path / "work", tmp_path)
     assert not left.exists(), "of a process that was killed"
     assert sorted(path.name for path in data.iterdir()) == [
@@ -169,9 +169,6 @@ def test_files_of_others_are_never_deleted(name, prepared, capsys):
         (work / "data" / name).unlink()  # a folder that happens to be called data
     else:
         write(work / "data" / name, "mine")
-    for foreign in ("data.partial", "data.partial-mine"):
-        (work / foreign).mkdir()
-        write(work / foreign / "file", "mine")
     before = snapshot(work)
     line = refused(capsys, "prepare", recipe, "--work-dir", work, "--overwrite")
     assert str(work / "data") in line and name in line
@@ -267,6 +264,17 @@ def test_own_text_is_split_so_that_no_sentence_is_in_two_splits(corpus, tmp_path
     turned = prepare(recipe.reversed(), tmp_path / "turned")
     assert sentences(turned) == held, "the same pairs from either form"
     assert (turned / "data-bin" / "test.en-de.en.bin").exists()
+
+
+def test_the_pairs_that_are_held_out_depend_on_their_text_alone():
+    """So a corpus that grows keeps most of them, and both directions have the same."""
+    pairs = [(f"Satz {number}", f"sentence {number}") for number in range(100)]
+    chosen = {6: "valid", 16: "valid", 71: "test", 85: "test", 11: "test"}
+    others = [("a" * 1001, "too long"), ("ﬁn", "end"), ("fin", "another")]  # NFKC makes these sources equal
+    for corpus in (pairs, [pair[::-1] for pair in pairs], [*pairs, *others]):
+        assert hold_out(corpus, {"valid": 2, "test": 3}) == chosen
+    every = hold_out([*pairs, *others], {"test": 100 - 1})
+    assert not {100, 101, 102} & set(every)
 
 
 def test_too_few_pairs_to_hold_out_are_refused(corpus, tmp_path, capsys):

@@ -54,8 +54,8 @@ def test_the_record_has_all_noise_and_all_foreign_sets(measured):
         assert record.noise["test"][CLEAN].changed == 0 < record.noise["test"]["upper case"].changed
         assert len(record.foreign["test"]["own"].scores["maximum logit"]) == 3
     assert summary.arms == ["ce", "el"]
-    assert {gain.gain for gain in summary.gains("el").values()} == {0.0}, "one model does not differ from itself"
-    assert {gain.bootstrap_p for gain in summary.gains("el").values()} == {1.0}
+    assert {gain.gain for gain in summary.gains("el")} == {0.0}, "one model does not differ from itself"
+    assert {gain.bootstrap_p for gain in summary.gains("el")} == {1.0}
 
 
 def test_a_second_run_measures_nothing_and_says_so(measured, capsys, monkeypatch):
@@ -65,6 +65,8 @@ def test_a_second_run_measures_nothing_and_says_so(measured, capsys, monkeypatch
     main(command)
     text = capsys.readouterr().out
     assert "ce.seed1: measured already" in text and "el.seed1: measured already" in text
+    with pytest.raises(TypeError):  # the noise of another seed is measured
+        main([*command, "--seed", "2"])
     assert "| attack, worst of 8 " in text and "comparisons: if nothing differed" in text
 
 

@@ -17,6 +17,13 @@ from encourage_mt.files import read_json, write_json
 from encourage_mt.plugin.checkpoints import last_checkpoints, load_checkpoint
 from encourage_mt.training.run_folder import open_run
 
+
+def test_the_searches_are_those_of_the_documentation():
+    assert len(tuning.SEARCHES) == 49 == len(set(tuning.SEARCHES))
+    beams, lenpens, temperatures = map(set, zip(*tuning.SEARCHES, strict=True))
+    assert (beams, lenpens, temperatures) == ({1, 4, 5, 10}, {0.6, 1.0, 1.4, 1.8}, {0.8, 1.0, 1.25, 1.5})
+
+
 FEW = [tuning.Search(1, 1.0, 1.0), tuning.Search(2, 0.6, 0.5), tuning.Search(2, 1.4, 2.0)]
 
 

@@ -15,22 +15,9 @@ ALL_MODULES = sorted(
     for folder in ("encourage_mt", "benchmarks", "examples", "scripts", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
-# Modules and sub-packages import from the lines above their own, never from below or beside.
-LAYERS = """
-errors environment atomic
-loss files arguments
-plugin fields
-processes recipe_parts
-recipe
-data
-training
-evaluation integrations
-serving
-robustness
-report
-cli
-"""
-LEVELS = {unit: level for level, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
+# Modules and sub-packages import from the lines below their own, never from above or beside.
+LAYERS = re.findall(r"```\n(.+?)```", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+LEVELS = {unit: level for level, line in enumerate(reversed(LAYERS.splitlines())) for unit in line.split()}
 REQUIREMENTS = {"fairseq_cli": "fairseq", "omegaconf": "fairseq", "yaml": "pyyaml", "comet": "unbabel-comet"}
 AVOIDED = re.compile(
     r"\b(told|at hand|goes on|gone on|stands|of which|of those that|but for|to mend|turned round|by far|thereof)\b"

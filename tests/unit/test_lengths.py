@@ -10,10 +10,10 @@ from encourage_mt.evaluation.lengths import bleu_by_length, group
 
 def test_ranges_with_few_sentences_are_joined_to_a_neighbour():
     sizes = {3: 5, 8: 30, 13: 25, 25: 19, 50: 40, 70: 1}
-    ranges = group([length for length, size in sizes.items() for _ in range(size)])
+    ranges = group(np.array([length for length, size in sizes.items() for _ in range(size)]))
     assert {name: len(chosen) for name, chosen in ranges.items()} == {"1-10": 35, "11-30": 44, "41+": 41}
     assert sorted(np.concatenate(list(ranges.values()))) == list(range(120))
-    assert list(group([4])) == ["1-5"]
+    assert list(group(np.array([4]))) == ["1-5"]
 
 
 def test_scores_are_sacrebleus_and_intervals_contain_them():

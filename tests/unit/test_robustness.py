@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from samples import sample_data, sample_result, sample_run
+from samples import EVALUATION, sample_data, sample_result, sample_run
 from scipy import stats
 
 from encourage_mt.data import subwords
@@ -224,7 +224,7 @@ def test_arms_are_compared_over_seeds_and_sentences(arms, tmp_path):
     expected = [100 * stats.norm.cdf(shift / np.sqrt(2)) for shift in (1, 3)]
     assert [np.mean(list(side.values())) for side in auroc.values()] == pytest.approx(expected, abs=4)
     assert set(rows[SHUFFLED, LENGTH]["AUROC of equal length"]["el"].values()) == {50.0}
-    upper = found.gains("el")["test, chrF++ change, upper case"]
+    (upper,) = (gain for gain in found.gains("el") if gain.metric == "chrF++ change, upper case")
     assert upper.gain == pytest.approx(5.1, abs=0.01) and upper.p < 0.01 and upper.bootstrap_p < 0.01
     assert 5 < upper.bootstrap_interval[0] < 5.1 < upper.bootstrap_interval[1] < 5.2
     write_record(tmp_path / "summary.json", found)
@@ -234,8 +234,8 @@ def test_arms_are_compared_over_seeds_and_sentences(arms, tmp_path):
 def test_the_tables_count_the_comparisons_and_correct_p(arms):
     found = summary.summarize(arms, ["lr: 1 or 2"])
     gains = found.gains("el")
-    assert len(gains) == 3 + len(SCORES) - 1 and not any("total noise" in name for name in gains)
-    assert all(gain.holm_p >= gain.p for gain in gains.values())
+    assert len(gains) == 3 + len(SCORES) - 1 and not any("total noise" in gain.metric for gain in gains)
+    assert all(gain.holm_p >= gain.p for gain in gains)
     text = tables.markdown(found)
     assert f"there are {len(gains)} comparisons" in text and "el against ce, test, chrF++ change:" in text
     assert "| upper case " in text and "50%" in text and SHUFFLED in text and "lr: 1 or 2" in text
@@ -280,6 +280,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         summary.group(runs)
     arms, unequal = summary.group(runs, allow_differences=True)
     assert arms == {"ce": {1: runs[0]}, "el": {1: runs[1]}} and unequal == ["lr: 1 or 2"]
+    sample_result("el", evaluation={**EVALUATION, "data_sha256": "0" * 64}).write(runs[1].folder)
+    with pytest.raises(UserError, match="not the data that el.seed1 was scored on"):
+        summary.group(runs)
     sample_result("el", training={"lr": 1}, alarms=["diverged"]).write(runs[1].folder)
     assert summary.group([runs[0], runs[1]])[1] == ["el.seed1: diverged"]
     for run, bonus in zip(runs, ("log", "power"), strict=True):

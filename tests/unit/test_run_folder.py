@@ -208,7 +208,14 @@ def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
     with temporary_folder(tmp_path / "work") as folder, atomic_folder(tmp_path / "output") as partial:
         assert not list(folder.iterdir()) and not partial.exists()
         partial.mkdir()
-    assert [path.name for path in tmp_path.iterdir()] == ["output"] and not list((tmp_path / "output").iterdir())
+    (tmp_path / "output" / "file").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "output") as partial:
+        partial.mkdir()
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["output"], (
+        "what was there stays, and nothing is left beside it"
+    )
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["file"]
 
 
 def test_a_link_beside_a_file_is_not_written_through(tmp_path):
