@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error("encourage-mt"):
         words = sys.argv[1:] if argv is None else argv
         for word in words:
-            if not word.isascii() and any("\ud800" <= char <= "\udfff" for char in word):  # in no JSON file of ours
+            if any("\ud800" <= char <= "\udfff" for char in word):  # in no JSON file of ours
                 raise UserError(f"{ascii(word)}: is not UTF-8; rename the file or folder")
         arguments = parse_arguments(words)
         with log_to_console(sys.stderr if arguments.command == "translate" else sys.stdout):

@@ -11,9 +11,9 @@ from .files import Scalar, is_safe_relative_path, short_repr
 RESERVED_OPTIONS = re.compile(
     "data|seed|task|criterion|user-dir|source-lang|target-lang|bpe|tokenizer|scoring|help|profile|cpu|tpu|amp|fp16|bf16"
     "|save-.*|restore-.*|reset-.*|keep-.*|no-save.*|no-epoch-checkpoints|no-last-checkpoints|finetune-from-model"
-    "|log-.*|azureml-.*|aim-.*|eval-.*|.*best-checkpoint-.*|disable-validation|continue-once"
+    "|log-.*|azureml-.*|aim-.*|eval-.*|.*best-checkpoint-.*|disable-validation|continue-once|max-sentences.*"
     "|num-workers|required-batch-size-multiple|.*-subset|combine-.*|memory-efficient-.*|distributed-.*|device-id"
-    "|use-bmuf|max-sentences.*|suppress-crashes|num-shards|shard-id|dataset-impl|model-parallel-size|cpu-offload|.*-asynchronously"
+    "|use-bmuf|suppress-crashes|num-shards|shard-id|dataset-impl|model-parallel-size|cpu-offload|.*-asynchronously"
     "|nprocs-per-node|load-checkpoint-.*|pipeline-.*|.*-path|.*-sharded-state|checkpoint-.*|.*-overrides|use-plasma-view"
 )
 # fairseq evaluates some values as Python code, so only words, numbers and tuples of numbers pass

@@ -16,7 +16,7 @@ from ..files import Record
 from ..training.run_folder import Run
 from . import scoring
 from .formatting import Table, escape, signature_lines
-from .results import HEADLINE, Result, searches
+from .results import HEADLINE, Result, alarms_of, searches
 from .significance import MetricComparison, paired_tests, sentences_needed
 
 # of the settings, only these may differ between runs: in fp16 an update whose gradient overflows is not counted
@@ -118,9 +118,13 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
         tests[split][HEADLINE].sentences_for_sought = round(statistics.mean(counts)) if counts else None
     signatures = {metric: everything[0].signatures[metric] for metrics in tests.values() for metric in metrics}
     names = _names(*(next(iter(side.values())) for side in sides))
-    alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in everything if result.alarms]
     return Comparison(
-        baseline=names[0], candidate=names[1], tests=tests, signatures=signatures, differences=unequal, alarms=alarms
+        baseline=names[0],
+        candidate=names[1],
+        tests=tests,
+        signatures=signatures,
+        differences=unequal,
+        alarms=alarms_of(everything),
     )
 
 

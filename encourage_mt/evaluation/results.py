@@ -146,6 +146,11 @@ class Result(Record):
         return {metric: score.signature for scores in self.scores.values() for metric, score in scores.items()}
 
 
+def alarms_of(results: list[Result]) -> list[str]:
+    """Return one line for each result that has alarms."""
+    return [f"{result.name}: {', and '.join(result.alarms)}" for result in results if result.alarms]
+
+
 def searches(results: list[Result]) -> list[str]:
     """Return the settings of the search of the results, each once."""
     return list(dict.fromkeys(result.evaluation.search for result in results))

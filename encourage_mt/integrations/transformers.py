@@ -52,7 +52,8 @@ class EncouragingLossForTrainer:
         if num_items_in_batch is None:
             num_items_in_batch = labels.ne(self.loss.ignore_index).sum()
         count = torch.as_tensor(num_items_in_batch, device=total.device)
-        # Under DataParallel, Trainer passes a share of the count for each GPU
+        # Under DataParallel, Trainer passes a number for each of N GPUs: a share of the count, or the whole count, and
+        # then it multiplies the loss by N
         return mean_of(total, count.sum())
 
     @staticmethod

@@ -12,7 +12,6 @@ import collections
 import functools
 import math
 import re
-import typing
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -67,7 +66,7 @@ def types_in_broadcasts() -> list:
     from omegaconf.nodes import AnyNode
 
     options = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata]
-    return [*options, _TensorPlaceholder, (typing.Any, "typing.Any"), collections.defaultdict, dict, list, int]
+    return [*options, _TensorPlaceholder, (Any, "typing.Any"), collections.defaultdict, dict, list, int]
 
 
 def check(path) -> None:
@@ -130,9 +129,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no such checkpoint")
     with as_user_error(f"{path}: not a checkpoint that can be loaded safely"):
         check(path)
-        torch.serialization.add_safe_globals(
-            types_in_files()
-        )  # for good: `safe_globals` would remove those of `install`
+        # for the whole process: the context manager safe_globals would remove those of `install` at its end
+        torch.serialization.add_safe_globals(types_in_files())
         state = torch.load(path, map_location="cpu", weights_only=True)
         refuse_code(path, state)
         sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())

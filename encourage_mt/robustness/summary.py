@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..evaluation.comparison import check_comparable
 from ..evaluation.confidence import SCORES
-from ..evaluation.results import HEADLINE, Result
+from ..evaluation.results import HEADLINE, Result, alarms_of
 from ..evaluation.significance import MetricComparison, Statistic, compare_resampled, correct, count_draws
 from ..files import Record
 from ..training.run_folder import Run
@@ -74,8 +74,7 @@ def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, d
         result.check_data(run.prepared())
         arms[result.arm][result.seed] = run
     groups = [[result for result in results if result.arm == arm] for arm in arms]
-    alarms = [f"{result.name}: {', and '.join(result.alarms)}" for result in results if result.alarms]
-    return arms, [*check_comparable(groups, allow_differences), *alarms]
+    return arms, [*check_comparable(groups, allow_differences), *alarms_of(results)]
 
 
 def summarize(arms: dict[str, BySeed], unequal: list[str]) -> Summary:

@@ -12,6 +12,11 @@ from ..files import Scalar
 from ..processes import WORKER
 from .run_folder import Run
 
+# of fairseq's configuration that options of a recipe can change, except the model
+SECTIONS = (
+    "common task criterion optimizer lr_scheduler optimization dataset checkpoint distributed_training ema".split()
+)
+
 
 @dataclass
 class Cluster:
@@ -150,8 +155,7 @@ def hydra_config(run: Run) -> str:
     model: Any = OmegaConf.to_container(structured, enum_to_str=True)
     model["_name"] = "transformer"
     sections: dict[str, Any] = {"model": model}
-    names = ("common", "task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset", "checkpoint", "ema")
-    for name in (*names, "distributed_training"):
+    for name in SECTIONS:
         if not OmegaConf.is_config(whole[name]):  # an old part of fairseq that only its command line can set
             raise UserError(f"--precision bf16: fairseq-hydra-train cannot set the {name} {getattr(arguments, name)}")
         sections[name] = OmegaConf.to_container(whole[name], enum_to_str=True)

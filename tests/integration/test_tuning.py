@@ -17,13 +17,6 @@ from encourage_mt.files import read_json, write_json
 from encourage_mt.plugin.checkpoints import last_checkpoints, load_checkpoint
 from encourage_mt.training.run_folder import open_run
 
-
-def test_the_searches_are_those_of_the_documentation():
-    assert len(tuning.SEARCHES) == 49 == len(set(tuning.SEARCHES))
-    beams, lenpens, temperatures = map(set, zip(*tuning.SEARCHES, strict=True))
-    assert (beams, lenpens, temperatures) == ({1, 4, 5, 10}, {0.6, 1.0, 1.4, 1.8}, {0.8, 1.0, 1.25, 1.5})
-
-
 FEW = [tuning.Search(1, 1.0, 1.0), tuning.Search(2, 0.6, 0.5), tuning.Search(2, 1.4, 2.0)]
 
 
@@ -42,6 +35,12 @@ def set_bleu(folder, *values):
     record = read_json(folder / "tuning.json")
     tried = [{**search, "bleu": value} for search, value in zip(record["tried"], values, strict=True)]
     write_json(folder / "tuning.json", {**record, "tried": tried})
+
+
+def test_the_searches_are_those_of_the_documentation():
+    assert len(tuning.SEARCHES) == 49 == len(set(tuning.SEARCHES))
+    beams, lenpens, temperatures = map(set, zip(*tuning.SEARCHES, strict=True))
+    assert (beams, lenpens, temperatures) == ({1, 4, 5, 10}, {0.6, 1.0, 1.4, 1.8}, {0.8, 1.0, 1.25, 1.5})
 
 
 def test_tuning_takes_the_search_with_the_highest_mean_bleu_of_an_arm(copies, capsys):
