@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from . import __version__
 from .environment import DOWNLOADS, Engine, Precision
 from .errors import UserError
 
@@ -91,6 +92,7 @@ def positive_number(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; heavy modules stay out, so that --help answers at once."""
     parser = Parser(prog="encourage-mt", description="Train, compare and use translation models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name, help):

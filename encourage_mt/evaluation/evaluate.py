@@ -189,7 +189,7 @@ def score(lines: list[str], data: PreparedData, split: str, output: Path, comet:
         scores[TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, data.read_text(split, data.target, "tokenized"))
     if comet:
         sources = data.read_text(split, data.source)
-        scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, torch.cuda.device_count())
+        scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, gpus=torch.cuda.device_count())
     return scores
 
 

@@ -285,6 +285,25 @@ def test_a_score_that_is_not_a_number_leaves_earlier_scores_as_they_are(copy, tr
     assert content(copy) == before
 
 
+def test_comet_gets_sources_translations_and_references(copy, translated, monkeypatch, tmp_path):
+    """Each in its place: COMET does not notice if two are swapped."""
+    asked = []
+
+    def comet(model, *texts, gpus):
+        asked.append(texts)
+        return scoring.Score(score=0.5, signature="s", length_ratio=None)
+
+    monkeypatch.setattr(scoring, "comet", comet)
+    monkeypatch.setattr(scoring, "comet_signature", lambda model: "s")
+    translated(lambda lines: [line.upper() for line in lines])
+    main(["evaluate", str(copy), "--comet", str(tmp_path / "model.ckpt")])
+    source, target = (
+        (tmp_path / "data/text" / f"test.{x}").read_text(encoding="utf-8").splitlines() for x in ("de", "en")
+    )
+    assert asked[-1] == (source, [line.upper() for line in target], target)
+    assert Result.read(copy).scores["test"]["COMET"].score == 0.5
+
+
 def test_a_run_is_scored_again_after_another_beam_or_if_a_translation_was_replaced(copy, translated, capsys):
     translated(lambda lines: lines)
 

@@ -83,9 +83,10 @@ def test_a_moved_export_needs_neither_run_nor_fairseq(model, tiny, tmp_path):
 def test_beam_and_several_translations(model, tiny):
     translator = Translator(model, device="cpu", threads=1)
     lines = source(tiny).splitlines()
-    best, greedy = translator.translate(lines), translator.translate(lines, beam=1)
+    best, greedy = translator.hypotheses(lines), translator.hypotheses(lines, beam=1)
+    assert [h.text for (h,) in best] == translator.translate(lines, beam=3) != [h.text for (h,) in greedy]
     several = translator.hypotheses(lines, beam=4, nbest=4)
-    assert best != greedy or several != [[h] for h in best]
+    assert {len(hypotheses) for hypotheses in several} == {4}
     assert all(a.score >= b.score for hypotheses in several for a, b in zip(hypotheses, hypotheses[1:], strict=False))
     assert all(len({h.text for h in hypotheses}) > 1 for hypotheses in several)
 

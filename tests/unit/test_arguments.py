@@ -6,8 +6,9 @@ import sys
 import pytest
 from conftest import ROOT, refused, run
 
-from encourage_mt import processes
+from encourage_mt import __version__, processes
 from encourage_mt.arguments import build_parser
+from encourage_mt.cli import main
 from encourage_mt.environment import USER_DIR
 
 COMMANDS = ["prepare", "run", "train", "evaluate", "export", "translate", "robustness", "compare", "report"]
@@ -27,6 +28,12 @@ def test_the_user_dir_is_printed_at_once_from_any_folder(tmp_path):
     code += f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines() == [str(USER_DIR), "HEAVY []"]
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"encourage-mt {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -112,6 +112,18 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, expected, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("kind, expected", [("epoch", 5.0), ("update", 3.0)])
+def test_the_script_averages_the_last_of_each_kind(kind, expected, tmp_path, monkeypatch):
+    values = {"checkpoint1": 0.0, "checkpoint2": 4.0, "checkpoint3": 6.0}
+    values |= {"checkpoint_1_10": 0.0, "checkpoint_1_20": 1.0, "checkpoint_2_30": 5.0}
+    for name, value in values.items():
+        checkpoint(tmp_path / f"{name}.pt", value)
+    options = [f"--num-{kind}-checkpoints", "2", "--inputs", str(tmp_path), "--output", str(tmp_path / "out.pt")]
+    monkeypatch.setattr(sys, "argv", ["average", *options])
+    runpy.run_path(str(ROOT / "scripts/average_checkpoints.py"), run_name="__main__")
+    assert (checkpoints.load_checkpoint(tmp_path / "out.pt")["model"]["w"] == expected).all()
+
+
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="out.pt"):
         average([checkpoint(tmp_path / "a.pt", 1.0)], tmp_path / "none" / "out.pt")

@@ -9,9 +9,11 @@ from conftest import ROOT, TINY, refused, write_recipe
 from encourage_mt.cli import main
 from encourage_mt.data.sizing import choose
 from encourage_mt.environment import USER_DIR
+from encourage_mt.errors import UserError
 from encourage_mt.processes import WORKER
 from encourage_mt.recipe import load_recipe
-from encourage_mt.training.launch import Cluster, launch_command, share_batch
+from encourage_mt.training import launch
+from encourage_mt.training.launch import Cluster, hydra_config, launch_command, share_batch
 from encourage_mt.training.train import make_run
 
 TRAIN = {**TINY["train"], "max-tokens": 100, "update-freq": 8}
@@ -74,6 +76,29 @@ def test_bf16_goes_through_hydra_with_a_file_for_each_machine(run):
         "--config-name=train1",
         "optimization.update_freq=[2]",
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"arch": "lstm"}, "works for Transformers only, not for lstm"),
+        ({"optimizer": "adafactor"}, "cannot set the optimizer adafactor"),
+        ({"arch": "no-such"}, "fairseq-train refuses the options of el.seed3"),
+    ],
+    ids=["lstm", "adafactor", "unknown"],
+)
+def test_bf16_is_refused_where_hydra_cannot_train(run, changes, expected):
+    lacking = TRAIN if changes.get("arch") == "lstm" else {}  # an LSTM has not the options of a Transformer
+    options = {name: run.options[name] for name in run.options if name not in lacking}
+    with pytest.raises(UserError, match=expected):
+        hydra_config(run.model_copy(update={"options": {**options, "max-tokens": 100, **changes}}))
+
+
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "visible_gpus", lambda: ["0", "1", "2"])
+    Cluster("fp16", gpus=3).check_machine()
+    with pytest.raises(UserError, match="--gpus 2: 2 runs at a time need 4 GPUs, there are 3"):
+        Cluster("fp16", gpus=2).check_machine(2)
 
 
 def test_a_dry_run_prints_the_command_and_writes_nothing(tmp_path, capsys):
