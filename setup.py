@@ -1,3 +1,5 @@
+"""Build and install the package, with the compiled loss where torch and a C++ compiler are available."""
+
 import platform
 import sys
 from pathlib import Path

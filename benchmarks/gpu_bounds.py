@@ -182,6 +182,10 @@ def main():
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[6632, 10000, 32000], help="of the bounds")
     parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help="of the bounds")
     args = parser.parse_args()
+    if max(args.vocabularies) > triton_kernels.WHOLE_ROW:
+        parser.error(
+            f"--vocabularies: at most {triton_kernels.WHOLE_ROW}; the loop over a longer row would be counted once"
+        )
     if args.check:
         with ProcessPoolExecutor(2) as pool:
             json.dump(list(pool.map(check, cases(args.check))), sys.stdout)

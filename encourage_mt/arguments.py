@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
     add_recipe_options(command)
-    command.set_defaults(set=[], add_arm=[], gpus=1)
+    text = "GPUs per run, for which the sizes for your own text are chosen (default: %(default)s)"
+    command.add_argument("--gpus", type=count, default=1, metavar="N", help=text)
+    command.set_defaults(set=[], add_arm=[])
 
     command = add(
         "run",
@@ -155,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "export", "convert a run into a folder that translates without fairseq, and verify that its translations agree"
     )
     command.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
+    add_data_option(command)
     text = "folder to make; an earlier export there is replaced (required)"
     command.add_argument("--output", type=Path, required=True, metavar="MODEL", help=text)
     text = "type of the weights; int8 is smaller and faster, and changes some translations (default: %(default)s)"
@@ -196,10 +199,11 @@ def add_translate(command: argparse.ArgumentParser) -> None:
     """Add the options of `encourage-mt translate`."""
     text = "folder of an export, or of an evaluated run, which is exported"
     command.add_argument("model", type=Path, metavar="MODEL|RUN", help=text)
+    add_data_option(command)
     command.add_argument("--beam", type=count, metavar="N", help="beam size (default: that of the evaluation)")
     text = "number of translations per line, best first (default: %(default)s)"
     command.add_argument("--nbest", type=count, default=1, metavar="N", help=text)
-    text = "write fairseq-generate's score and a tab before each translation (default: no)"
+    text = "write the score, as in fairseq-generate, and a tab before each translation (default: no)"
     command.add_argument("--scores", action="store_true", help=text)
     text = "number of lines to translate together; 1 translates each line as it arrives (default: %(default)s)"
     command.add_argument("--batch-size", type=count, default=256, metavar="N", help=text)

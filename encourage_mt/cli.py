@@ -73,7 +73,7 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
         return recipe, work_dir
     kept = work_dir / KEPT
     if kept.exists():
-        print(f"recipe: {describe_kept(kept, gpus_of(arguments))}")
+        print(f"recipe: {describe_kept(kept, arguments.recipe, gpus_of(arguments))}")
         return load(kept, None), work_dir
     gpus, pairs = gpus_of(arguments), count_pairs(recipe, arguments.raw_dir)
     chosen = choose(pairs, gpus, count_characters(recipe, arguments.raw_dir))
@@ -106,7 +106,8 @@ def run_recipe(arguments) -> None:
     from .evaluation.comparison import compare
     from .evaluation.converted_model import import_ctranslate2
     from .evaluation.evaluate import evaluate_all
-    from .report.page import write_report
+    from .evaluation.scoring import metrics
+    from .report.page import check_output, write_report
     from .report.tables import arms_table, published_table, runs_table
     from .training.launch import Cluster
     from .training.run_folder import open_run
@@ -125,8 +126,13 @@ def run_recipe(arguments) -> None:
     runs = [make_run(recipe, arm, seed, data, work_dir, cluster.precision) for seed in seeds for arm in arms]
     if not start_trainings(arguments, recipe, runs, cluster, parallel):
         return
+    # what fails below would fail after the trainings otherwise
+    metrics(recipe.target)
+    reports = {arm: work_dir / f"report-{arms[0]}-{arm}" for arm in arms[1:]}
+    for folder in reports.values():
+        check_output(folder)
     if arguments.engine == "ctranslate2":
-        import_ctranslate2()  # raises an error now rather than after the trainings
+        import_ctranslate2()
     print(f"{recipe.name} on {describe_hardware()}, {parallel} runs at a time")
     prepare_data(arguments, recipe, work_dir)
     print_schedules(runs, cluster)
@@ -136,11 +142,10 @@ def run_recipe(arguments) -> None:
     print(f"\n{runs_table(results)}\n")
     groups = {arm: [run for run in runs if run.arm == arm] for arm in arms}
     comparisons = []
-    for arm in arms[1:]:
+    for arm, output in reports.items():
         # an arm may have its own training options, which the comparison lists
         own_options = bool(recipe.arm_differences(arms[0]) or recipe.arm_differences(arm))
         comparisons.append(compare(groups[arms[0]], groups[arm], allow_differences=own_options))
-        output = work_dir / f"report-{arms[0]}-{arm}"
         write_report(comparisons[-1], groups[arms[0]], groups[arm], output)
         print(f"\n{comparisons[-1].markdown()}\nReport: {output / 'report.html'}")
     if len(seeds) > 1 or len(arms) > 2:  # otherwise the comparison says it all
@@ -241,7 +246,7 @@ def export_run(arguments) -> None:
     from .serving.export import export
     from .training.run_folder import open_run
 
-    export(open_run(arguments.run), arguments.output, arguments.quantization)
+    export(open_run(arguments.run, data=arguments.data), arguments.output, arguments.quantization)
 
 
 def translate_text(arguments) -> None:
@@ -254,7 +259,7 @@ def translate_text(arguments) -> None:
             from .serving.export import exported
             from .training.run_folder import open_run
 
-            folder = exported(open_run(folder))
+            folder = exported(open_run(folder, data=arguments.data))
         translator = Translator(folder, arguments.device, arguments.threads)
     lines = 1 if sys.stdin.isatty() else arguments.batch_size
     options = (arguments.beam, arguments.nbest, arguments.scores)

@@ -144,6 +144,7 @@ class Recipe(Record):
     def modern(self) -> "Recipe":
         """Return the same corpus as raw cased text, straight into SentencePiece with NFKC and byte fallback."""
         subword = modern_subword(self.subword.merges or self.subword.vocab_size)
+        subword = subword.model_copy(update=self.subword.model_dump(include={"hard_vocab_limit"}, exclude_unset=True))
         changes = {"name": f"{self.name}.modern", "subword": subword, "clean": Clean(max_length=250, max_ratio=3)}
         plain = ("aggressive_hyphens", "normalize_punctuation", "straight_apostrophes", "lowercase")
         changes |= dict.fromkeys(plain, False) | {"tokenizer": "none", "joined_dictionary": True}
@@ -311,6 +312,8 @@ def _insert_bitext(content: dict, source: str | None, target: str | None, bitext
     for option, language in (("--source", source), ("--target", target)):
         if not language:
             raise UserError(f"{option}: is missing, and the file has no suffix that names its language, such as .de")
+    if source == target:
+        raise UserError(f"--bitext: both languages are {source}; name them with --source and --target")
     content.update(source=source, target=target)
     if "name" in content:
         content["name"] = f"{content['name']}_{source}_{target}"

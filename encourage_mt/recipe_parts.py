@@ -1,6 +1,7 @@
 """Define the parts of a recipe: its corpus, cleaning, subwords, arms, and the scores of a paper."""
 
 import os
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -20,7 +21,7 @@ from .fields import (
     within,
 )
 from .files import Record, short_repr
-from .loss.options import OPTION_NAMES, OPTIONS, check_option
+from .loss.options import OPTION_NAMES, OPTIONS, BonusSchedule, CriterionOptions, check_option
 
 TOKENIZED_BLEU = "BLEU on tokenized text"
 Metric = Literal["sacreBLEU", "chrF++", "TER", "BLEU on tokenized text", "COMET"]
@@ -144,6 +145,9 @@ class Arm(Record):
                 check_trusted_bonus(str(value))
             elif name.replace("-", "_") in OPTIONS:
                 check_option(name.replace("-", "_"), value)
+        given = {name.replace("-", "_"): value for name, value in self.options.items()}
+        for group in (BonusSchedule, CriterionOptions):  # which options fit together
+            group(**{each.name: given[each.name] for each in fields(group) if each.name in given})
         return self
 
     @property

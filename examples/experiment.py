@@ -63,7 +63,7 @@ def parser(description: str, arms: dict[str, Options], settings: tuple[str, ...]
     result.add_argument("--raw-dir", type=Path, metavar="DIR", help=text)
     text = "folder for the runs; finished runs in it are not repeated (default: %(default)s)"
     result.add_argument("--work-dir", type=Path, default=Path(folder), metavar="DIR", help=text)
-    text = "only write the report, from the finished runs (default: train first)"
+    text = "only write the report, from the finished runs of these arms, settings and seeds (default: train first)"
     result.add_argument("--report-only", action="store_true", help=text)
     return result
 
@@ -140,10 +140,11 @@ class Experiment:
         result = read_record(path, Result)
         setting = path.relative_to(self.arguments.work_dir).parts[0]
         recorded = {"setting": result.setting, "arm": result.arm, **result.training, **result.loss}
-        for name, value in {"setting": setting, "arm": arm, **self.training, **self.arms[arm]}.items():
-            if recorded.get(name) != value:
-                remedy = "choose another --work-dir, or remove the file"
-                raise UserError(f"{path}: {name}: is {recorded.get(name)}, now {value}; {remedy}")
+        expected = {"setting": setting, "arm": arm, **self.training, **self.arms[arm]}
+        for name in {**expected, **recorded}:
+            if recorded.get(name) != expected.get(name):
+                remedy = "use the options of the finished runs, choose another --work-dir, or remove the file"
+                raise UserError(f"{path}: {name}: is {recorded.get(name)}, now {expected.get(name)}; {remedy}")
         return result
 
     def finished(self, setting: str) -> Runs:
@@ -260,8 +261,6 @@ def curve_charts(setting: str, runs: Runs) -> list[Chart]:
             groups.setdefault(match[1], {})[float(match[2])] = name
     charts = []
     for group, points in groups.items():
-        if len(points) < 3:
-            continue
         figure, ax = axes("eps (pixel range 0 to 1)", "accuracy (%)")
         for color, (arm, results) in zip(COLORS, runs.items(), strict=False):
             means = [statistics.mean(run.measures[name] for run in results.values()) for name in points.values()]

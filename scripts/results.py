@@ -20,11 +20,11 @@ from pathlib import Path
 
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
-from encourage_mt.evaluation.diagnostics import Analysis
+from encourage_mt.evaluation.diagnostics import analyse
 from encourage_mt.evaluation.results import HEADLINE, Result, Score, by_arm
 from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.evaluation.tuning import Tuning, mean_by_arm, tuning_table
-from encourage_mt.files import file_hash, read_record, write_record
+from encourage_mt.files import read_record, write_record
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
     arms_table,
@@ -59,7 +59,7 @@ def add(folder: Path, name: str | None) -> None:
     """Copy the runs and comparisons of a work directory to results/NAME, by default the name of their recipe.
 
     Raises UserError, and copies nothing, if there is no evaluated run, a run is of another recipe or outside the
-    project, or an analysis or a comparison is of other checkpoints than the scores.
+    project, or a model or a comparison is not of the present scores.
     """
     runs = [open_run(path.parent) for path in sorted(folder.glob("*/scores.json"))]
     if not runs:
@@ -90,13 +90,6 @@ def add(folder: Path, name: str | None) -> None:
 def read_result(run: Run) -> Result:
     """Return the scores of `run` with diagnostics and learning curve, and paths relative to the project's folder."""
     result = Result.read(run.folder)
-    path = run.folder / "analysis.json"
-    values = None
-    if path.exists():
-        analysis = read_record(path, Analysis)
-        if analysis.source["checkpoint_sha256"] != file_hash(run.folder / "average.pt"):
-            raise UserError(f"{path}: is of another average than the scores; make the report again")
-        values = diagnostic_values(analysis)
     tuning = None
     if (run.folder / "tuning.json").exists():
         tuned = read_record(run.folder / "tuning.json", Tuning)
@@ -111,7 +104,8 @@ def read_result(run: Run) -> Result:
                 f"{run.folder}: its command has paths outside the project; results must be of runs in runs/"
             )
         starts.append({**start, "command": command})
-    changes = {"diagnostics": values, "curve": learning_curve(read_log(run.log)), "tuning": tuning}
+    diagnostics = diagnostic_values(analyse(run))
+    changes = {"diagnostics": diagnostics, "curve": learning_curve(read_log(run.log)), "tuning": tuning}
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 
 

@@ -33,13 +33,13 @@ class _Failed(Exception):
         self.restart = restart
 
 
-def download(urls: list[str], path: Path, checksums: list[str]) -> None:
+def download(urls: list[str], path: Path, checksums: list[str], option: str = "--raw-dir") -> None:
     """Fetch a file with one of `checksums` from the first of `urls` that serves it and write it to `path`.
 
     A checksum is "sha256:...", "md5:..." or, weaker, "bytes:N". Without any, a file is accepted if the server says how
     long it is and it is not a web page. An unfinished download stays beside `path` as *.part; a later run resumes it if
-    there is a hash to check the result with. Raises UserError with the reason for each address if all
-    fail, or if another process downloads into the same folder.
+    there is a hash to check the result with. Raises UserError with the reason for each address if all fail, which
+    names the `option` for files that the user has, or if another process downloads into the same folder.
     """
     with locked(path.parent):
         parts = [path.with_name(f"{path.name}.{number}.part") for number in range(len(urls))]  # mirrors may differ
@@ -54,7 +54,7 @@ def download(urls: list[str], path: Path, checksums: list[str]) -> None:
             for unfinished in parts:
                 unfinished.unlink(missing_ok=True)
             return
-    raise UserError(f"{path.name}: cannot be downloaded ({'; '.join(reasons)}); if you have the file, use --raw-dir")
+    raise UserError(f"{path.name}: cannot be downloaded ({'; '.join(reasons)}); if you have the file, use {option}")
 
 
 def matches(path: Path, checksums: list[str]) -> bool:
@@ -72,7 +72,10 @@ def is_html(path: Path) -> bool:
         return bool(_HTML.match(file.read(HEAD)))
 
 
-_HTML = re.compile(rb"\xef?\xbb?\xbf?(?:\s|<!--.*?-->|<\?xml.*?\?>)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
+_HTML = re.compile(
+    rb"\xef?\xbb?\xbf?(?:\s|<!--(?:(?!-->).)*-->|<\?xml(?:(?!\?>).)*\?>)*<(?:!doctype\s+html|html|head|body)\b",
+    re.I | re.S,
+)
 
 
 def _fetch(url, part, checksums):
@@ -135,6 +138,8 @@ def _check_response(response, held, validator, has_checksum):
             raise _Failed("HTTP 206 with another part of the file than requested", restart=True)
         if validator and _validator(response) != validator:
             raise _Failed("the file changed during the download", restart=True)
+        if match[2] == "*" and not has_checksum:
+            raise _Failed("HTTP 206 that does not say how long the file is", restart=True)
         return held, int(match[2]) if match[2] != "*" else None
     if status != 200:
         raise _Refused(f"HTTP {status} {response.reason}")

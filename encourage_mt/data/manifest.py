@@ -14,6 +14,8 @@ from ..fields import SHA256, Count, Language, Name, Split
 from ..files import Record, read_record, write_record
 from .bitext import read_lines
 
+POSITIONS = 1024  # fairseq's default for Transformers: pieces and the end of the sentence
+
 
 class SourceFile(Record):
     """A file the data was made from: where it was, and its digest; `checked` says against which checksum."""
@@ -203,11 +205,13 @@ def find_warnings(expected, counts, dictionary, leakage, lengths) -> list[str]:
         if shared.pairs_in_train:
             warnings.append(f"{split}: {shared.pairs_in_train:,} of its pairs are in train too")
     for split, sides in lengths.items():
-        longest = max(side.longest for side in sides.values())
-        if longest > 1022:
-            remedy = "" if split == "train" else ", so scoring needs --engine ctranslate2"
+        source, target = (side.longest for side in sides.values())
+        if max(source, target) >= POSITIONS:
+            scoring = "needs --engine ctranslate2" if source < POSITIONS else "is not possible"
+            remedy = {"train": "", "valid": "; training needs a shorter one"}.get(split, f"; scoring {scoring}")
             warnings.append(
-                f"{split}: a sentence of {longest:,} pieces; fairseq's Transformers take up to 1,022{remedy}"
+                f"{split}: a sentence of {max(source, target):,} pieces; fairseq's Transformers take up to "
+                f"{POSITIONS - 1:,}{remedy}"
             )
     return warnings
 

@@ -6,6 +6,7 @@ Text is processed in chunks and kept on disk between the steps: memory does not 
 
 import errno
 import functools
+import re
 import shutil
 import unicodedata
 from array import array
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from ..atomic import atomic_folder
 from ..environment import DOWNLOADS, cores, versions
 from ..errors import UserError
-from ..files import file_hash
+from ..files import file_hash, read_json
 from ..processes import locked, program_path
 from ..recipe import Clean, Recipe
 from . import subwords
@@ -32,8 +33,9 @@ from .manifest import Lengths, PreparedData, count_repetitions, describe_dropped
 from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
-LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,022 subwords
+LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,023 subwords
 CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
+WORD_COUNTS = r"words\.(\d+\.)?json(\.tmp)?"  # by evaluation/words.py, also unfinished
 
 
 def prepare(
@@ -75,7 +77,9 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
             data = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{work_dir}: no space left on the disk; free some and run it again") from None
+            raise UserError(
+                f"{work_dir}: no space left on the disk, or on that of the downloads; free some and run it again"
+            ) from None
         raise
     return data.model_copy(update={"folder": final})
 
@@ -87,7 +91,7 @@ def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:
     data = PreparedData.open(final)
     options = recipe.preparation
     differing = sorted(name for name, value in options.items() if data.options.get(name) != value)
-    remedy = "choose another --work-dir, or --overwrite it"
+    remedy = "name the files as before, choose another --work-dir, or --overwrite it"
     if differing:
         raise UserError(f"{data.folder}: prepared with other options ({', '.join(differing)}); {remedy}")
     sources.choose()
@@ -104,9 +108,10 @@ def _check_ours(final: Path) -> None:
         raise UserError(f"{final}: is a link, which cannot be replaced; remove it, or choose another --work-dir")
     if final.exists():
         names = {path.name for path in final.iterdir()} - CONTENT
-        foreign = sorted(name for name in names if not name.startswith("words."))  # counts by evaluation/words.py
-        if foreign or not (final / "manifest.json").exists():
-            problem = f"it has {foreign[0]}" if foreign else "it has no manifest.json"
+        foreign = sorted(name for name in names if not re.fullmatch(WORD_COUNTS, name))
+        manifest = read_json(final / "manifest.json") if (final / "manifest.json").exists() else None
+        if foreign or not (isinstance(manifest, dict) and {"checksums", "options"} <= set(manifest)):
+            problem = f"it has {foreign[0]}" if foreign else "it has no manifest.json of a preparation"
             raise UserError(f"{final}: not made by `encourage-mt prepare` ({problem}); choose another --work-dir")
 
 
@@ -321,7 +326,8 @@ def hold_out(pairs: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[in
     if len(candidates) <= sum(sizes.values()):
         raise UserError(
             f"held_out: the recipe asks for {sum(sizes.values()):,} pairs, but only {len(candidates):,} of "
-            f"{len(order):,} have sentences that occur once, and some must be left to train on; ask for fewer"
+            f"{len(order):,} have sentences that occur once, and some must be left to train on; set data.held_out "
+            "to fewer in a copy of the recipe"
         )
     ordered = iter(candidates[np.argsort(order[candidates], kind="stable")].tolist())
     return {position: split for split, size in sizes.items() for position in islice(ordered, size)}

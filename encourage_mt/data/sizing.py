@@ -118,11 +118,11 @@ def describe(recipe: Recipe, chosen: dict[str, Any], pairs: int, gpus: int) -> s
     return f"for {pairs:,} pairs and {machine}: {', '.join(used)}"
 
 
-def describe_kept(path: Path, gpus: int) -> str:
-    """Return in one line that the recipe in `path` is used, with a warning if it was chosen for the other machine."""
+def describe_kept(path: Path, recipe: Path, gpus: int) -> str:
+    """Return in one line that `path` replaces `recipe`, with a warning if it was chosen for the other machine."""
     with open(path, encoding="utf-8", errors="replace") as file:
         first = file.readline().strip()
-    line = f"using {path} of an earlier command; delete it to choose the sizes again"
+    line = f"using {path} of an earlier command, not {recipe}; edit it, or delete it to choose the sizes again"
     ours, other = ("a GPU", "a CPU") if gpus else ("a CPU", "a GPU")
     if first != CHOSEN_FOR + other:
         return line

@@ -58,7 +58,7 @@ class Sources:
         paths: dict[str, Path] = {}
         members: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
-            archive, _, member = name.partition(":")
+            archive, _, member = (name, "", "") if self.find_local(name) else name.partition(":")
             if not member:
                 paths[name] = self._file(name)
             elif self.find_local(archive) is None and self.find_local(member) is not None:

@@ -57,11 +57,12 @@ def _with_flat_options(checkpoint, folder):
     from ..training.run_folder import flat_options
 
     state = load_checkpoint(checkpoint)
-    model, task = state["cfg"]["model"], state["cfg"]["task"]
-    if not isinstance(model, dict):
-        return checkpoint
-    options = {**task, **flat_options(model), "task": task["_name"], "arch": model["_name"]}
-    torch.save({**state, "cfg": {**state["cfg"], "model": Namespace(**options)}}, folder / checkpoint.name)
+    with as_user_error(f"{checkpoint}: cannot be converted"):
+        model, task = state["cfg"]["model"], state["cfg"]["task"]
+        if not isinstance(model, dict):
+            return checkpoint
+        options = {**task, **flat_options(model), "task": task["_name"], "arch": model["_name"]}
+        torch.save({**state, "cfg": {**state["cfg"], "model": Namespace(**options)}}, folder / checkpoint.name)
     return folder / checkpoint.name
 
 

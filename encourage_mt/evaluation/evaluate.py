@@ -14,7 +14,7 @@ from ..data.tokenization import detokenize
 from ..environment import Engine, describe_hardware, versions, visible_gpus
 from ..errors import UserError, as_user_error
 from ..files import atomic_write, file_hash
-from ..plugin.checkpoints import last_checkpoints, load_checkpoint
+from ..plugin.checkpoints import find_corruption, last_checkpoints, load_checkpoint
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
@@ -55,6 +55,7 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
     """
     with locked(run.folder):
         data = run.prepared()
+        scoring.metrics(data.target)  # raises an error now rather than after the translation
         paths = last_checkpoints(run.checkpoints, run.average)
         settings = Evaluation(
             average=run.average,
@@ -127,6 +128,8 @@ def is_unfinished(run: Run) -> bool:
 
 def is_scored_model(path: Path, result: Result) -> bool:
     """Return whether a checkpoint has the parameters that were scored; versions before 0.2 did not record them."""
+    if find_corruption(path):
+        return False
     return result.weights_sha256 in (None, digest(load_checkpoint(path)["model"]))
 
 
@@ -145,8 +148,8 @@ def as_json(settings: dict) -> dict:
 
 
 def hash_translations(folder: Path, data: PreparedData) -> dict[str, str]:
-    """Return {file name: sha256} of the detokenized translations that are in `folder`."""
-    paths = [folder / f"{split}.{data.target}" for split in data.subsets]
+    """Return {file name: sha256} of the translations, detokenized and tokenized, that are in `folder`."""
+    paths = [folder / f"{split}{kind}.{data.target}" for split in data.subsets for kind in ("", ".tok")]
     return {path.name: file_hash(path) for path in paths if path.is_file()}
 
 
@@ -166,8 +169,9 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
         with open(path, "rb") as lines:
             types = sum(1 for _ in lines) + 4  # fairseq adds <s>, <pad>, </s>, <unk>
         embedded = state["model"].get(f"{side}.embed_tokens.weight")
-        if embedded is not None and embedded.size(0) != types:
-            raise UserError(f"{path}: has {types} types, the model {embedded.size(0)}: it was trained on other data")
+        if embedded is not None and embedded.shape[:1] != (types,):
+            found = " x ".join(map(str, embedded.shape[:1])) or "none"
+            raise UserError(f"{path}: has {types} types, the model {found}: it was trained on other data")
 
 
 def write_translation(lines: list[str], data: PreparedData, split: str, output: Path) -> list[str]:

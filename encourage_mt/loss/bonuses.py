@@ -148,7 +148,10 @@ def check_bonus(options: LossOptions) -> None:
     p = torch.cat([torch.zeros(1), torch.logspace(-7, -2, 11), torch.linspace(0.02, 1.0, 50)]).double()
     rest = 1.0 - p
     with torch.no_grad():
-        value = bonus.value(p, rest, options)
+        try:
+            value = bonus.value(p, rest, options)
+        except Exception as error:  # a user's function may raise anything
+            raise ValueError(f"bonus {bonus.name}: its function raised {type(error).__name__}: {error}") from error
         if not isinstance(value, Tensor) or value.shape != p.shape or value.dtype != p.dtype:
             raise ValueError(f"bonus {bonus.name}: its function must return a tensor of the shape and type of p")
         if not value.isfinite().all() or value[0] != 0:

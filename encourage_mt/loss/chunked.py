@@ -40,6 +40,7 @@ def supports(options: LossOptions) -> bool:
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return what `reference.loss_terms` returns; only the loss term has a gradient."""
+    logits = logits if torch.is_grad_enabled() else logits.detach()  # otherwise the gradient would be computed
     return LossTerms(*_Chunked.apply(logits, target, options, ignored, reduce))  # type: ignore[no-untyped-call]
 
 

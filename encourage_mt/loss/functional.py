@@ -80,21 +80,29 @@ def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torc
     if backend not in BACKENDS:
         raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")
     check_bonus(options)
-    if backend != "auto" and (missing := _missing(backend, device)):
+    if backend != "auto" and (missing := missing_backend(backend, device)):
         raise ValueError(f"loss_backend {backend} cannot run here: {missing}; use auto")
-    passed_over = []
+    passed_over, is_slower = [], False
     for name in _candidates(backend, device, dtype):
-        if missing := _missing(name, device):
+        if missing := missing_backend(name, device):
             passed_over.append(f"{name}: {missing}")
+            is_slower = True
             continue
         if name == "triton":
             _modules[name] = importlib.import_module(".triton_kernels", __package__)
         if name == "reference" or _modules[name].supports(options):
-            level = logging.WARNING if name == "reference" != backend else logging.INFO
+            is_slower |= name == "reference" != backend
+            level = logging.WARNING if is_slower else logging.INFO
             logger.log(level, "loss backend: %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")
             return name
-        passed_over.append(f"{name}: it does not support {options}")
+        passed_over.append(f"{name}: it does not support {_changed(options)}")
     raise AssertionError("the reference backend computes every bonus")
+
+
+def _changed(options: LossOptions) -> str:
+    """Return the options that are not at their default, as NAME=VALUE."""
+    values = ((each, getattr(options, each.name)) for each in dataclasses.fields(options))
+    return ", ".join(f"{each.name}={value}" for each, value in values if value != each.default)
 
 
 def _candidates(backend: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -102,10 +110,14 @@ def _candidates(backend: str, device: str, dtype: torch.dtype) -> list[str]:
     if backend == "auto":
         fastest = {"cpu": ["native"], "cuda": ["triton"] if dtype != torch.float64 else []}.get(device, [])
         return [*fastest, "chunked", "reference"]
-    return [backend, *(["chunked"] if backend == "native" else []), *(["reference"] if backend != "reference" else [])]
+    return [
+        backend,
+        *(["chunked"] if backend in ("native", "triton") else []),
+        *(["reference"] if backend != "reference" else []),
+    ]
 
 
-def _missing(backend: str, device: str) -> str:
+def missing_backend(backend: str, device: str) -> str:
     """Return why `backend` cannot run on this machine, or "" if it can."""
     if backend == "native":
         return f"it needs a CPU, the logits are on {device}" if device != "cpu" else native.unavailable()

@@ -143,6 +143,8 @@ class CriterionOptions(_Checked):
         super().__post_init__()
         if self.rdrop_alpha and self.fuse_projection:
             raise ValueError("rdrop_alpha and fuse_projection exclude each other: R-Drop needs the logits; drop one")
+        if self.fuse_projection and self.loss_backend == "reference":
+            raise ValueError("fuse_projection does not work with loss_backend reference: drop --fuse-projection")
 
 
 OPTIONS = {

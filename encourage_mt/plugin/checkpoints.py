@@ -97,7 +97,9 @@ def refuse_code(path, state: Mapping[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     cfg: Any = state.get("cfg") or {}
-    cfg = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    with as_user_error(f"{path}: its options cannot be read"):
+        # resolved, because an interpolation may name code elsewhere in the file
+        cfg = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     for section in (cfg.get("model"), cfg.get("criterion"), state.get("args")):
         if name := find_call(section):
             raise UserError(f"{path}: its option {name} is code, which fairseq would run")
@@ -111,11 +113,15 @@ def find_call(options: Any, name: str = "") -> str:
         return next(filter(None, (find_call(value, str(key)) for key, value in options.items())), "")
     if isinstance(options, (list, tuple)):
         return next(filter(None, (find_call(value, name) for value in options)), "")
+    if isinstance(options, (bytes, bytearray, numpy.ndarray)):  # evaluated like text; no option of fairseq is one
+        return name
     if not isinstance(options, str) or name.endswith(PATHS):
         return ""
     try:
         tree = ast.parse(options.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # evaluating it fails too
+    except (RecursionError, MemoryError):  # evaluating it may succeed
+        return name
+    except (SyntaxError, ValueError):  # evaluating it fails too
         return ""
     return name if any(isinstance(node, ast.Call) for node in ast.walk(tree)) else ""
 
@@ -133,10 +139,14 @@ def load_checkpoint(path: Path) -> dict:
         torch.serialization.add_safe_globals(types_in_files())
         state = torch.load(path, map_location="cpu", weights_only=True)
         refuse_code(path, state)
-        sane = bool(state["model"]) and all(isinstance(value, torch.Tensor) for value in state["model"].values())
+        sane = bool(state["model"]) and all(map(is_plain_tensor, state["model"].values()))
     if not sane:
-        raise UserError(f"{path}: its model contains values that are not tensors; was it saved by fairseq-train?")
+        raise UserError(f"{path}: its model contains values that are not plain tensors; was it saved by fairseq-train?")
     return state
+
+
+def is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Path]:
@@ -149,7 +159,7 @@ def last_checkpoints(run_dir: Path, count: int, kind: str = "epoch") -> list[Pat
     paths = [path for path in reversed(saved_checkpoints(run_dir)) if re.fullmatch(PATTERNS[kind], path.name)]
     if len(paths) < count:
         raise UserError(
-            f"{run_dir}: has {len(paths)} {kind} checkpoints, {count} are needed; average fewer or train on"
+            f"{run_dir}: has {len(paths)} {kind} checkpoints, {count} are needed; average fewer, or train for longer"
         )
     return paths[-count:]
 

@@ -20,8 +20,8 @@ from fairseq.models import FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
-from ..loss.bonuses import registered_bonuses
-from ..loss.functional import loss_terms
+from ..loss.bonuses import check_bonus, registered_bonuses
+from ..loss.functional import loss_terms, missing_backend
 from ..loss.fused_projection import projected_loss_terms
 from ..loss.options import OPTIONS, BonusSchedule, CriterionOptions, LossOptions, check_option
 from ..loss.rdrop import rdrop_terms
@@ -104,6 +104,11 @@ def output_weight(model):
     return projection.weight
 
 
+def training_device(backend):
+    """Return the kind of device on which a training with this backend runs; a CPU training may see a GPU."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 @register_criterion("label_smoothed_encouraging_loss", dataclass=LabelSmoothedEncouragingLossConfig)
 class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
     """Train with the label-smoothed encouraging loss; log `bonus` beside loss, nll_loss and ppl.
@@ -129,6 +134,9 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             self.options = read_options(LossOptions, cfg)
             self.schedule = read_options(BonusSchedule, cfg)
             extra = read_options(CriterionOptions, cfg)
+            check_bonus(self.options)
+            if is_training and (missing := missing_backend(extra.loss_backend, training_device(extra.loss_backend))):
+                raise ValueError(f"loss_backend {extra.loss_backend} cannot run here: {missing}; use auto")
         except ValueError as error:  # values from a YAML file, and options that do not fit each other
             if not is_training:
                 raise

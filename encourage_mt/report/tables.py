@@ -76,7 +76,7 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
                 gain, seeds = gain_over(arms[baseline], group, split)
                 gains.append(f"{baseline}{seeds}: {gain.format_gain()}")
                 over_seeds.append(format_p(gain.p) or "-")
-                over_sentences.append(sentence_tests(tests[HEADLINE].sentence_p if tests else {}, gain))
+                over_sentences.append(sentence_tests(tests[HEADLINE].sentence_p if tests else {}, gain) or "-")
             cells = [arm, split, str(len(group)), *(format_mean(values) if values else "" for values in scores)]
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
     header = ["arm", "set", "seeds", *metrics, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
@@ -244,7 +244,9 @@ def criterion_line(result: Result) -> str:
 
 def describe_options(options: dict[str, Scalar]) -> str:
     """Return a criterion and its options in words, such as "cross entropy, label-smoothing 0.1"."""
-    words = (f"{name} " * (name != "criterion") + str(value).replace("_", " ") for name, value in options.items())
+    words = (
+        str(value).replace("_", " ") if name == "criterion" else f"{name} {value}" for name, value in options.items()
+    )
     return ", ".join(word.removesuffix(" True") for word in words)
 
 

@@ -4,6 +4,7 @@ Everything is kept in the run's folder, in robustness.json and robustness/, and 
 the search or the text has changed.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from ..data import subwords
 from ..data.bitext import read_lines
-from ..data.manifest import PreparedData, hash_text
+from ..data.manifest import POSITIONS, PreparedData, hash_text
 from ..errors import UserError, as_user_error
 from ..evaluation import scoring
 from ..evaluation.confidence import SCORES, encode, score_pairs, sentence_scores
@@ -29,6 +30,8 @@ from ..serving.export import exported
 from ..serving.translate import Translator
 from ..training.run_folder import Run
 from .perturbations import perturb, perturbations, shuffle_words
+
+logger = logging.getLogger(__name__)
 
 FOLDER, RECORD = "robustness", "robustness.json"
 CLEAN, SEGMENTATION = "clean", "other segmentation"
@@ -141,6 +144,11 @@ class Measurement:
             changed = share_changed(original, pieces)
             if name != CLEAN and not changed:
                 continue  # for example upper case where the data is lowercased
+            if max(map(len, pieces)) > max(
+                POSITIONS - 1, *map(len, original)
+            ):  # upper case may be split into characters
+                logger.warning("%s %s, %s: left out, a sentence is too long for the model", self.run.name, test, name)
+                continue
             lines = self._measure_noise(test, name, pieces, changed, references, clean, translation)
             if name == CLEAN:
                 clean, translation = dict(zip(pieces, lines, strict=True)), lines

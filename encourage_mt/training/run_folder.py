@@ -199,8 +199,8 @@ def open_run(folder: Path, **changes) -> Run:
     run = run.model_copy(update=changes)
     if not run.data.is_dir():
         raise UserError(
-            f"{folder}: its data {run.data} does not exist; move the prepared data there or to {folder.parent / 'data'}"
-            ", or name its folder with --data if the command has this option"
+            f"{folder}: its data {run.data} does not exist; move the prepared data there, or name its folder with "
+            "--data"
         )
     run.prepared()
     return run

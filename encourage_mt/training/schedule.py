@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..data.manifest import POSITIONS
 from ..environment import quiet_imports
 from ..errors import UserError, as_user_error
 from .launch import share_batch
@@ -20,7 +21,8 @@ def describe_schedules(runs: list[Run], processes: int) -> list[str]:
         if whole < epoch * run.average:
             raise UserError(
                 f"average: {run.average} epochs are averaged, but {run.arm} ends after {whole / epoch:.1f}; use --set "
-                f"max-update={epoch * run.average} or more, or a smaller --set average=N"
+                f"max-update={epoch * run.average} or more, or a smaller --set average=N (if the arm itself sets them, "
+                "change the arm)"
             )
         text = f"{epoch:,} updates per epoch, {whole:,} in all, {warmup:,} of them in warm-up"
         if 3 * warmup > whole:
@@ -63,6 +65,12 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
         raise UserError(
             f"max-tokens-valid: a validation sentence has {longest:,} pieces, but a batch holds only {valid_tokens:,} "
             f"tokens; use --set max-tokens-valid={longest}"
+        )
+    positions = min(int(run.options.get(f"max-{side}-positions", POSITIONS)) for side in ("source", "target"))
+    if longest > positions and str(run.options.get("arch", "")).startswith("transformer"):
+        raise UserError(
+            f"{data.folder}: a validation sentence has {longest - 1:,} pieces, but fairseq takes at most "
+            f"{positions - 1:,}; remove it from the text of valid"
         )
     order = np.lexsort((target, source))
     return len(data_utils.batch_by_size(order, None, lengths[order], max_tokens, batch_size))

@@ -13,18 +13,17 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import dropout
-from tqdm import tqdm
-
 try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.functional import dropout
     from torch_geometric.data import Batch, Data
     from torch_geometric.datasets import TUDataset
     from torch_geometric.loader import DataLoader
     from torch_geometric.nn import GCNConv, SAGPooling, global_max_pool, global_mean_pool
-except ImportError:
-    print("train_graphs.py: error: needs torch_geometric: pip install -e '.[recipes,classification]'", file=sys.stderr)
+    from tqdm import tqdm
+except ImportError as error:
+    print(f"train_graphs.py: error: {error}: pip install -e '.[recipes,classification]'", file=sys.stderr)
     sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
@@ -93,7 +92,10 @@ def load(name: str, raw: Path | None, work: Path) -> TUDataset:
         for path in paths:
             shutil.copy(path, target)
     with as_user_error(f"{raw / name if raw else root / name}: damaged; remove it, and get the data set again"):
-        graphs = TUDataset(str(root), name, force_reload=raw is not None)
+        try:
+            graphs = TUDataset(str(root), name, force_reload=raw is not None)
+        except OSError as error:  # does not name the data set
+            raise UserError(f"{name}: {error}{'' if raw else '; if you have its files, use --raw-dir'}") from None
         for graph in graphs:
             graph.validate()  # edges lead to nodes that have features
             graph.y.item()

@@ -28,35 +28,49 @@ DIGITS_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",)
 DIGITS, DIGITS_MD5 = "t10k-images-idx3-ubyte.gz", "md5:9fb629c4189551a2d022fa330f9573f3"
 
 
-def load(raw: Path | None, digits: Path | None) -> dict[str, Tensor]:
-    """Return the images [N, 28, 28] and labels [N] of train and test, and the images of digits, all uint8.
+def load(raw: Path | None) -> dict[str, Tensor]:
+    """Return the images [N, 28, 28] and labels [N] of train and test, all uint8.
 
-    raw: folder with the files of Fashion-MNIST; digits: file with the test images of MNIST. Without them they are
-    downloaded. Raises UserError if a file is missing or damaged.
+    raw: folder with the files of Fashion-MNIST; without it, they are downloaded. Raises UserError if a file is missing
+    or damaged.
     """
-    paths = [find(name, raw, URLS, md5, DOWNLOADS / "fashion_mnist") for name, md5 in MD5.items()]
-    paths.append(digits or find(DIGITS, None, DIGITS_URLS, DIGITS_MD5, DOWNLOADS / "mnist"))
     data = {}
-    for name, path in zip(("images", "labels", "test images", "test labels", "digits"), paths, strict=True):
-        values = data[name] = read(path)
-        shape = list(values.shape)
-        if "labels" in name:
-            images = data[name.replace("labels", "images")]
-            if shape != [len(images)] or values.max() >= CLASSES:
-                raise UserError(f"{path}: must have one label below {CLASSES} for each of {len(images):,} images")
-        elif shape[1:] != [SIZE, SIZE] or not shape[0] or values.dtype != torch.uint8:
-            raise UserError(f"{path}: must have images of {SIZE} x {SIZE} bytes, has the shape {shape}, {values.dtype}")
+    for (name, md5), part in zip(MD5.items(), ("images", "labels", "test images", "test labels"), strict=True):
+        path = find(name, raw, URLS, md5, DOWNLOADS / "fashion_mnist", "--raw-dir")
+        if "images" in part:
+            data[part] = read_images(path)
+            continue
+        labels, size = read(path), len(data[part.replace("labels", "images")])
+        if list(labels.shape) != [size] or labels.unique().tolist() != [*range(CLASSES)]:
+            raise UserError(f"{path}: must have one label below {CLASSES} for each of {size:,} images, and each label")
+        data[part] = labels
     return data
 
 
-def find(name: str, raw: Path | None, urls: tuple[str, ...], checksum: str, folder: Path) -> Path:
-    """Return the path of a file in `raw` or, without it, in `folder`, where it is downloaded to if it is missing."""
+def load_digits(path: Path | None) -> Tensor:
+    """Return the test images of MNIST [N, 28, 28] as uint8, from a file or downloaded. Raises UserError as `load`."""
+    return read_images(path or find(DIGITS, None, DIGITS_URLS, DIGITS_MD5, DOWNLOADS / "mnist", "--digits"))
+
+
+def find(name: str, raw: Path | None, urls: tuple[str, ...], checksum: str, folder: Path, option: str) -> Path:
+    """Return the path of a file in `raw` or, without it, in `folder`, where it is downloaded to if it is missing.
+
+    option: the one that names a file which the user has.
+    """
     path = (raw or folder) / name
     if raw and not path.exists():
-        raise UserError(f"{path}: no such file; name the folder that has it with --raw-dir")
+        raise UserError(f"{path}: no such file; name the folder that has it with {option}")
     if not path.exists():
-        download([url + name for url in urls], path, [checksum])
+        download([url + name for url in urls], path, [checksum], option)
     return path
+
+
+def read_images(path: Path) -> Tensor:
+    images = read(path)
+    shape = list(images.shape)
+    if shape[1:] != [SIZE, SIZE] or not shape[0] or images.dtype != torch.uint8:
+        raise UserError(f"{path}: must have images of {SIZE} x {SIZE} bytes, has the shape {shape}, {images.dtype}")
+    return images
 
 
 def read(path: Path) -> Tensor:
@@ -66,10 +80,10 @@ def read(path: Path) -> Tensor:
             return torch.from_numpy(np.load(path)["images"])
         content = gzip.decompress(path.read_bytes())
     except (EOFError, LookupError, TypeError, ValueError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a complete {path.suffix} file ({error})") from None
+        raise UserError(f"{path}: not a complete {path.suffix or '.gz'} file ({error})") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         raise UserError(f"{path}: not an IDX file of bytes")
-    shape = np.frombuffer(content, ">i4", content[3], 4)
+    shape = np.frombuffer(content, ">u4", content[3], 4)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
     if len(values) != shape.prod():
         raise UserError(f"{path}: has {len(values):,} values, its header says {shape.prod():,}; get the file again")

@@ -12,14 +12,18 @@ keeps all; without_class trains without class 9, whose test images are then unkn
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+try:
+    import torch
+    from torch import Tensor, nn
+    from tqdm import tqdm
+except ImportError as error:
+    print(f"train_images.py: error: {error}: pip install -e '.[recipes]'", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
 
 from experiment import Experiment, Options, parser  # noqa: E402
-from fashion_mnist import CLASSES, load  # noqa: E402
+from fashion_mnist import CLASSES, load, load_digits  # noqa: E402
 from measures import accuracy, inside, predict, under_attack, unknown_inputs  # noqa: E402
 
 from encourage_mt import EncouragingLoss  # noqa: E402
@@ -84,7 +88,8 @@ def fit(criterion: nn.Module, images: Tensor, labels: Tensor, seed: int, rate: f
     model = Net(int(labels.max()) + 1)
     optimizer = torch.optim.SGD(model.parameters(), rate, MOMENTUM, weight_decay=DECAY, nesterov=True)
     batches = max(1, len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * batches, pct_start=WARM_UP)
+    steps = max(6, epochs * batches)  # with 5, the rise would end at step 0, and torch divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=WARM_UP)
     losses = []
     for _ in tqdm(range(epochs), unit="epoch", leave=False):
         for batch in torch.randperm(len(images))[: batches * BATCH].chunk(batches):
@@ -126,14 +131,16 @@ def run(data: dict[str, Tensor], epochs: int, setting: str, options: Options, se
 
 def main() -> None:
     options = parser(__doc__, ARMS, SETTINGS, "runs/images")
-    text = "file of the test images of MNIST (default: download it)"
+    text = "file (.gz or .npz) of the test images of MNIST, for balanced (default: download it)"
     options.add_argument("--digits", type=Path, metavar="FILE", help=text)
     text = "number of epochs (default: %(default)s)"
     options.add_argument("--epochs", type=count, default=10, metavar="N", help=text)
     with exit_on_user_error("train_images.py"):
         arguments = options.parse_args()
         torch.set_num_threads(1)  # more threads are slower on images this small
-        data = {} if arguments.report_only else load(arguments.raw_dir, arguments.digits)
+        data = {} if arguments.report_only else load(arguments.raw_dir)
+        if data and "balanced" in arguments.settings:
+            data["digits"] = load_digits(arguments.digits)
 
         def train(*details):
             return run(data, arguments.epochs, *details)

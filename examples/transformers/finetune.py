@@ -21,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from encourage_mt.arguments import count, index, positive_number
 from encourage_mt.errors import UserError, exit_on_user_error
 from encourage_mt.integrations.transformers import EncouragingLossForTrainer
 
@@ -75,14 +76,14 @@ def main():
     text = "probability above which the log bonus continues linearly, along its tangent (default: 0.5)"
     parser.add_argument("--log-end", type=float, default=0.5, help=text)
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="epsilon of label smoothing (default: 0.1)")
-    parser.add_argument("--epochs", type=float, default=3, help="number of epochs (default: 3)")
-    parser.add_argument("--lr", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sentences per batch and device (default: 16)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per update (default: 1)")
+    parser.add_argument("--epochs", type=positive_number, default=3, help="number of epochs (default: 3)")
+    parser.add_argument("--lr", type=positive_number, default=5e-5, help="peak learning rate (default: 5e-5)")
+    parser.add_argument("--batch-size", type=count, default=16, help="sentences per batch and device (default: 16)")
+    parser.add_argument("--accumulate", type=count, default=1, help="batches per update (default: 1)")
     text = "maximum number of tokens per sentence (default: 256)"
-    parser.add_argument("--max-length", type=int, default=256, help=text)
-    parser.add_argument("--beam", type=int, default=5, help="beam size (default: 5)")
-    parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
+    parser.add_argument("--max-length", type=count, default=256, help=text)
+    parser.add_argument("--beam", type=count, default=5, help="beam size (default: 5)")
+    parser.add_argument("--seed", type=index, default=1, help="random seed (default: 1)")
     args = parser.parse_args()
     try:
         loss = EncouragingLossForTrainer(bonus=args.bonus, log_end=args.log_end, label_smoothing=args.label_smoothing)

@@ -107,6 +107,9 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
     write_json(path, {**record, "loss": {"log_end": 0.75}})
     code, _, errors = run(*options)
     assert code == 2 and "el_050.seed1.json: log_end: is 0.75, now 0.5" in errors.strip().splitlines()[-1]
+    write_json(path, {**record, "loss": {**record["loss"], "label_smoothing": 0.1}})
+    code, _, errors = run(*options)
+    assert code == 2 and "label_smoothing: is 0.1, now None" in errors.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -153,6 +156,11 @@ def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
     assert f"{labels}: not a complete" in refused(folder=tmp_path)
     labels.write_bytes(gzip.compress(gzip.decompress((raw / labels.name).read_bytes())[:-1]))
     assert f"{labels}: has 599 values, its header says 600" in refused(folder=tmp_path)
+    write_idx(labels, np.arange(600).astype(np.uint8) % 9)  # without class 9
+    assert f"{labels}: must have one label below 10 for each of 600 images, and each label" in refused(folder=tmp_path)
+    write_idx(labels, np.arange(600).astype(np.uint8))
+    labels.write_bytes(gzip.compress(bytes([0, 0, 8, 2, *b"\xff" * 4, 0, 0, 0, 28]) + bytes(28)))
+    assert f"{labels}: has 28 values, its header says" in refused(folder=tmp_path)
     labels.write_bytes((raw / "t10k-labels-idx1-ubyte.gz").read_bytes())
     assert f"{labels}: must have one label below 10 for each of 600 images" in refused(folder=tmp_path)
     labels.write_bytes((raw / labels.name).read_bytes())
@@ -168,8 +176,22 @@ def test_bad_input_is_refused_in_one_line(run, raw, tmp_path):
         assert problem in refused(folder=tmp_path)
 
 
+def test_digits_are_read_only_where_they_are_measured(run, tmp_path):
+    options = ("--work-dir", tmp_path, "--arms", "ce", "--seeds", 1, "--digits", tmp_path / "none.npz", "--settings")
+    assert run(*options, "long_tail_10")[0] == 0
+    code, _, errors = run(*options, "balanced")
+    assert code == 2 and "none.npz" in errors
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 5, 6])
+def test_a_training_of_a_few_steps_ends(epochs, images, raw):
+    data = images.load(raw)
+    losses = images.fit(EncouragingLoss(), data["images"][:100], data["labels"][:100].long(), 1, 0.05, epochs)[1]
+    assert len(losses) == epochs
+
+
 def test_without_bonus_all_steps_equal_those_of_torch(images, raw):
-    data = images.load(raw, raw / "digits.npz")
+    data = images.load(raw)
     losses = {}
     for smoothing in (0.0, 0.1):
         criteria = (

@@ -13,7 +13,7 @@ from fairseq.logging import metrics
 from fairseq.models.transformer import TransformerModel, base_architecture
 from loss_cases import each_backend
 
-from encourage_mt.loss import bonuses
+from encourage_mt.loss import bonuses, native
 from encourage_mt.loss.options import OPTIONS
 from encourage_mt.plugin.criterion import LabelSmoothedEncouragingLossConfig, LabelSmoothedEncouragingLossCriterion
 
@@ -195,6 +195,31 @@ def test_options_that_exclude_each_other_end_a_training(task, monkeypatch, caplo
     with pytest.raises(SystemExit) as end:
         make_criterion(task, rdrop_alpha=1.0, fuse_projection=True)
     assert end.value.code == 2 and "rdrop_alpha" in caplog.text and "fuse_projection" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"fuse_projection": True, "loss_backend": "reference"}, "drop --fuse-projection"),
+        ({"loss_backend": "native"}, "loss_backend native cannot run here: nothing was compiled; use auto"),
+        ({"bonus": "broken_bonus:shifted"}, "bonus broken_bonus:shifted: b(p) must be finite for p from 0 to 1, and 0"),
+        ({"bonus": "broken_bonus:two"}, "bonus broken_bonus:two: its function raised TypeError"),
+    ],
+)
+def test_what_cannot_work_ends_a_training_before_the_first_batch(
+    options, expected, task, tmp_path, monkeypatch, caplog
+):
+    code = (
+        "def shifted(p, one_minus_p, options):\n    return one_minus_p.log1p()\ndef two(p, options):\n    return -p\n"
+    )
+    (tmp_path / "broken_bonus.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bonuses, "_registry", dict(bonuses._registry))
+    monkeypatch.setattr(native, "unavailable", lambda: "nothing was compiled")
+    monkeypatch.setitem(sys.modules, "fairseq_cli.train", sys)
+    with pytest.raises(SystemExit, match="2"):
+        make_criterion(task, **options)
+    assert expected in caplog.text
 
 
 def test_a_checkpoint_does_not_choose_what_is_imported(task, tmp_path, monkeypatch):

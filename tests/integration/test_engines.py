@@ -65,10 +65,13 @@ def test_a_damaged_model_or_checkpoint_is_refused_in_one_line(model, work, tmp_p
     (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(UserError, match="half.pt"):
         converted_model.convert_checkpoint(tmp_path / "half.pt", data, tmp_path / "new", tmp_path / "log")
+    torch.save({"model": torch.load(checkpoint, weights_only=False)["model"]}, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="bare.pt: cannot be converted"):
+        converted_model.convert_checkpoint(tmp_path / "bare.pt", data, tmp_path / "new", tmp_path / "log")
     elsewhere = data.model_copy(update={"folder": tmp_path})
     with pytest.raises(UserError, match=f"ct2-fairseq-converter failed .*log: {tmp_path}/log"):
         converted_model.convert_checkpoint(checkpoint, elsewhere, tmp_path / "new", tmp_path / "log")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "half.pt", "log"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "half.pt", "bare.pt", "log"}
 
 
 def test_the_options_of_a_checkpoint_of_fairseq_hydra_train_are_flattened(work, tmp_path):

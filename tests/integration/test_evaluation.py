@@ -16,7 +16,7 @@ from encourage_mt.environment import USER_DIR
 from encourage_mt.evaluation import evaluate, scoring
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
-from encourage_mt.plugin.checkpoints import load_checkpoint
+from encourage_mt.plugin.checkpoints import find_corruption, load_checkpoint
 from encourage_mt.training.run_folder import open_run, read_log
 
 RUNS = ("ce.seed1", "el.seed1", "ce.seed2", "el.seed2")
@@ -283,6 +283,15 @@ def test_a_score_that_is_not_a_number_leaves_earlier_scores_as_they_are(copy, tr
     before = content(copy)
     assert "chrF2++ is not a number" in refused(capsys, "evaluate", copy, "--beam", 1)
     assert content(copy) == before
+
+
+def test_a_damaged_average_is_made_again(copy, translated, capsys):
+    translated(lambda lines: lines)
+    whole = (copy / "average.pt").stat().st_size
+    os.truncate(copy / "average.pt", whole // 2)
+    main(["evaluate", str(copy)])
+    assert "scored already" not in capsys.readouterr().out
+    assert find_corruption(copy / "average.pt") is None
 
 
 def test_comet_gets_sources_translations_and_references(copy, translated, monkeypatch, tmp_path):

@@ -91,6 +91,18 @@ def test_beam_and_several_translations(model, tiny):
     assert all(len({h.text for h in hypotheses}) > 1 for hypotheses in several)
 
 
+def test_data_that_was_moved_is_named(evaluated, model, converted, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    data = open_run(evaluated).data
+    os.rename(data, data.with_name("moved"))
+    try:
+        assert "name its folder with --data" in refused(capsys, "export", tmp_path / "run", "--output", tmp_path / "x")
+        main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "x"), "--data", str(data.with_name("moved"))])
+    finally:
+        os.rename(data.with_name("moved"), data)
+    assert Model.open(tmp_path / "x").source == "de"
+
+
 def test_an_evaluated_run_is_exported_once(evaluated, model, converted, tiny, monkeypatch, capsys):
     """An export of another type that somebody put there does not count."""
     int8 = Model.open(model).model_copy(update={"folder": evaluated / "export", "quantization": "int8"})

@@ -162,13 +162,21 @@ def test_data_of_other_options_is_kept_unless_overwritten(prepared, tmp_path, ca
     assert PreparedData.open(work / "data").checksum != checksum
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
-def test_files_of_others_are_never_deleted(name, prepared, capsys):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("notes.txt", "mine"),
+        ("words.txt", "mine"),
+        ("manifest.json", '{"name": "of a web page"}'),
+        ("manifest.json", None),
+    ],
+)
+def test_files_of_others_are_never_deleted(name, content, prepared, capsys):
     work, recipe = prepared
-    if name == "manifest.json":
+    if content is None:
         (work / "data" / name).unlink()  # a folder that happens to be called data
     else:
-        write(work / "data" / name, "mine")
+        write(work / "data" / name, content)
     before = snapshot(work)
     line = refused(capsys, "prepare", recipe, "--work-dir", work, "--overwrite")
     assert str(work / "data") in line and name in line

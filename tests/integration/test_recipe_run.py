@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY, refused, write_recipe
 
 from encourage_mt.errors import UserError
+from encourage_mt.evaluation import scoring
 from encourage_mt.training.run_folder import open_run, read_log
 from encourage_mt.training.schedule import describe_schedules, schedule
 from encourage_mt.training.train import make_run
@@ -41,6 +42,21 @@ def test_a_work_directory_of_other_options_is_refused_and_unchanged(changes, opt
     assert {path: path.stat().st_mtime_ns for path in work.folder.rglob("*.*")} == before
 
 
+def test_what_would_fail_after_the_trainings_fails_before(tmp_path, capsys, monkeypatch):
+    command = ("run", write_recipe(tmp_path), "--work-dir", tmp_path / "work")
+    folder = tmp_path / "work" / "report-ce-el"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    assert str(folder) in refused(capsys, *command)
+
+    def missing(language):
+        raise UserError(f"BLEU for {language} needs a tokenizer")
+
+    monkeypatch.setattr(scoring, "metrics", missing)
+    assert "needs a tokenizer" in refused(capsys, *command)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["report-ce-el"]
+
+
 def test_the_updates_announced_are_those_of_the_training(work):
     run = open_run(work.folder / "el.seed1")
     epoch, whole, warmup = schedule(run, 1)
@@ -62,6 +78,9 @@ def test_a_validation_sentence_that_is_longer_than_a_batch_is_refused_before_tra
     assert schedule(fits, 1) == schedule(run, 1)
     with pytest.raises(UserError, match=f"--set max-tokens-valid={longest}"):
         schedule(exceeds, 1)
+    short = run.model_copy(update={"options": {**run.options, "max-source-positions": longest - 1}})
+    with pytest.raises(UserError, match=f"a validation sentence has {longest - 1} pieces, .* at most {longest - 2}"):
+        schedule(short, 1)
 
 
 @pytest.mark.parametrize("warmup, warns", [(6, False), (7, True)])

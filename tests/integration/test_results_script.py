@@ -154,7 +154,7 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     write_json(scores, content)
     assert "not of the present scores of ce.seed1" in project.run("--add", folder)
     shutil.copy(folder / "el.seed1" / "average.pt", folder / "ce.seed1")
-    assert "of another average" in project.run("--add", folder)
+    assert "not the model that was scored" in project.run("--add", folder)
     shutil.copy(work.folder / "ce.seed1" / "average.pt", folder / "ce.seed1")
     record = read_json(folder / "ce.seed1" / "tuning.json")
     write_json(folder / "ce.seed1" / "tuning.json", {**record, "checkpoints_sha256": {}})

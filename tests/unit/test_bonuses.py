@@ -150,7 +150,7 @@ def test_a_bonus_is_found_where_the_command_was_started(user_file, tmp_path, mon
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("square", "log, power, cosine or MODULE:NAME"),
+        ("no_such", "or MODULE:NAME, got no_such"),
         ("my_bonus:", "MODULE:NAME"),
         ("../my_bonus:square", "MODULE:NAME"),
         ("no_bonus:square", "no module no_bonus in the current directory or on PYTHONPATH"),

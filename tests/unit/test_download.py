@@ -165,6 +165,25 @@ def test_file_truncated_between_attempts_is_downloaded_again(server, tmp_path, m
     assert (tmp_path / "a.tgz").read_bytes() == CHANGED[:-60_000]
 
 
+@pytest.mark.parametrize(
+    "checksums, asked", [([], [None, "bytes=452000-", None]), ([CHECKSUM], [None, "bytes=452000-"])]
+)
+def test_a_rest_of_unknown_length_is_not_taken_for_the_end_without_a_hash(checksums, asked, server, tmp_path):
+    server.faults["/a.tgz"] = [-60_000, {"Content-Range": "bytes 452000-511999/*"}]
+    download([f"{server.url}/a.tgz"], tmp_path / "a.tgz", checksums)
+    assert (tmp_path / "a.tgz").read_bytes() == CONTENT
+    assert [range for _, range in server.requests] == asked
+
+
+def test_a_file_of_comments_is_not_searched_for_ever(tmp_path):
+    """A pattern that backtracks would take a day for 40 comments."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"<!---->" * 40 + b"x")
+    assert not downloads.is_html(path)
+    path.write_bytes(b"<!---->" * 40 + b"<html>")
+    assert downloads.is_html(path)
+
+
 def test_weak_etag_does_not_identify_a_version(server, tmp_path):
     server.etag = 'W/"1"'
     server.faults["/a.tgz"] = [-60_000]

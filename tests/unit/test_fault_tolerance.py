@@ -6,9 +6,11 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from omegaconf import OmegaConf
 
 from encourage_mt.errors import UserError
 from encourage_mt.plugin import checkpoints, fault_tolerance
@@ -49,6 +51,36 @@ def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_intact_on
     kept = harm is not Path.unlink
     assert ("checkpoint_last.pt is damaged" in caplog.text) == kept
     assert (tmp_path / "checkpoint_last.pt.damaged").exists() == kept
+
+
+CALL = "__import__('os').getpid()"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder_layers": CALL},
+        {"encoder_layers": [("64", CALL)]},
+        {"encoder_layers": CALL.encode()},
+        {"encoder_layers": bytearray(CALL, "ascii")},
+        {"encoder_layers": numpy.array(CALL)},
+        {"encoder_layers": "-" * 100_000 + CALL},  # too deep to parse here, perhaps not where it is evaluated
+        OmegaConf.create({"model": {"encoder_layers": "${dataset.x}"}, "dataset": {"x": CALL}}),
+    ],
+    ids=["text", "list", "bytes", "bytearray", "array", "deep", "interpolation"],
+)
+def test_an_option_that_is_code_is_refused_in_any_form(options):
+    state = {"cfg": options} if OmegaConf.is_config(options) else {"cfg": {"model": options}}
+    with pytest.raises(UserError, match="its option encoder_layers is code"):
+        checkpoints.refuse_code("x.pt", state)
+    checkpoints.refuse_code("x.pt", {"cfg": {"model": {"encoder_layers": "[(512, 3)] * 20", "data": CALL}}})
+
+
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), 1.0])
+def test_a_model_of_anything_but_plain_tensors_is_refused(value, tmp_path):
+    torch.save({"model": {"w": value}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: .*(plain tensors|loaded safely)"):
+        checkpoints.load_checkpoint(tmp_path / "x.pt")
 
 
 def test_without_an_intact_checkpoint_training_does_not_start_over_silently(tmp_path, caplog):

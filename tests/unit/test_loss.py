@@ -25,7 +25,7 @@ from loss_cases import (
     terms_and_gradient,
 )
 
-from encourage_mt.loss import reference
+from encourage_mt.loss import chunked, functional, reference
 from encourage_mt.loss.bonuses import LOG_BONUS_FLOOR
 from encourage_mt.loss.functional import loss_terms
 from encourage_mt.loss.options import LossOptions
@@ -236,6 +236,30 @@ def test_fast_options_warn_of_nothing(bonus, caplog):
     logits, target = random_batch(2, 9)
     loss_terms(logits, target, options_of(bonus, 0.123))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_auto_warns_once_if_the_compiled_code_is_missing(caplog, monkeypatch):
+    monkeypatch.setattr(functional.native, "unavailable", lambda: "nothing was compiled")
+    functional._checked_choice.cache_clear()
+    for _ in range(2):
+        loss_terms(*random_batch(2, 9), LossOptions())
+    functional._checked_choice.cache_clear()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "chunked (native: nothing was compiled)" in record.getMessage()
+
+
+def test_an_explicit_gpu_backend_falls_back_to_chunked_first():
+    assert functional._candidates("triton", "cuda", torch.float32) == ["triton", "chunked", "reference"]
+
+
+def test_chunked_computes_no_gradient_that_nobody_asked_for(monkeypatch):
+    logits, target = random_batch(6, 9)
+    logits.requires_grad_()
+    monkeypatch.setattr(chunked, "_new_gradient", None)
+    with torch.no_grad():
+        loss_terms(logits, target, LossOptions(), backend="chunked")
+    with pytest.raises(TypeError):
+        loss_terms(logits, target, LossOptions(), backend="chunked")
 
 
 def test_auto_takes_a_fast_backend():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import sample_data
 
-from encourage_mt.data.manifest import PreparedData
+from encourage_mt.data.manifest import Lengths, PreparedData, find_warnings
 from encourage_mt.errors import UserError
 
 SHARED = {"sources_in_train": 0, "targets_in_train": 1, "pairs_in_train": 0}
@@ -73,6 +74,22 @@ def test_both_formats_are_read(content, tmp_path):
     data.write()
     assert json.loads((tmp_path / "manifest.json").read_text())["subsets"] == {"valid": "valid", "tst": "test"}
     assert PreparedData.open(tmp_path) == data
+
+
+@pytest.mark.parametrize(
+    "split, source, target, expected",
+    [
+        ("train", 1024, 5, ["train: a sentence of 1,024 pieces; fairseq's Transformers take up to 1,023"]),
+        ("valid", 5, 1024, ["valid: a sentence of 1,024 pieces; .* up to 1,023; training needs a shorter one"]),
+        ("test", 1023, 1024, ["test: .*; scoring needs --engine ctranslate2"]),
+        ("test", 1024, 5, ["test: .*; scoring is not possible"]),
+        ("test", 1023, 1023, []),
+    ],
+)
+def test_sentences_that_are_too_long_are_announced(split, source, target, expected):
+    lengths = {split: {side: Lengths(mean=1.0, longest=n) for side, n in (("de", source), ("en", target))}}
+    found = find_warnings({}, {}, {}, {}, lengths)
+    assert len(found) == len(expected) and all(map(re.fullmatch, expected, found))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def refusal(path, **options):
     "key, changes",
     [
         ("colour: ", {"colour": "red"}),
+        ("arms.el: ", {"arms": {"ce": CE, "el": {**EL, "bonus-schedule": "linear"}}}),  # without its updates
+        ("arms.el: ", {"arms": {"ce": CE, "el": {**EL, "rdrop-alpha": 5, "fuse-projection": True}}}),
         ("name: ", {"name": "../x"}),
         ("name: ", {"name": 7}),
         ("source: ", {"source": False}),
@@ -215,7 +217,7 @@ def test_arms_of_the_bundled_recipes_differ_in_at_most_one_training_option_and_r
         ({"source": "de"}, "--bitext"),
         ({"bitext": ["corpus.tsv"]}, "--source"),
         ({"bitext": ["corpus.tsv"], "source": "de"}, "--target"),
-        ({"bitext": ["a.de", "b.de"]}, "target: "),
+        ({"bitext": ["a.de", "b.de"]}, "both languages are de; name them with --source and --target"),
         ({"bitext": ["a.de", "b.en", "c.en"]}, "--bitext"),
         ({"bitext": ["a.pt-br", "b.en"]}, "source: "),
     ],

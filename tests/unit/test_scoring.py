@@ -4,13 +4,14 @@ import json
 import math
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from conftest import run
 from sacrebleu.metrics import BLEU
 
 from encourage_mt.errors import UserError
-from encourage_mt.evaluation import scoring
+from encourage_mt.evaluation import evaluate, scoring
 
 REFERENCES = [
     "The red house, near Berlin's old station, burned for 3,5 hours.",
@@ -136,6 +137,16 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch):
     monkeypatch.setattr(scoring, "BLEU", Broken)
     with pytest.raises(UserError, match="BLEU is not a number"):
         scoring.tokenized_bleu(["a b"], ["a b"])
+
+
+def test_tokenized_translations_count_as_translations(tmp_path):
+    data = SimpleNamespace(subsets={"test": "test"}, target="en")
+    for name in ("test.en", "test.tok.en"):
+        (tmp_path / name).write_text("a\n", encoding="utf-8")
+    before = evaluate.hash_translations(tmp_path, data)
+    (tmp_path / "test.tok.en").write_text("b\n", encoding="utf-8")
+    after = evaluate.hash_translations(tmp_path, data)
+    assert set(before) == {"test.en", "test.tok.en"} and before["test.en"] == after["test.en"] and before != after
 
 
 # --- COMET

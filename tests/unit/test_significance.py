@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from samples import corrupt, draw_references
 from scipy import stats
@@ -201,6 +202,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(significance, "PairedTest", functools.partial(PairedTest, n_samples=199))
 
 
+def test_two_metrics_of_one_kind_are_both_tested(quick, monkeypatch):
+    """A table of sacreBLEU has one column for both."""
+    kinds = {"sacreBLEU": BLEU(), "BLEU of characters": BLEU(tokenize="char")}
+    monkeypatch.setattr(significance.scoring, "metrics", lambda *_: kinds)
+    references = draw_references(np.random.default_rng(5), 20)
+    tested = paired_tests(references, [line[::-1] for line in references], references, "en", False)
+    assert list(tested) == list(kinds) and len({second for _, second, _ in tested.values()}) == 2
+
+
 def test_translations_that_hardly_differ_are_not_significant(quick):
     rng = np.random.default_rng(4)
     references = draw_references(rng, 20)
@@ -241,6 +251,12 @@ def test_the_correction_names_the_comparisons_without_p_over_seeds():
     text = significance.describe_correction([tested, other, other])
     assert "corrected for all 3 (Holm 1979), those over seeds for the 1 that have one;" in text
     assert "that have one" not in significance.describe_correction([tested]) + significance.describe_correction([other])
+
+
+def test_more_comparisons_than_the_bootstrap_can_show_are_announced():
+    one = MetricComparison("a", {1: 1.0}, {1: 2.0}, bootstrap_p=0.5)
+    assert "choose fewer" not in significance.describe_correction([one] * 250)
+    assert "none over sentences can be below 0.050: choose fewer" in significance.describe_correction([one] * 251)
 
 
 def test_holm_corrects_for_the_number_of_tests():

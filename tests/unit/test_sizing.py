@@ -1,9 +1,13 @@
 """Test the sizes that are chosen for own text of any number of pairs, and that the choice can be edited."""
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
+from encourage_mt.arguments import parse_arguments
+from encourage_mt.cli import open_recipe
+from encourage_mt.data import sizing
 from encourage_mt.data.sizing import (
     CPU,
     KEPT,
@@ -89,10 +93,29 @@ def test_a_chosen_recipe_is_kept_and_used_as_it_was_edited(tmp_path):
 @pytest.mark.parametrize("before, now, warns", [(0, 0, False), (1, 2, False), (0, 1, True), (2, 0, True)])
 def test_a_recipe_that_was_chosen_for_another_machine_is_announced(before, now, warns, tmp_path):
     keep(own(choose(8000, before)).filled, tmp_path, before)
-    line = describe_kept(tmp_path / KEPT, now)
-    assert str(tmp_path / KEPT) in line and ("WARNING" in line) == ("--overwrite" in line) == warns
+    line = describe_kept(tmp_path / KEPT, OWN, now)
+    assert (
+        str(tmp_path / KEPT) in line
+        and f"not {OWN}" in line
+        and ("WARNING" in line) == ("--overwrite" in line) == warns
+    )
     (tmp_path / KEPT).write_text("name: own\n", encoding="utf-8")
-    assert "WARNING" not in describe_kept(tmp_path / KEPT, now), "edited"
+    assert "WARNING" not in describe_kept(tmp_path / KEPT, OWN, now), "edited"
+
+
+@pytest.mark.parametrize("gpus, width", [(1, 512), (2, 1024)])
+def test_prepare_chooses_for_the_gpus_of_the_training(gpus, width, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sizing, "count_pairs", lambda *_: 5_000_000)
+    monkeypatch.setattr(sizing, "count_characters", lambda *_: 100)
+    files = [str(tmp_path / name) for name in ("a.de", "a.en")]
+    words = ["prepare", str(OWN), "--bitext", *files, "--work-dir", str(tmp_path), "--gpus", str(gpus)]
+    recipe, _ = open_recipe(parse_arguments(words))
+    assert recipe.train["encoder-embed-dim"] == width
+
+
+def test_the_modern_form_may_have_fewer_pieces_than_asked():
+    assert own(choose(8000, 0)).modern().subword.options["hard_vocab_limit"] is False
 
 
 def test_what_a_recipe_says_itself_is_not_chosen(tmp_path):

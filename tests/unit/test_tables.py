@@ -95,7 +95,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
         "0.074",
         "seed 1, 2: 0.400, 0.020",
     ]
-    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce: -2.00", "-", ""]
+    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce: -2.00", "-", "-"]
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
@@ -115,6 +115,8 @@ def test_the_title_of_a_report_names_the_options_in_which_the_arms_differ():
     other = sample_result(options={"criterion": "encouraging_loss", "label-smoothing": 0.1})
     assert name_sides({"a": weak, "c": other}) == "c (encouraging loss) against a (label smoothed cross entropy, x)"
     assert name_sides({"a": weak, "d": weak}) == "d against a"
+    own = sample_result(options={**weak.options, "bonus": "my_bonus:square"})
+    assert name_sides({"a": weak, "e": own}) == "e (bonus my_bonus:square) against a"
 
 
 def test_each_comparison_gives_a_gain_and_names_its_seeds_if_not_all_are_used(results, comparison):
@@ -136,7 +138,7 @@ def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
     others = [result.model_copy(update={"seed": result.seed + 10}) for result in results[3:6]]
     row = rows_of(arms_table(results[:3] + others, []))[4]
     welch = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
-    assert row[4:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", ""] and welch.test.startswith("Welch")
+    assert row[4:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", "-"] and welch.test.startswith("Welch")
 
 
 def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
