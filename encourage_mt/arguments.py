@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_translate(command: argparse.ArgumentParser) -> None:
     """Add the options of `encourage-mt translate`."""
-    text = "folder of an export, or of an evaluated run, which is exported"
+    text = "folder of an export, or of an evaluated run, which is exported (--data is for a run only)"
     command.add_argument("model", type=Path, metavar="MODEL|RUN", help=text)
     add_data_option(command)
     command.add_argument("--beam", type=count, metavar="N", help="beam size (default: that of the evaluation)")

@@ -313,7 +313,7 @@ def _insert_bitext(content: dict, source: str | None, target: str | None, bitext
         if not language:
             raise UserError(f"{option}: is missing, and the file has no suffix that names its language, such as .de")
     if source == target:
-        raise UserError(f"--bitext: both languages are {source}; name them with --source and --target")
+        raise UserError(f"--bitext: both languages are {source}; name two with --source and --target")
     content.update(source=source, target=target)
     if "name" in content:
         content["name"] = f"{content['name']}_{source}_{target}"

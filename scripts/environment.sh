@@ -17,7 +17,10 @@ check_python() { # of "$1", before anything is made
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     case $version in
         3.10 | 3.11 | 3.12 | 3.13) ;;
-        *) fail "Python $version is not supported; name one from 3.10 to 3.13: PYTHON=python3.11 bash $0" ;;
+        *)
+            [ "$1" = "$VENV/bin/python" ] && fail "$VENV has Python $version, which is not supported; remove it"
+            fail "Python $version is not supported; name one from 3.10 to 3.13: PYTHON=python3.11 bash $0"
+            ;;
     esac
     "$1" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "Python's venv module is missing; install it (Debian: apt-get install python3-venv)"
@@ -36,13 +39,15 @@ ensure_environment() {
         "${PYTHON:-python3}" -m venv "$VENV"
     else
         check_python "$VENV/bin/python"
+        "$VENV/bin/pip" --version >/dev/null 2>&1 || fail "the programs in $VENV do not start; was it moved? Remove it"
     fi
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
     echo "Installing into $VENV, only this time. If fairseq must be built from source, this takes about 5 minutes."
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
         # stock fairseq 0.12.2 builds in isolation only, and needs a pip that accepts the metadata of omegaconf 2.0
-        "${pip[@]}" 'pip<24.1'
+        "${pip[@]}" 'pip<24.1' setuptools wheel
         "${pip[@]}" -e "$root[${EXTRAS/transformers,/}]" # transformers is not tested there; its tests skip
+        "${pip[@]}" --no-build-isolation --no-deps -e "$root" # again, with torch: compiles the loss
     else
         # an isolated build of fairseq would fetch a second torch
         "${pip[@]}" torch numpy cython setuptools wheel ninja

@@ -2,7 +2,8 @@
 
     python scripts/results.py                  write the tables
     python scripts/results.py --add FOLDER     first copy the results of `encourage-mt run` in FOLDER: scores,
-                                               diagnostics, learning curves, tuning, comparisons, and
+                                               diagnostics (measured if no report has them yet), learning curves,
+                                               tuning, comparisons, and
                                                robustness.json if `encourage-mt robustness --output` wrote it there
     ... --into NAME                            copy them to results/NAME instead of the recipe's name, for runs that
                                                were evaluated in another way
@@ -25,6 +26,7 @@ from encourage_mt.evaluation.results import HEADLINE, Result, Score, by_arm
 from encourage_mt.evaluation.significance import measures_table
 from encourage_mt.evaluation.tuning import Tuning, mean_by_arm, tuning_table
 from encourage_mt.files import read_record, write_record
+from encourage_mt.processes import locked
 from encourage_mt.recipe import load_recipe
 from encourage_mt.report.tables import (
     arms_table,
@@ -104,7 +106,8 @@ def read_result(run: Run) -> Result:
                 f"{run.folder}: its command has paths outside the project; results must be of runs in runs/"
             )
         starts.append({**start, "command": command})
-    diagnostics = diagnostic_values(analyse(run))
+    with locked(run.folder):
+        diagnostics = diagnostic_values(analyse(run))
     changes = {"diagnostics": diagnostics, "curve": learning_curve(read_log(run.log)), "tuning": tuning}
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 

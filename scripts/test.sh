@@ -23,6 +23,7 @@ done
 # two processes, each with whole files: several files use one training
 [ -n "$chosen" ] || arguments+=(--numprocesses=2 --dist=loadfile "${tiers[@]}")
 
+[ ${#python[@]} -eq 1 ] || "$VENV/bin/coverage" erase
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

@@ -14,12 +14,13 @@ trap 'rm -rf "$work"' EXIT
 rows=("| Python | fairseq | torch | numpy | commands |" "|---|---|---|---|---|")
 failed=0
 for python in "$@"; do
+    rm -rf "$work/venv"
     result=work
     PYTHON=$python VENV=$work/venv bash "$root/scripts/test.sh" "$root/tests/integration/test_commands.py" -p no:cacheprovider || {
         result="fail"
         failed=1
     }
-    if [ ! -x "$work/venv/bin/python" ]; then
+    if [ ! -e "$work/venv/installed" ]; then
         rows+=("| $python | | | | did not install |")
         continue
     fi
@@ -33,7 +34,6 @@ fairseq = next(f"{name} {versions[name]}" for name in ("fairseq-fixed", "fairseq
 print(f"| {platform.python_version()} | {fairseq} | {versions['torch']} | {versions['numpy']} | {sys.argv[1]} |")
 EOF
 )")
-    rm -rf "$work/venv"
 done
 printf '%s\n' "${rows[@]}"
 exit $failed

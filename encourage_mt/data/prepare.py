@@ -109,10 +109,15 @@ def _check_ours(final: Path) -> None:
     if final.exists():
         names = {path.name for path in final.iterdir()} - CONTENT
         foreign = sorted(name for name in names if not re.fullmatch(WORD_COUNTS, name))
-        manifest = read_json(final / "manifest.json") if (final / "manifest.json").exists() else None
+        try:
+            manifest = read_json(final / "manifest.json")
+        except UserError:  # missing or damaged
+            manifest = None
         if foreign or not (isinstance(manifest, dict) and {"checksums", "options"} <= set(manifest)):
             problem = f"it has {foreign[0]}" if foreign else "it has no manifest.json of a preparation"
-            raise UserError(f"{final}: not made by `encourage-mt prepare` ({problem}); choose another --work-dir")
+            raise UserError(
+                f"{final}: not made by `encourage-mt prepare` ({problem}); remove it, or choose another --work-dir"
+            )
 
 
 class _Preparation:

@@ -58,7 +58,9 @@ class Sources:
         paths: dict[str, Path] = {}
         members: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
-            archive, _, member = (name, "", "") if self.find_local(name) else name.partition(":")
+            whole = self.find_local(name)
+            has_colon = whole is not None and whole.as_posix().endswith(name)  # and is not a member outside its archive
+            archive, _, member = (name, "", "") if has_colon else name.partition(":")
             if not member:
                 paths[name] = self._file(name)
             elif self.find_local(archive) is None and self.find_local(member) is not None:

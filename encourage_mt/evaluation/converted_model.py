@@ -1,9 +1,12 @@
 """Convert a checkpoint to CTranslate2, and translate pieces with it, without torch, as fairseq-generate does."""
 
+import ctypes
+import logging
 import math
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +19,9 @@ from ..processes import run_quietly
 if TYPE_CHECKING:
     import ctranslate2
 
+logger = logging.getLogger(__name__)
+
+CUBLAS = "libcublas.so.12"  # the one that CTranslate2 loads; torch may bring that of another CUDA
 MAX_PIECES = 200  # of a translation: the default --max-len-b of fairseq-generate
 BATCH_TOKENS = 2000  # of a batch of CTranslate2, padding included
 
@@ -73,11 +79,25 @@ def load_model(folder: Path, device: str = "auto", threads: int | None = None) -
     loaded or CTranslate2 is missing.
     """
     ctranslate2 = import_ctranslate2()
-    if device == "cuda" and not ctranslate2.get_cuda_device_count():
+    has_gpu = device != "cpu" and ctranslate2.get_cuda_device_count() > 0
+    if device == "cuda" and not has_gpu:
         raise UserError("--device cuda: no GPU was found")
+    if has_gpu and not can_load(CUBLAS):
+        problem = f"CTranslate2 needs {CUBLAS} (CUDA 12) for the GPU, and it cannot be loaded"
+        if device == "cuda":
+            raise UserError(f"--device cuda: {problem}")
+        logger.warning("%s; it translates on the CPU", problem)
+        device = "cpu"
     default = 0 if "OMP_NUM_THREADS" in os.environ else cores()  # 0: as that variable says
     with as_user_error(f"{folder}: not a model that CTranslate2 can load"):
         return ctranslate2.Translator(str(folder), device=device, intra_threads=threads or default)
+
+
+def can_load(library: str) -> bool:
+    """Return whether a shared library can be loaded."""
+    with suppress(OSError):
+        return bool(ctypes.CDLL(library))
+    return False
 
 
 def translate_pieces(

@@ -55,7 +55,6 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
     """
     with locked(run.folder):
         data = run.prepared()
-        scoring.metrics(data.target)  # raises an error now rather than after the translation
         paths = last_checkpoints(run.checkpoints, run.average)
         settings = Evaluation(
             average=run.average,
@@ -72,12 +71,13 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
             result = Result.read(run.folder)
             if (
                 result.evaluation == settings
-                and result.translations_sha256 == hash_translations(run.folder, data)
+                and has_translations(run.folder, data, result)
                 and is_scored_model(run.folder / "average.pt", result)
                 and (UNFINISHED_TRAINING in result.alarms) == is_unfinished(run)
             ):
                 print(f"{run.name}: scored already")
                 return result
+        scoring.metrics(data.target)  # raises an error now rather than after the translation
         with temporary_folder(run.folder / UNFINISHED) as output:
             result = _evaluate(run, data, settings, paths, comet, output)
             # scores.json goes first and comes last: if this is interrupted, the run counts as not scored
@@ -153,6 +153,12 @@ def hash_translations(folder: Path, data: PreparedData) -> dict[str, str]:
     return {path.name: file_hash(path) for path in paths if path.is_file()}
 
 
+def has_translations(folder: Path, data: PreparedData, result: Result) -> bool:
+    """Return whether `folder` has the translations that were scored, as far as their checksums were recorded."""
+    recorded = result.translations_sha256
+    return bool(recorded) and recorded.items() <= hash_translations(folder, data).items()
+
+
 def check_data(run: Run, data: PreparedData) -> None:
     """Raise UserError if the data is not what the run records as its training data."""
     if run.provenance.get("data_sha256") not in (None, data.checksum):
@@ -170,7 +176,7 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
             types = sum(1 for _ in lines) + 4  # fairseq adds <s>, <pad>, </s>, <unk>
         embedded = state["model"].get(f"{side}.embed_tokens.weight")
         if embedded is not None and embedded.shape[:1] != (types,):
-            found = " x ".join(map(str, embedded.shape[:1])) or "none"
+            found = embedded.size(0) if embedded.dim() else "none"
             raise UserError(f"{path}: has {types} types, the model {found}: it was trained on other data")
 
 

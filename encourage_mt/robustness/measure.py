@@ -144,9 +144,8 @@ class Measurement:
             changed = share_changed(original, pieces)
             if name != CLEAN and not changed:
                 continue  # for example upper case where the data is lowercased
-            if max(map(len, pieces)) > max(
-                POSITIONS - 1, *map(len, original)
-            ):  # upper case may be split into characters
+            longest = max(POSITIONS - 1, *map(len, original))
+            if max(map(len, pieces)) > longest:  # upper case may be split into characters
                 logger.warning("%s %s, %s: left out, a sentence is too long for the model", self.run.name, test, name)
                 continue
             lines = self._measure_noise(test, name, pieces, changed, references, clean, translation)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..data.manifest import POSITIONS
+from ..data.manifest import POSITIONS, PreparedData
 from ..environment import quiet_imports
 from ..errors import UserError, as_user_error
 from .launch import share_batch
@@ -59,6 +59,7 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
             f"max-tokens: a training sentence has {lengths.max():,} pieces, but a batch of one process holds only "
             f"{max_tokens:,} tokens; use fewer --gpus, or a larger --set max-tokens=N"
         )
+    check_positions(run, data)
     longest = 1 + max((side.longest for side in data.lengths_in_pieces.get("valid", {}).values()), default=0)
     valid_tokens = int(run.options.get("max-tokens-valid", run.options["max-tokens"]))
     if longest > valid_tokens:
@@ -66,11 +67,20 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
             f"max-tokens-valid: a validation sentence has {longest:,} pieces, but a batch holds only {valid_tokens:,} "
             f"tokens; use --set max-tokens-valid={longest}"
         )
-    positions = min(int(run.options.get(f"max-{side}-positions", POSITIONS)) for side in ("source", "target"))
-    if longest > positions and str(run.options.get("arch", "")).startswith("transformer"):
-        raise UserError(
-            f"{data.folder}: a validation sentence has {longest - 1:,} pieces, but fairseq takes at most "
-            f"{positions - 1:,}; remove it from the text of valid"
-        )
     order = np.lexsort((target, source))
     return len(data_utils.batch_by_size(order, None, lengths[order], max_tokens, batch_size))
+
+
+def check_positions(run: Run, data: PreparedData) -> None:
+    """Raise UserError if a sentence of valid has more pieces than a Transformer takes: fairseq would stop there."""
+    skips = run.options.get("skip-invalid-size-inputs-valid-test")
+    if skips or not str(run.options.get("arch", "")).startswith("transformer"):
+        return
+    for side, language in (("source", data.source), ("target", data.target)):
+        lengths = data.lengths_in_pieces.get("valid", {}).get(language)
+        positions = int(run.options.get(f"max-{side}-positions", POSITIONS))
+        if lengths and lengths.longest >= positions:
+            raise UserError(
+                f"{data.folder}: a validation sentence has {lengths.longest:,} pieces, but fairseq takes at most "
+                f"{positions - 1:,}; remove it from the text of valid, or use --set max-{side}-positions=N"
+            )

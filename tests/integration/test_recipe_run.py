@@ -78,9 +78,21 @@ def test_a_validation_sentence_that_is_longer_than_a_batch_is_refused_before_tra
     assert schedule(fits, 1) == schedule(run, 1)
     with pytest.raises(UserError, match=f"--set max-tokens-valid={longest}"):
         schedule(exceeds, 1)
-    short = run.model_copy(update={"options": {**run.options, "max-source-positions": longest - 1}})
-    with pytest.raises(UserError, match=f"a validation sentence has {longest - 1} pieces, .* at most {longest - 2}"):
-        schedule(short, 1)
+
+
+@pytest.mark.parametrize("side, language", [("source", "de"), ("target", "en")])
+def test_a_validation_sentence_that_is_longer_than_the_positions_is_refused(side, language, tiny, tmp_path):
+    run = make_run(tiny[0], "el", 1, tiny[1], tmp_path, "fp32")
+    longest = run.prepared().lengths_in_pieces["valid"][language].longest
+
+    def with_options(**options):
+        return run.model_copy(update={"options": {**run.options, **options}})
+
+    option = f"max-{side}-positions"
+    with pytest.raises(UserError, match=f"has {longest} pieces, .* at most {longest - 1}; .* --set {option}=N"):
+        schedule(with_options(**{option: longest}), 1)
+    for options in ({option: longest + 1}, {option: longest, "skip-invalid-size-inputs-valid-test": True}):
+        assert schedule(with_options(**options), 1) == schedule(run, 1)
 
 
 @pytest.mark.parametrize("warmup, warns", [(6, False), (7, True)])

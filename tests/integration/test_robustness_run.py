@@ -92,6 +92,15 @@ def test_a_foreign_file_is_measured_once_for_all_test_sets(measured, monkeypatch
     assert measurement.record.foreign["another"]["own"] == measurement.record.foreign["test"]["own"]
 
 
+def test_noise_that_makes_a_sentence_too_long_is_left_out(measured, monkeypatch, capsys):
+    command, _ = measured
+    monkeypatch.setattr(measure, "POSITIONS", 1)
+    main([*command[:2], *command[3:]])
+    output = capsys.readouterr().out
+    assert "ce.seed1 test, upper case: left out, a sentence is too long for the model" in output
+    assert "clean: left out" not in output
+
+
 def test_an_interrupted_run_resumes_with_the_noise_that_is_missing(measured, monkeypatch, capsys):
     command, _ = measured
     folder = runs_of(command)[0].folder

@@ -25,7 +25,7 @@ from loss_cases import (
     terms_and_gradient,
 )
 
-from encourage_mt.loss import chunked, functional, reference
+from encourage_mt.loss import chunked, functional, native, reference
 from encourage_mt.loss.bonuses import LOG_BONUS_FLOOR
 from encourage_mt.loss.functional import loss_terms
 from encourage_mt.loss.options import LossOptions
@@ -235,7 +235,8 @@ def test_fast_options_warn_of_nothing(bonus, caplog):
     """The smoothing occurs in no other test, because a warning is logged once."""
     logits, target = random_batch(2, 9)
     loss_terms(logits, target, options_of(bonus, 0.123))
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert all("native: " in warning for warning in warnings) and bool(warnings) == bool(native.unavailable())
 
 
 def test_auto_warns_once_if_the_compiled_code_is_missing(caplog, monkeypatch):

@@ -217,7 +217,7 @@ def test_arms_of_the_bundled_recipes_differ_in_at_most_one_training_option_and_r
         ({"source": "de"}, "--bitext"),
         ({"bitext": ["corpus.tsv"]}, "--source"),
         ({"bitext": ["corpus.tsv"], "source": "de"}, "--target"),
-        ({"bitext": ["a.de", "b.de"]}, "both languages are de; name them with --source and --target"),
+        ({"bitext": ["a.de", "b.de"]}, "both languages are de; name two with --source and --target"),
         ({"bitext": ["a.de", "b.en", "c.en"]}, "--bitext"),
         ({"bitext": ["a.pt-br", "b.en"]}, "source: "),
     ],
