@@ -54,7 +54,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     two processes at a time.
     """
     partial, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("tmp", "old"))
-    for left in (partial, old):  # of a process that was killed
+    for left in (partial, old):  # of a process that was killed, or a link to somewhere else
+        if left.is_symlink():
+            left.unlink()
         shutil.rmtree(left, ignore_errors=True)
     try:
         yield partial

@@ -9,7 +9,7 @@ from .files import Scalar, is_safe_relative_path, short_repr
 
 # options of fairseq-train that the program sets itself, or that write elsewhere, load code or drop checkpoints
 RESERVED_OPTIONS = re.compile(
-    "data|seed|task|criterion|user-dir|source-lang|target-lang|bpe|tokenizer|scoring|help|profile|cpu|tpu|amp|fp16|bf16"
+    "data|seed|task|criterion|bonus|user-dir|source-lang|target-lang|bpe|tokenizer|scoring|help|profile|cpu|tpu|amp|fp16|bf16"
     "|save-.*|restore-.*|reset-.*|keep-.*|no-save.*|no-epoch-checkpoints|no-last-checkpoints|finetune-from-model"
     "|log-.*|azureml-.*|aim-.*|eval-.*|.*best-checkpoint-.*|disable-validation|continue-once|max-sentences.*"
     "|num-workers|required-batch-size-multiple|.*-subset|combine-.*|memory-efficient-.*|distributed-.*|device-id"

@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.manifest import DATASET
 from ..environment import quiet_imports
 from ..errors import UserError, as_user_error
 from ..fields import Count
@@ -168,7 +169,7 @@ def load(checkpoint: Path, data: Path, *subsets: str):
         from fairseq import checkpoint_utils
 
         register()
-        overrides = {"data": str(data / "data-bin")}
+        overrides = {"data": str(data / "data-bin"), "dataset_impl": DATASET}
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
         model = models[0].eval()
         for subset in subsets:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..atomic import temporary_folder
-from ..data.manifest import PreparedData
+from ..data.manifest import DATASET, PreparedData
 from ..data.subwords import join_pieces
 from ..environment import USER_DIR, quiet_imports
 from ..errors import UserError, as_user_error
@@ -107,4 +107,4 @@ def read_pieces(data: PreparedData, split: str) -> list[list[str]]:
         from fairseq.data import Dictionary, data_utils
 
         types = Dictionary.load(str(data.data_bin / f"dict.{data.source}.txt"))
-        return [[types[i] for i in line[:-1]] for line in data_utils.load_indexed_dataset(str(path), types)]
+        return [[types[i] for i in line[:-1]] for line in data_utils.load_indexed_dataset(str(path), types, DATASET)]

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from tqdm import tqdm
 
-from ..data.manifest import PreparedData
+from ..data.manifest import DATASET, PreparedData
 from ..data.subwords import join_pieces, restore_bytes
 from ..environment import quiet_imports
 from ..errors import as_user_error
@@ -113,7 +113,7 @@ def count_words(data: PreparedData) -> Counter[str]:
         from fairseq.data import Dictionary, data_utils
 
         dictionary = Dictionary.load(str(data.data_bin / f"dict.{data.target}.txt"))
-        dataset = data_utils.load_indexed_dataset(prefix, dictionary)
+        dataset = data_utils.load_indexed_dataset(prefix, dictionary, DATASET)
         symbols = np.array(dictionary.symbols, dtype=object)
         for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
             rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]

@@ -81,8 +81,10 @@ def find_bonus(name: str) -> Bonus:
 
 def _import_bonus(name: str) -> Bonus:
     module_name, attribute = name.split(":")
-    # a console script such as fairseq-train has its own folder in sys.path; hydra changes the current one, but not PWD
-    folders = {os.getcwd(), os.environ.get("PWD", os.getcwd())} - set(sys.path)
+    # a console script such as fairseq-train has its own folder in sys.path; hydra changes the current one, but not PWD,
+    # to that of the run, whose files may be somebody else's
+    here = dict.fromkeys((os.environ.get("PWD", os.getcwd()), os.getcwd()))
+    folders = [folder for folder in here if folder not in sys.path]
     sys.path += folders
     try:
         module = importlib.import_module(module_name)

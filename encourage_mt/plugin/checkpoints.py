@@ -1,9 +1,9 @@
 """Load checkpoints without running code in them, and refuse those whose bytes changed.
 
 torch loads weights only and refuses every type that is not allow-listed. fairseq's checkpoints contain a few such
-types, and importing the plugin lists exactly those. fairseq evaluates some options of a model, such as the layers of a
-convolutional one, as Python code, so text that calls a function is refused there. torch does not check the checksums in
-its files, so a flipped bit would become a wrong parameter: every load compares them first.
+types, and importing the plugin lists exactly those. fairseq evaluates some options, such as the layers of a
+convolutional model, as Python code, so text that is more than a plain value is refused. torch does not check the
+checksums in its files, so a flipped bit would become a wrong parameter: every load compares them first.
 """
 
 import argparse
@@ -24,6 +24,11 @@ import torch
 from ..errors import UserError, as_user_error, first_line
 
 PATHS = ("data", "dir", "file", "path", "project")  # ends of the names of options that fairseq does not evaluate
+# parts of expressions: not calls, subscripts, comprehensions or f-strings, each of which can run code
+HARMLESS = (
+    *(ast.Expression, ast.expr_context, ast.Constant, ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Set, ast.Dict),
+    *(ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop),
+)
 PATTERNS = {"epoch": r"checkpoint\d+\.pt", "update": r"checkpoint_\d+_\d+\.pt"}
 
 
@@ -93,26 +98,26 @@ def find_corruption(path: Path) -> str | None:
 
 
 def refuse_code(path, state: Mapping[str, Any]) -> None:
-    """Raise UserError if an option of the model or the criterion in a checkpoint's state calls a function."""
+    """Raise UserError if an option in a checkpoint's state is code."""
     from omegaconf import OmegaConf
 
     cfg: Any = state.get("cfg") or {}
     with as_user_error(f"{path}: its options cannot be read"):
         # resolved, because an interpolation may name code elsewhere in the file
         cfg = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    for section in (cfg.get("model"), cfg.get("criterion"), state.get("args")):
-        if name := find_call(section):
+    for section in (*cfg.values(), state.get("args")):
+        if name := find_code(section):
             raise UserError(f"{path}: its option {name} is code, which fairseq would run")
 
 
-def find_call(options: Any, name: str = "") -> str:
-    """Return the name of an option whose text is a Python expression that calls something, or ""."""
+def find_code(options: Any, name: str = "") -> str:
+    """Return the name of an option whose text is a Python expression that may run code, or ""."""
     if isinstance(options, argparse.Namespace):
         options = vars(options)
     if isinstance(options, Mapping):
-        return next(filter(None, (find_call(value, str(key)) for key, value in options.items())), "")
+        return next(filter(None, (find_code(value, str(key)) for key, value in options.items())), "")
     if isinstance(options, (list, tuple)):
-        return next(filter(None, (find_call(value, name) for value in options)), "")
+        return next(filter(None, (find_code(value, name) for value in options)), "")
     if isinstance(options, (bytes, bytearray, numpy.ndarray)):  # evaluated like text; no option of fairseq is one
         return name
     if not isinstance(options, str) or name.endswith(PATHS):
@@ -123,7 +128,7 @@ def find_call(options: Any, name: str = "") -> str:
         return name
     except (SyntaxError, ValueError):  # evaluating it fails too
         return ""
-    return name if any(isinstance(node, ast.Call) for node in ast.walk(tree)) else ""
+    return "" if all(isinstance(node, HARMLESS) for node in ast.walk(tree)) else name
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -51,8 +51,9 @@ def _export(run: Run, output: Path, quantization: str) -> None:
             f"{run.name}: converting to CTranslate2, then comparing translations of the validation set with fairseq's"
         )
         convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
-        for path in data.folder.glob("subword.[cm]*"):
-            shutil.copy(path, partial)
+        for path in (data.folder / "subword.codes", data.folder / "subword.model"):
+            if path.is_file() and not path.is_symlink():  # which may lead to any file
+                shutil.copy(path, partial)
         model = Model(
             folder=partial,
             name=run.name,

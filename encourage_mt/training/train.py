@@ -79,9 +79,13 @@ def with_provenance(run: Run, cluster: Cluster, threads: str) -> Run:
 def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     """Train the runs that are not done, `parallel` at a time, each on `cluster`; interrupted ones resume.
 
-    Raises UserError, after the other trainings have ended, if one fails or another process trains it. On SIGTERM the
-    trainings save and stop, and this process exits with STOPPED.
+    Raises UserError, after the other trainings have ended, if one fails or another process trains it, and before them
+    if a run's folder has links. On SIGTERM the trainings save and stop, and this process exits with STOPPED.
     """
+    for run in runs:
+        for path in (run.folder, *run.folder.glob("*"), *run.folder.glob("checkpoints/*")):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link, and training would write through it; remove it")
     waiting = [run for run in runs if not run.is_done]
     environment = job_environment(parallel * cluster.gpus)  # the same after an interruption, because threads round
     if cluster.node == 0:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,20 +61,29 @@ CALL = "__import__('os').getpid()"
     "options",
     [
         {"encoder_layers": CALL},
+        {"encoder_layers": f"[[0 for torch.nn.Module.__class_getitem__ in [eval]], torch.nn.Module[{CALL!r}]]"},
+        {"encoder_layers": "f'{torch!r}'"},
         {"encoder_layers": [("64", CALL)]},
         {"encoder_layers": CALL.encode()},
         {"encoder_layers": bytearray(CALL, "ascii")},
         {"encoder_layers": numpy.array(CALL)},
         {"encoder_layers": "-" * 100_000 + CALL},  # too deep to parse here, perhaps not where it is evaluated
-        OmegaConf.create({"model": {"encoder_layers": "${dataset.x}"}, "dataset": {"x": CALL}}),
+        OmegaConf.create({"model": {"encoder_layers": "${dataset.save_dir}"}, "dataset": {"save_dir": CALL}}),
+        OmegaConf.create({"task": {"encoder_layers": CALL}}),
     ],
-    ids=["text", "list", "bytes", "bytearray", "array", "deep", "interpolation"],
+    ids=["text", "no call", "f-string", "list", "bytes", "bytearray", "array", "deep", "interpolation", "task"],
 )
 def test_an_option_that_is_code_is_refused_in_any_form(options):
     state = {"cfg": options} if OmegaConf.is_config(options) else {"cfg": {"model": options}}
     with pytest.raises(UserError, match="its option encoder_layers is code"):
         checkpoints.refuse_code("x.pt", state)
-    checkpoints.refuse_code("x.pt", {"cfg": {"model": {"encoder_layers": "[(512, 3)] * 20", "data": CALL}}})
+    harmless = {
+        "encoder_layers": "[(512, 3)] * 20",
+        "data": CALL,
+        "betas": "(0.9, 0.98)",
+        "eval_bleu_args": '{"beam": 1}',
+    }
+    checkpoints.refuse_code("x.pt", {"cfg": {"model": harmless, "task": Namespace(**harmless)}})
 
 
 @pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), 1.0])

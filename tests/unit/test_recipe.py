@@ -32,6 +32,7 @@ def refusal(path, **options):
     "key, changes",
     [
         ("colour: ", {"colour": "red"}),
+        ("arms.el.train.bonus", {"arms": {"ce": CE, "el": {**EL, "train": {"bonus": "my_bonus:square"}}}}),
         ("arms.el: ", {"arms": {"ce": CE, "el": {**EL, "bonus-schedule": "linear"}}}),  # without its updates
         ("arms.el: ", {"arms": {"ce": CE, "el": {**EL, "rdrop-alpha": 5, "fuse-projection": True}}}),
         ("name: ", {"name": "../x"}),

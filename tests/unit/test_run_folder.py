@@ -218,6 +218,14 @@ def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["file"]
 
 
+def test_a_link_beside_a_folder_is_not_written_through(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".report.tmp").symlink_to(tmp_path / "mine")
+    with atomic_folder(tmp_path / "report") as partial:
+        (partial / "figures").mkdir(parents=True)
+    assert not list((tmp_path / "mine").iterdir()) and (tmp_path / "report" / "figures").is_dir()
+
+
 def test_a_link_beside_a_file_is_not_written_through(tmp_path):
     (tmp_path / "other").write_text("kept")
     (tmp_path / "file.tmp").symlink_to(tmp_path / "other")
