@@ -19,7 +19,7 @@ import re
 import shutil
 from pathlib import Path
 
-from encourage_mt.errors import UserError, exit_on_user_error
+from encourage_mt.errors import UserError, as_user_error, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import analyse
 from encourage_mt.evaluation.results import HEADLINE, Result, Score, by_arm
@@ -38,6 +38,7 @@ from encourage_mt.report.tables import (
     published_table,
     runs_table,
 )
+from encourage_mt.robustness.measure import CLEAN, read_measured
 from encourage_mt.robustness.summary import Summary
 from encourage_mt.robustness.tables import markdown
 from encourage_mt.training.run_folder import Run, open_run, read_log
@@ -79,7 +80,12 @@ def add(folder: Path, name: str | None) -> None:
                 raise UserError(f"{path}: is not of the present scores of {run_name}; make the report again")
         records[f"{path.parent.name.removeprefix('report-')}.comparison"] = comparison
     if (folder / "robustness.json").exists():
-        records["robustness"] = read_record(folder / "robustness.json", Summary)
+        summary = read_record(folder / "robustness.json", Summary)
+        for run, result in zip(runs, results, strict=True):
+            if not is_measured(run, result, summary):
+                path = folder / "robustness.json"
+                raise UserError(f"{path}: is not of the present scores of {run.name}; make it again")
+        records["robustness"] = summary
     target = RESULTS / (name or recipe)
     target.mkdir(parents=True, exist_ok=True)
     for stem, record in records.items():
@@ -112,6 +118,17 @@ def read_result(run: Run) -> Result:
     return result.model_copy(update={**changes, "provenance": {**result.provenance, "starts": starts}})
 
 
+def is_measured(run: Run, result: Result, summary: Summary) -> bool:
+    """Return whether the values of a run in `summary`, if it has any, were measured with its present scores."""
+    measured = read_measured(run)
+    for test, arms in summary.clean.items():
+        bleu = arms.get(result.arm, {}).get(result.seed)
+        noise = measured.noise.get(test, {}) if measured else {}
+        if bleu is not None and (CLEAN not in noise or noise[CLEAN].bleu != bleu):
+            return False
+    return True
+
+
 def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, Score | None, str]]:
     """Return (score in the comparison, score of the run if it has one, run's name) of all sets, metrics and seeds."""
     sides = {comparison.baseline: "baseline", comparison.candidate: "candidate"}
@@ -130,8 +147,14 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def table(match: re.Match) -> str:
-    """Return the table that belongs to a marker. Raises UserError if an arm it names has no runs."""
-    kind, recipe, arms = match[1], match[2], match[3].split()
+    """Return a marker with its table. Raises UserError if it names something that has no runs."""
+    marker = match[0].splitlines()[0]
+    with as_user_error(f"{marker}: names something that is not in {RESULTS}"):
+        return f"{marker}\n{lines_of(match[1], match[2], match[3].split())}\n<!-- end -->"
+
+
+def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
+    """Return the table of a marker. Raises UserError if an arm it names has no runs."""
     folder = RESULTS / recipe
     results = read_results(folder)
     comparisons = [read_record(path, Comparison) for path in sorted(folder.glob("*.comparison.json"))]
@@ -159,7 +182,7 @@ def table(match: re.Match) -> str:
             lines = arms_table(results, [c for c in comparisons if {c.baseline, c.candidate} <= set(arms)])
         else:
             lines = TABLES[kind](results)
-    return f"<!-- {kind}: {recipe}{match[3]} -->\n{lines}\n<!-- end -->"
+    return lines
 
 
 def main() -> None:

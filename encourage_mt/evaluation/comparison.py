@@ -133,7 +133,11 @@ def check_comparable(groups: list[list[Result]], allow_differences: bool) -> lis
 
     Raises UserError that names it, unless `allow_differences`.
     """
-    unequal = differences([result for results in groups for result in results])
+    everything = [result for results in groups for result in results]
+    unequal = differences(everything)
+    updates = [number for result in everything if isinstance(number := result.training.get("updates"), int)]
+    if updates and max(updates) > 1.05 * min(updates):  # more than overflows in fp16 explain
+        unequal.append(f"updates: {min(updates):,} to {max(updates):,}")
     for results in groups:
         unequal += [line for line in differences(results, ("criterion",)) if line not in unequal]
         if len(found := searches(results)) > 1:

@@ -102,7 +102,7 @@ class Analysis(Record):
     remedy: ClassVar[str] = "remove it"
 
     format: Literal[2] = 2
-    source: dict[str, str]  # split and checkpoint_sha256
+    source: dict[str, str]  # split, checkpoint_sha256 and data_sha256
     tokens: int
     accuracy: float
     nll: float
@@ -144,7 +144,8 @@ def analyse(run: Run) -> Analysis:
     """
     path = run.folder / "analysis.json"
     checkpoint = evaluated_checkpoint(run)
-    source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint)}
+    checksum = run.prepared().checksum
+    source = {"split": SPLIT, "checkpoint_sha256": file_hash(checkpoint), "data_sha256": checksum}
     options = loss_options(Result.read(run.folder).criterion)
     if path.exists():
         analysis = read_record(path, Analysis)

@@ -18,7 +18,7 @@ from ..plugin.checkpoints import find_corruption, last_checkpoints, load_checkpo
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
-from ..training.run_folder import Run, finite_rows, mapping, read_log, training_settings
+from ..training.run_folder import Run, mapping, read_log, rows_by_epoch, training_settings
 from . import scoring
 from .averaging import average, digest
 from .engines import translate_sets
@@ -199,6 +199,8 @@ def score(lines: list[str], data: PreparedData, split: str, output: Path, comet:
         scores[TOKENIZED_BLEU] = scoring.tokenized_bleu(lines, data.read_text(split, data.target, "tokenized"))
     if comet:
         sources = data.read_text(split, data.source)
+        if data.lowercase:
+            sources, references = ([line.lower() for line in side] for side in (sources, references))
         scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, gpus=torch.cuda.device_count())
     return scores
 
@@ -209,12 +211,13 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def speed(log: Path) -> dict[str, float]:
-    """Return {"target_tokens_per_second": mean over epochs, "train_seconds": time in updates}; empty without a log."""
-    epochs = finite_rows(read_log(log), "train_wps", "train_train_wall")
-    if not epochs:
-        return {}
-    rates, seconds = zip(*epochs, strict=True)
-    return {"target_tokens_per_second": round(sum(rates) / len(rates), 1), "train_seconds": sum(seconds)}
+    """Return {"target_tokens_per_second": tokens / "train_seconds", "train_seconds": time in updates}; or no values."""
+    rows = rows_by_epoch(read_log(log), "train_num_updates", "train_wpb", "train_train_wall").values()
+    updates, tokens, seconds = 0.0, 0.0, 0.0
+    for number, per_update, time in rows:
+        tokens += (number - updates) * per_update
+        updates, seconds = number, seconds + time
+    return {"target_tokens_per_second": round(tokens / seconds, 1), "train_seconds": seconds} if seconds else {}
 
 
 def evaluated_checkpoint(run: Run) -> Path:

@@ -59,7 +59,7 @@ def tokenized_bleu(hypotheses: list[str], references: list[str]) -> Score:
 
 
 def comet(model: Path, sources: list[str], hypotheses: list[str], references: list[str], gpus: int) -> Score:
-    """Return COMET (Rei et al. 2020) of a model on disk, a .ckpt of unbabel-comet with its hparams.yaml.
+    """Return 100 times COMET (Rei et al. 2020) of a model on disk, a .ckpt of unbabel-comet with its hparams.yaml.
 
     Nothing is downloaded. Raises UserError if the package or the model is missing, or the score is not a number.
     """
@@ -68,7 +68,7 @@ def comet(model: Path, sources: list[str], hypotheses: list[str], references: li
 
     rows = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references, strict=True)]
     value = float(load_from_checkpoint(str(model)).predict(rows, batch_size=16, gpus=gpus).system_score)
-    return _checked("COMET", value, signature)
+    return _checked("COMET", 100 * value, signature)
 
 
 def comet_signature(model: Path) -> str:
@@ -79,7 +79,7 @@ def comet_signature(model: Path) -> str:
         raise UserError("--comet needs the package unbabel-comet: pip install unbabel-comet") from None
     if not model.is_file():
         raise UserError(f"{model}: no such COMET model (a .ckpt file)")
-    return f"unbabel-comet:{package}|model:{model.name}|sha256:{file_hash(model)[:12]}"
+    return f"unbabel-comet:{package}|model:{model.name}|sha256:{file_hash(model)[:12]}|scale:100"
 
 
 def check(hypotheses: list[str], references: list[str]) -> None:

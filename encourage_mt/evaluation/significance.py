@@ -92,10 +92,9 @@ class MetricComparison:
         return self.sign * (self.candidate[seed] - self.baseline[seed])
 
     def _test(self, test, *samples, spread, **options):
-        if self.bootstrap_p is not None and np.isclose(spread, 0):
-            return  # a measure of few words often has the same gain in every seed, which is no proof
-        if spread == 0:  # t is infinite or undefined if all gains are equal
-            self.p, self.interval = (0.0 if self.gain else 1.0), (self.gain, self.gain)
+        if np.isclose(spread, 0):  # a measure of few words often has the same gain in every seed, which is no proof
+            if self.bootstrap_p is None and np.isclose(self.gain, 0):
+                self.p, self.interval = 1.0, (0.0, 0.0)
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, if the scores of one side are equal
@@ -135,8 +134,8 @@ class MetricComparison:
         amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
         if self.p is None or self.interval is None:
             return (
-                f"Not enough evidence: {amount}, but one seed does not show how much seeds vary. Train at least 2 "
-                "seeds per side, or better 5."
+                f"Not enough evidence: {amount}, but one seed, or seeds with the same gain, do not show how much seeds "
+                "vary. Train at least 2 seeds per side, or better 5."
             )
         p = f"p {'' if self.p < 0.001 else '= '}{format_p(self.p)}"
         evidence = f"95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}, {p}, {self.test}"
@@ -165,6 +164,12 @@ def paired_seeds(*sides: dict[int, Any]) -> list[int]:
     """Return the seeds of a paired test: those both sides have, if there are two of them or they are all; or none."""
     shared = sorted(set(sides[0]) & set(sides[1]))
     return shared if len(shared) > 1 or set(sides[0]) == set(sides[1]) else []
+
+
+def values_of_compared(*sides: dict[int, Any]) -> list[list[Any]]:
+    """Return the values of each side, {seed: value}, for the seeds of `paired_seeds`, or for all if it has none."""
+    paired = paired_seeds(*sides)
+    return [[side[seed] for seed in paired or side] for side in sides]
 
 
 def compare_resampled(

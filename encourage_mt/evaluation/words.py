@@ -7,8 +7,8 @@ The definitions are those of the word accuracy of compare-mt (Neubig et al. 2019
 Words are the Moses tokens of tokenized data, otherwise the tokens of sacreBLEU's tokenizer for the language.
 "All words" is the micro-average, "mean of frequencies" the macro-average: the mean over the ranges with words.
 A number is a word with a digit. A name is a capitalised word of two characters or more, not at the start of a sentence,
-that train never has in lower case; in German, which capitalises nouns, this includes most nouns. As in compare-mt, a
-matched word is a name if it is one in the reference, wherever the translation has it.
+that train never has in lower case, except I'm, I've and the like; in German, which capitalises nouns, this includes
+most nouns. As in compare-mt, a matched word is a name if it is one in the reference, wherever the translation has it.
 """
 
 import logging
@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from html import unescape
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -152,12 +153,17 @@ def group_words(words: list[str], train: Counter[str]) -> Counter[tuple[int, str
     for word in words:
         frequency = train.get(word, 0)
         counts[sum(frequency >= low for low in FREQUENCIES) - 1, word] += 1
-        if any(character.isdigit() for character in word):
+        plain = unescape(word)  # Moses writes [ as &#91; and " as &quot;
+        if any(character.isdigit() for character in plain):
             counts[NUMBER, word] += 1
-        elif len(word) > 1 and word[0].isupper() and before[-1] not in SENTENCE_END and word.lower() not in train:
+        elif is_name(plain) and before[-1] not in SENTENCE_END and word.lower() not in train:
             counts[NAME, word] += 1
-        before = word
+        before = plain
     return counts
+
+
+def is_name(word: str) -> bool:
+    return len(word) > 1 and word[0].isupper() and not word.startswith(("I'", "I’"))
 
 
 def word_statistic(table: np.ndarray, drawn: np.ndarray) -> np.ndarray:

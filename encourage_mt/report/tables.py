@@ -104,10 +104,10 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
         for split in baseline[0].scores:
             if split == "valid":
                 continue
-            gain, _ = gain_over(baseline, candidate, split)
+            gain, used = gain_over(baseline, candidate, split)
             means = [format_mean(r.scores[split][HEADLINE].score for r in group) for group in (baseline, candidate)]
             seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.interval else "-"
-            cells = [gain.format_gain(), format_p(gain.p) or "-", str(len(candidate)), seeds]
+            cells = [f"{gain.format_gain()}{used}", format_p(gain.p) or "-", str(len(candidate)), seeds]
             rows.append([name, search, split, *means, *cells])
     names = [group[0].arm for group in next(iter(sides.values()))]
     scores = [f"{HEADLINE} of {name}" for name in names]
@@ -153,6 +153,7 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
     spent = f"training took {sum(hours):.1f} hours, {sum(hours) / len(hours):.2f} per run" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
     sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
+    unit = "sentences" if each("training", "tokens per update") == "0" else "tokens"
     engine = "" if search("engine") == "fairseq" else f", engine {search('engine')}"
     temperature = "" if search("temperature") == "1.0" else f", temperature {search('temperature')}"
     layers = f"{each('training', 'encoder_layers')}+{each('training', 'decoder_layers')} layers"
@@ -160,7 +161,8 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         "data": f"{results[0].recipe}, {each('options', 'source-lang')} to {each('options', 'target-lang')}",
         "model": f"{each('training', 'arch')}, {layers}, {each('training', 'encoder_embed_dim')} wide"
         f"{f', {sizes} parameters' if sizes else ''}",
-        "training": f"{each('training', 'tokens per update')} tokens per update, {each('training', 'updates')} updates",
+        "training": f"{each('training', f'{unit} per update')} {unit} per update, "
+        f"{each('training', 'updates')} updates",
         "search": f"last epoch checkpoints averaged: {search('average')}, beam {search('beam')}, length penalty "
         f"{search('lenpen')}{temperature}{engine}",
         "hardware": "; ".join(filter(None, [" or ".join(sorted(machines)), spent])),

@@ -5,15 +5,18 @@ import json
 import shutil
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
+from samples import sample_result
 
 from encourage_mt.evaluation.comparison import Comparison, differences
 from encourage_mt.evaluation.results import Result, TriedSearch
 from encourage_mt.evaluation.tuning import Tuning
 from encourage_mt.files import read_json, read_record, write_json, write_record
 from encourage_mt.recipe import load_recipe
+from encourage_mt.robustness.summary import Summary
 
 PAGES = ("README.md", "docs/results.md", "docs/robustness.md")
 
@@ -160,6 +163,28 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
     write_json(folder / "ce.seed1" / "tuning.json", {**record, "checkpoints_sha256": {}})
     assert "of other checkpoints" in project.run("--add", folder)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    "marker", ["gains: none", "measures: multi30k_de_en words", "measures: multi30k_de_en words no_such_test"]
+)
+def test_a_marker_that_names_nothing_is_one_line(marker, project):
+    with open(project.folder / "README.md", "a", encoding="utf-8") as page:
+        page.write(f"\n<!-- {marker} -->\n<!-- end -->\n")
+    error = project.run()
+    assert error.count("\n") == 1 and marker in error
+
+
+def test_noise_of_other_scores_is_not_published(project, tmp_path, monkeypatch):
+    write_json(tmp_path / "summary.json", ROBUSTNESS)
+    summary = read_record(tmp_path / "summary.json", Summary)
+    run, result = SimpleNamespace(folder=tmp_path), sample_result(arm="ce", seed=1)
+    assert not project.is_measured(run, result, summary), "there is no robustness.json of these scores"
+    assert project.is_measured(run, sample_result(arm="el", seed=1), summary), "it is not in the summary"
+    for bleu, expected in ((30.0, True), (31.0, False)):
+        measured = SimpleNamespace(noise={"test": {"clean": SimpleNamespace(bleu=bleu)}})
+        monkeypatch.setattr(project, "read_measured", lambda run, measured=measured: measured)
+        assert project.is_measured(run, result, summary) == expected
 
 
 def test_a_page_shows_the_summary_of_robustness(project):

@@ -1,5 +1,7 @@
 """Test the alarms about trainings, with made-up logs."""
 
+import json
+
 import pytest
 from samples import sample_result
 
@@ -27,8 +29,9 @@ DAMAGED = [
     f'{{"epoch": 1, "loss": 1{"0" * 5000}}}',
     f'{{"epoch": {"[" * 100_000}}}',
     '{"epoch": "one", "valid_bleu": "1", "valid_nll_loss": "1", "valid_num_updates": "1"}',
+    '{"epoch": 2, "train_wps": "20", "train_wpb": "20", "train_num_updates": "5", "train_train_wall": "1"}',
     '{"epoch": 1, "loss"}',
-    '{"epoch": 1, "train_wps": "20", "train_train_wall": "3"}',
+    '{"epoch": 1, "train_wps": "20", "train_wpb": "10", "train_num_updates": "2", "train_train_wall": "4"}',
 ]
 
 
@@ -38,8 +41,17 @@ def test_a_damaged_log_is_read_as_far_as_it_has_numbers(tmp_path):
     records = read_log(path)
     assert records and learning_curve(records) == []
     assert final_alarms(records, 30.0) == ["the loss is not finite"]
-    assert speed(path) == {"target_tokens_per_second": 20.0, "train_seconds": 6.0}
-    assert finite_rows(records, "train_wps") == [[20.0]] * 2
+    assert finite_rows(records, "train_wps") == [[20.0]] * 4
+
+
+def test_the_speed_is_that_of_all_tokens_and_of_the_last_record_of_each_epoch(tmp_path):
+    """Not the mean of the epochs' speeds, nor fairseq's train_wps, whose clock includes validation."""
+    rows = [(1, 10, 2, 7), (1, 10, 2, 4), (2, 20, 5, 1)]  # epoch, tokens per update, updates so far, seconds
+    names = ("epoch", "train_wpb", "train_num_updates", "train_train_wall")
+    lines = [json.dumps({"train_wps": "9", **dict(zip(names, map(str, row), strict=True))}) for row in rows]
+    (tmp_path / "log").write_text("\n".join(f"2026 | INFO | train | {line}" for line in lines))
+    assert speed(tmp_path / "log") == {"target_tokens_per_second": (2 * 10 + 3 * 20) / 5, "train_seconds": 5.0}
+    assert speed(tmp_path / "none") == {}
 
 
 FALLING = [10 - step / 10 for step in range(50)]

@@ -11,7 +11,7 @@ from samples import EVALUATION, corrupt, draw_references, sample_data, sample_re
 
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation import scoring, significance
-from encourage_mt.evaluation.comparison import Comparison, compare, differences
+from encourage_mt.evaluation.comparison import Comparison, check_comparable, compare, differences
 from encourage_mt.evaluation.significance import MetricComparison
 from encourage_mt.files import read_json, read_record, write_json, write_record
 
@@ -116,6 +116,13 @@ def test_runs_that_differ_in_more_than_the_criterion_are_refused_unless_allowed(
 
 def test_updates_that_overflowed_in_fp16_do_not_count_as_a_difference():
     assert differences([a_result("ce", 1), a_result("el", 1, training__updates=498)]) == []
+
+
+def test_runs_of_different_length_are_refused():
+    """A training by hand that was killed does not say so."""
+    long, short = a_result("ce", 1), a_result("el", 1, training__updates=250)
+    with pytest.raises(UserError, match="updates: 250 to 500"):
+        check_comparable([[long], [short]], False)
 
 
 def test_a_difference_far_into_a_long_value_counts_but_1_equals_1_0():

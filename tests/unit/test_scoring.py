@@ -179,7 +179,7 @@ def test_comet_scores_with_the_model_on_disk_and_signs_with_its_digest(stub, tmp
         model.parent.mkdir()
         model.write_text(str(value))
         entry = scoring.comet(model, ["s1", "s2"], ["h1", "h2"], ["r1", "r2"], gpus=0)
-        assert entry.score == value
+        assert entry.score == 100 * value
         assert entry.signature.startswith("unbabel-comet:9.9|model:model.ckpt|sha256:")
         assert entry.signature == scoring.comet_signature(model)
         signatures.append(entry.signature)

@@ -51,6 +51,13 @@ def test_names_and_numbers_are_found_without_a_tagger():
     assert found[NUMBER] == 3
 
 
+def test_contractions_and_escaped_marks_are_neither_names_nor_numbers():
+    """I'm is one token of 13a; Moses escapes brackets, pipes and quotes."""
+    line = "on &#91; &#124; &#93; , &quot; Otto saw Zoe , I'm I’ve I'll &quot; Karl"
+    found = match_words([[]], [line.split()], Counter(["on"]))[0, :, 1]
+    assert (found[NAME], found[NUMBER]) == (1, 0), "Zoe; Otto and Karl are at the start"
+
+
 def test_a_matched_name_is_found_wherever_the_translation_has_it():
     reference, other = "on Berlin sat".split(), "Berlin sat".split()
     assert match_words([other], [reference], TRAIN)[0, NAME].tolist() == [1, 1, 1]
