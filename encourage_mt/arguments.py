@@ -100,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
     add_recipe_options(command)
-    text = "GPUs per run, for which the sizes for your own text are chosen (default: %(default)s)"
+    text = "GPUs per training; the sizes for your own text are chosen for them (default: %(default)s), or for a CPU if "
+    text += "there is none"
     command.add_argument("--gpus", type=count, default=1, metavar="N", help=text)
     command.set_defaults(set=[], add_arm=[])
 
@@ -114,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_cluster_options(command)
     text = "random seeds; every arm is trained with every seed (default: 1)"
     command.add_argument("--seeds", type=index, nargs="+", default=[1], metavar="SEED", help=text)
-    text = "arms of the recipe to train; the first is the baseline of all comparisons (default: ce el)"
+    text = "arms of the recipe to train (an arm is a criterion with its options); the first is the baseline of all "
+    text += "comparisons (default: ce el)"
     command.add_argument("--arms", nargs="+", default=["ce", "el"], metavar="ARM", help=text)
     text = "number of runs to train at a time (default: as many as the GPUs allow; without a GPU, one per core)"
     command.add_argument("--parallel", type=count, metavar="N", help=text)
@@ -128,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_recipe_options(command)
     add_changes(command)
     add_cluster_options(command)
-    command.add_argument("--arm", required=True, help="arm of the recipe (required)")
+    command.add_argument("--arm", required=True, help="arm of the recipe, a criterion with its options (required)")
     command.add_argument("--seed", type=index, default=1, help="random seed (default: %(default)s)")
     text = "number of machines (default: %(default)s)"
     command.add_argument("--nodes", type=count, default=1, metavar="N", help=text)
@@ -141,9 +143,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
     for name, kind, meaning in (
-        ("average", count, "number of last epoch checkpoints to average (default: as in the recipe)"),
-        ("beam", count, "beam size (default: as in the recipe)"),
-        ("lenpen", finite_number, "length penalty, as in fairseq-generate (default: as in the recipe)"),
+        (
+            "average",
+            count,
+            "number of last epoch checkpoints to average (default: as in the recipe; 10 for trainings by hand)",
+        ),
+        ("beam", count, "beam size (default: as in the recipe; 5 for trainings by hand)"),
+        (
+            "lenpen",
+            finite_number,
+            "length penalty, as in fairseq-generate (default: as in the recipe; 1.0 for trainings by hand)",
+        ),
         ("temperature", positive_number, "number that divides the logits of the averaged model (default: 1.0)"),
     ):
         command.add_argument(f"--{name}", type=kind, metavar="N", help=meaning)
@@ -160,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_option(command)
     text = "folder to make; an earlier export there is replaced (required)"
     command.add_argument("--output", type=Path, required=True, metavar="MODEL", help=text)
-    text = "type of the weights; int8 is smaller and faster, and changes some translations (default: %(default)s)"
+    text = "type of the weights; int8 is smaller and changes many translations (default: %(default)s)"
     command.add_argument("--quantization", choices=QUANTIZATIONS, default="float32", help=text)
 
     add_translate(add("translate", "translate standard input to standard output, line by line"))
@@ -250,7 +260,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     """Add the recipe, and the options for its data: where the files are, how to prepare them, and where to write."""
     command.add_argument("recipe", type=Path, help="path of a recipe.yaml")
     data = command.add_argument_group("data")
-    text = "folder that has the files or archives of the corpus (default: download them)"
+    text = "folder that has the files or archives of the corpus (default: download them, or take those beside a recipe "
+    text += "without urls)"
     data.add_argument("--raw-dir", type=Path, metavar="DIR", help=text)
     text = "folder for downloads, shared by all recipes (default: %(default)s)"
     data.add_argument("--download-dir", type=Path, default=DOWNLOADS, metavar="DIR", help=text)
@@ -272,8 +283,12 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def add_changes(command: argparse.ArgumentParser) -> None:
     """Add the options that change a recipe."""
     changes = command.add_argument_group("changes to the recipe")
-    text = "set options of fairseq-train or of the criterion for all arms, or average, beam or lenpen; for example "
-    text += "lr=0.001 max-epoch=20 (default: as in the recipe)"
+    text = (
+        "set options of fairseq-train, of the criterion (for every arm whose criterion has them), or average, beam or "
+    )
+    text += (
+        "lenpen; an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
+    )
     changes.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     changes.add_argument(
         "--add-arm",

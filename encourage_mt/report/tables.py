@@ -150,7 +150,8 @@ def describe_setting(results: list[Result]) -> dict[str, str]:
         for s in starts
     }
     hours = [result.train_seconds / 3600 for result in results if result.train_seconds is not None]
-    spent = f"training took {sum(hours):.1f} hours, {sum(hours) / len(hours):.2f} per run" if hours else ""
+    each_run = sum(hours) / max(1, len(hours))
+    spent = f"{each_run:.2f} hours of training per run, {sum(hours):.1f} if one after another" if hours else ""
     counts = [result.parameters for result in results if result.parameters]
     sizes = " or ".join(dict.fromkeys(f"{count:,}" for count in counts))
     unit = "sentences" if each("training", "tokens per update") == "0" else "tokens"

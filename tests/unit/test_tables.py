@@ -99,7 +99,7 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
-        "Trained on: CPU; python 3.11.7, torch 2.13.0; training took 0.1 hours, 0.02 per run.  ",
+        "Trained on: CPU; python 3.11.7, torch 2.13.0; 0.02 hours of training per run, 0.1 if one after another.  ",
     ]
     assert "el: `--criterion el --log-end 0.1`" in table and table.count("signature") == 1
     longer = {**results[3].options, "seed": 1}
