@@ -55,9 +55,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """
     partial, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("tmp", "old"))
     for left in (partial, old):  # of a process that was killed, or a link to somewhere else
-        if left.is_symlink():
-            left.unlink()
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     try:
         yield partial
         if output.exists():
@@ -68,4 +66,11 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         raise
     finally:
         for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link but not what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

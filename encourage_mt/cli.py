@@ -159,6 +159,7 @@ def run_recipe(arguments) -> None:
 
 def train_one(arguments) -> None:
     """Carry out `encourage-mt train`."""
+    from .data.prepare import check_prepared
     from .training.launch import Cluster
     from .training.train import make_run, train
 
@@ -171,8 +172,8 @@ def train_one(arguments) -> None:
         return
     if cluster.nodes == 1:
         prepare_data(arguments, recipe, work_dir)
-    elif not data.exists():
-        raise UserError(f"{data}: does not exist; run `encourage-mt prepare` once before training on several machines")
+    else:
+        check_prepared(recipe, work_dir, arguments.raw_dir, arguments.download_dir)
     print_schedules([run], cluster)
     train([run], cluster, 1)
     print(f"Trained: {run.folder}. To score it: encourage-mt evaluate {run.folder}")

@@ -124,6 +124,8 @@ def locked(folder: Path, node: int = 0):
                     holder = lock.read(200).strip() or "another process"
                     raise UserError(f"{folder}: in use by {holder}; wait until it ends, or stop it") from None
                 time.sleep(0.1)
+            except OSError as error:
+                raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose another") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()

@@ -242,8 +242,8 @@ def changes_chart(setting: str, measure: str, tests: dict[str, MetricComparison]
     """Draw the change of each arm against the baseline with its 95% interval."""
     figure, ax = axes(f"change in {measure} (points)", "")
     for row, test in enumerate(tests.values()):
-        low, high = test.interval or (test.gain, test.gain)
-        ax.errorbar(test.gain, row, xerr=[[test.gain - low], [high - test.gain]], fmt="o", color="#0072B2", capsize=3)
+        width = [[test.gain - test.interval[0]], [test.interval[1] - test.gain]] if test.interval else None
+        ax.errorbar(test.gain, row, xerr=width, fmt="o", color="#0072B2", capsize=3)
     ax.axvline(0, color="#666666", linewidth=0.8)
     ax.set_yticks(range(len(tests)), list(tests))
     ax.set_ylim(len(tests) - 0.5, -0.5)

@@ -31,7 +31,7 @@ def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: 
         command += [f"--srcdict={dictionary}"]
         if not recipe.joined_dictionary:
             command += [f"--tgtdict={dictionary}"]
-    print("fairseq-preprocess: binarizing")
+    print(f"fairseq-preprocess: binarizing (log: {log})")
     run_quietly(command, log)
     log_text = log.read_text(encoding="utf-8", errors="replace")
     unknown: dict[str, dict[str, float]] = {split: {} for split in ("train", "valid", *recipe.tests)}

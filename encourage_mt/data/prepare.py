@@ -1,7 +1,7 @@
 """Prepare data for fairseq: tokenize, clean, learn subwords on train, encode, binarize, and write a manifest.
 
 Text is processed in chunks and kept on disk between the steps: memory does not grow with the corpus, except for
-32 bytes of hashes and lengths per pair and for learning the subword model.
+about 115 bytes of hashes and lengths per pair and for learning the subword model.
 """
 
 import errno
@@ -82,6 +82,14 @@ def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> 
             ) from None
         raise
     return data.model_copy(update={"folder": final})
+
+
+def check_prepared(recipe: Recipe, work_dir: Path, raw_dir: Path | None, download_dir: Path) -> None:
+    """Raise UserError unless `work_dir` has the prepared data of `recipe`."""
+    if not _is_prepared(work_dir / "data", recipe, Sources(recipe, raw_dir, download_dir)):
+        raise UserError(
+            f"{work_dir / 'data'}: does not exist; run `encourage-mt prepare` once before training on several machines"
+        )
 
 
 def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:

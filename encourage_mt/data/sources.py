@@ -59,8 +59,9 @@ class Sources:
         members: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             whole = self.find_local(name)
-            has_colon = whole is not None and whole.as_posix().endswith(name)  # and is not a member outside its archive
-            archive, _, member = (name, "", "") if has_colon else name.partition(":")
+            # a file with a colon in its name, not a member beside its archive
+            is_file = whole is not None and whole.as_posix().endswith(PurePosixPath(name).as_posix())
+            archive, _, member = (name, "", "") if is_file else name.partition(":")
             if not member:
                 paths[name] = self._file(name)
             elif self.find_local(archive) is None and self.find_local(member) is not None:

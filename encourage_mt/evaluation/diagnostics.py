@@ -49,6 +49,7 @@ HISTOGRAMS = {
     **{"probability": PROBABILITY_EDGES, "gradient": PROBABILITY_EDGES, "margin": MARGIN_EDGES},
     **{"energy.target": ENERGY_EDGES, "energy.others": ENERGY_EDGES},
 }
+BLOCK_ELEMENTS = 2**24  # of logits that are measured together: 128 MiB in float64
 MAX_TOKENS = 2000
 
 
@@ -168,10 +169,13 @@ def load(checkpoint: Path, data: Path, *subsets: str):
     logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
     with quiet_imports(), as_user_error(f"{checkpoint}: fairseq cannot load it with the data in {data}"):
         from fairseq import checkpoint_utils
+        from fairseq.tasks.translation import TranslationTask
 
         register()
         overrides = {"data": str(data / "data-bin"), "dataset_impl": DATASET}
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+        if not isinstance(task, TranslationTask):  # others may read other files
+            raise UserError(f"{checkpoint}: its task is not translation")
         model = models[0].eval()
         for subset in subsets:
             task.load_dataset(subset)
@@ -223,8 +227,9 @@ def frequencies(task) -> np.ndarray:
     """Return how often each type of the target dictionary occurs in train, [V]."""
     target, size = task.dataset("train").tgt, len(task.target_dictionary)
     counts = np.zeros(size, dtype=np.int64)
-    for index in range(len(target)):
-        counts += np.bincount(target[index].numpy(), minlength=size)
+    for start in tqdm(range(0, len(target), 10_000), desc="types of train", leave=False):
+        rows = [target[index].numpy() for index in range(start, min(start + 10_000, len(target)))]
+        counts += np.bincount(np.concatenate(rows), minlength=size)
     return counts
 
 
@@ -237,9 +242,12 @@ def measure(
     model was trained with, None to leave the gradient out; weight: output projection [V, D].
     """
     tokens: dict[str, list[np.ndarray]] = {}
+    rows = max(1, BLOCK_ELEMENTS // weight.size(0))
+    weight = weight.double()
     for logits, target in batches:
-        for name, values in per_token(logits, target, options, weight).items():
-            tokens.setdefault(name, []).append(values.cpu().numpy())
+        for part in zip(logits.split(rows), target.split(rows), strict=True):
+            for name, values in per_token(*part, options, weight).items():
+                tokens.setdefault(name, []).append(values.cpu().numpy())
     t = {name: np.concatenate(values) for name, values in tokens.items()}
     correct = t["guess"] == t["target"]
     return {
@@ -260,12 +268,12 @@ def measure(
 
 
 def per_token(logits: Tensor, target: Tensor, options: LossOptions | None, weight: Tensor) -> dict[str, Tensor]:
-    """Return the values of each token, [tokens] each, in float64; see this module's docstring."""
+    """Return the values of each token, [tokens] each, in float64; see this module's docstring. weight is float64."""
     z = logits.detach().double().requires_grad_()
     gradient = {}
     if options:
         (slope,) = torch.autograd.grad(loss_terms(z, target, options, backend="reference").loss, z)
-        gradient = {"gradient": (slope @ weight.double()).norm(dim=1)}
+        gradient = {"gradient": (slope @ weight).norm(dim=1)}
     with torch.no_grad():
         at_target = z.gather(1, target[:, None]).squeeze(1)
         others = z.scatter(1, target[:, None], -torch.inf)

@@ -56,6 +56,7 @@ def generate_command(run: Run, data: PreparedData, checkpoint: Path, splits: lis
         "num-workers": 0,
         # with its default of 8, fairseq drops the last batch unless its size is a multiple of 8
         "required-batch-size-multiple": 1,
+        "dataset-impl": DATASET,
         "user-dir": USER_DIR,  # last, because fairseq imports the last one on the line
     }
     words = [f"--{name}={value}" for name, value in options.items()]

@@ -14,7 +14,7 @@ from ..data.tokenization import detokenize
 from ..environment import Engine, describe_hardware, versions, visible_gpus
 from ..errors import UserError, as_user_error
 from ..files import atomic_write, file_hash
-from ..plugin.checkpoints import find_corruption, last_checkpoints, load_checkpoint
+from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
@@ -36,7 +36,8 @@ def evaluate_all(runs: list[Run], comet: Path | None = None, engine: Engine = "f
         failed = [run.name for run, code in zip(runs, codes, strict=True) if code]
         if failed:
             raise UserError(f"{', '.join(failed)}: could not be scored; the reasons are above")
-    return [evaluate(run, comet, engine) for run in runs]  # what was scored on a GPU is only read
+        return [Result.read(run.folder) for run in runs]
+    return [evaluate(run, comet, engine) for run in runs]
 
 
 def evaluate_command(run: Run, comet: Path | None, engine: Engine) -> list[str]:
@@ -89,6 +90,7 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
 
 
 def _evaluate(run, data, settings, paths, comet, output):
+    print(f"{run.name}: averaging {len(paths)} checkpoints")
     state = load_checkpoint(paths[-1])
     check_dictionary(data, state)
     with as_user_error(f"{paths[-1]}: its training options cannot be read"):
@@ -128,9 +130,11 @@ def is_unfinished(run: Run) -> bool:
 
 def is_scored_model(path: Path, result: Result) -> bool:
     """Return whether a checkpoint has the parameters that were scored; versions before 0.2 did not record them."""
-    if find_corruption(path):
+    try:
+        model = load_checkpoint(path)["model"]
+    except UserError:  # damaged
         return False
-    return result.weights_sha256 in (None, digest(load_checkpoint(path)["model"]))
+    return result.weights_sha256 in (None, digest(model))
 
 
 def count_parameters(model: dict[str, torch.Tensor]) -> int:
@@ -211,13 +215,17 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def speed(log: Path) -> dict[str, float]:
-    """Return {"target_tokens_per_second": tokens / "train_seconds", "train_seconds": time in updates}; or no values."""
-    rows = rows_by_epoch(read_log(log), "train_num_updates", "train_wpb", "train_train_wall").values()
+    """Return {"train_seconds": time in updates, "target_tokens_per_second": tokens by this time}; empty without a log.
+
+    fairseq rounds the time of an epoch to seconds, so there is no speed if epochs take less than 10 seconds.
+    """
+    rows = list(rows_by_epoch(read_log(log), "train_num_updates", "train_wpb", "train_train_wall").values())
     updates, tokens, seconds = 0.0, 0.0, 0.0
     for number, per_update, time in rows:
         tokens += (number - updates) * per_update
         updates, seconds = number, seconds + time
-    return {"target_tokens_per_second": round(tokens / seconds, 1), "train_seconds": seconds} if seconds else {}
+    rate = {"target_tokens_per_second": round(tokens / seconds, 1)} if rows and seconds >= 10 * len(rows) else {}
+    return {"train_seconds": seconds, **rate} if rows else {}
 
 
 def evaluated_checkpoint(run: Run) -> Path:

@@ -25,6 +25,7 @@ SOUGHT = 0.4  # BLEU: about the gain that the paper reports on IWSLT
 # Samples of the bootstrap over sentences: all, and at once. The smallest p, 0.0002, stays below 0.05 after Holm's
 # correction for up to 250 measures.
 SAMPLES, BLOCK = 10_000, 500
+LARGEST_BLOCK = 5_000_000  # sentences that are drawn at once: 40 MB
 ERROR_SAMPLES = 1000
 Statistic = Callable[[np.ndarray], np.ndarray]  # from sentences that were drawn [samples, sentences], [samples, rows]
 
@@ -185,8 +186,9 @@ def compare_resampled(
     seeds = [paired_seeds(*sides) or list(side) for side in sides]
     rng = np.random.default_rng(12345)
     sampled = []
-    for _ in tqdm(range(SAMPLES // BLOCK), desc="bootstrap over sentences", leave=False):
-        drawn = rng.integers(sentences, size=(BLOCK, sentences))
+    block = max(1, min(BLOCK, LARGEST_BLOCK // sentences))
+    for start in tqdm(range(0, SAMPLES, block), desc="bootstrap over sentences", leave=False):
+        drawn = rng.integers(sentences, size=(min(block, SAMPLES - start), sentences))
         means = [np.mean([side[seed](drawn) for seed in kept], axis=0) for side, kept in zip(sides, seeds, strict=True)]
         sampled.append(means[1] - means[0])
     compared = []
@@ -245,7 +247,7 @@ def measures_table(name: str, comparisons: Sequence[MetricComparison], baseline:
     rows = [
         [
             result.metric,
-            *(format_mean(side.values()) for side in (result.baseline, result.candidate)),
+            *map(format_mean, values_of_compared(result.baseline, result.candidate)),
             f"{result.gain:+.2f}",
             *map(interval, (result.interval, result.bootstrap_interval)),
             p_values(result.p, result.holm_p),

@@ -144,6 +144,7 @@ def _slope_by_autograd(value: BonusFunction) -> BonusFunction:
     return slope
 
 
+@torch.inference_mode(False)  # where autograd would give slopes of 0
 def check_bonus(options: LossOptions) -> None:
     """Raise ValueError unless the bonus of `options` is as `register_bonus` requires; checks in float64, takes 1 ms."""
     bonus = find_bonus(options.bonus)

@@ -3,12 +3,16 @@
 import functools
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 
 def register() -> None:
     """Register the criterion and install the checkpoint and training hooks in this fairseq process."""
     from . import accumulation, checkpoints, criterion, fault_tolerance  # noqa: F401 (importing criterion registers it)
 
+    main = sys.modules["__main__"]
+    if Path(getattr(main, "__file__", None) or "").parts[-2:] == ("fairseq_cli", "train.py"):  # with python -m
+        sys.modules.setdefault("fairseq_cli.train", main)
     checkpoints.install()
     switch_encoder_fast_path_off()
     if "fairseq_cli.train" in sys.modules:

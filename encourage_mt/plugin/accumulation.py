@@ -19,6 +19,7 @@ def without_empty_batches(train_step):
 
     @functools.wraps(train_step)
     def step(trainer, samples, *args, **options):
-        return train_step(trainer, [sample for sample in samples if sample] or samples, *args, **options)
+        kept = samples if trainer.is_fsdp else [sample for sample in samples if sample]  # FSDP needs as many on each
+        return train_step(trainer, kept or samples, *args, **options)
 
     return step

@@ -23,8 +23,10 @@ import torch
 
 from ..errors import UserError, as_user_error, first_line
 
-PATHS = ("data", "dir", "file", "path", "project")  # ends of the names of options that fairseq does not evaluate
-# parts of expressions: not calls, subscripts, comprehensions or f-strings, each of which can run code
+# ends of the names of options that fairseq does not evaluate
+PATHS = ("data", "dir", "file", "path", "project", "_model", "_from", "_checkpoint", "_yaml")
+# parts of expressions: no calls, subscripts, comprehensions or f-strings, each of which can run code, and no %, which
+# gets items of any object
 HARMLESS = (
     *(ast.Expression, ast.expr_context, ast.Constant, ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Set, ast.Dict),
     *(ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop),
@@ -122,13 +124,16 @@ def find_code(options: Any, name: str = "") -> str:
         return name
     if not isinstance(options, str) or name.endswith(PATHS):
         return ""
+    if "${" in options:  # omegaconf would put other text there after this check; fairseq saves options without it
+        return name
     try:
         tree = ast.parse(options.strip(), mode="eval")
     except (RecursionError, MemoryError):  # evaluating it may succeed
         return name
     except (SyntaxError, ValueError):  # evaluating it fails too
         return ""
-    return "" if all(isinstance(node, HARMLESS) for node in ast.walk(tree)) else name
+    harmless = (isinstance(node, HARMLESS) and not isinstance(node, ast.Mod) for node in ast.walk(tree))
+    return "" if all(harmless) else name
 
 
 def load_checkpoint(path: Path) -> dict:

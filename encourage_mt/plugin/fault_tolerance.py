@@ -87,21 +87,30 @@ def resume_from_whole(load_checkpoint):
     def restore_and_load(cfg, trainer, **options):
         for each in (signal.SIGTERM, signal.SIGINT):  # not earlier, so that a parent of several ranks can be ended
             signal.signal(each, request_stop)
+        is_restored = False
         if cfg.restore_file == "checkpoint_last.pt":
             if trainer.data_parallel_rank == 0:
-                restore_last_checkpoint(Path(cfg.save_dir), trainer.checkpoint_suffix)
+                is_restored = restore_last_checkpoint(Path(cfg.save_dir), trainer.checkpoint_suffix)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
         # other data each epoch, or other batches with the seed plus the epoch: fairseq alone resumes these correctly
         makes_anew = trainer.task.has_sharded_data("train") or trainer.cfg.dataset.update_epoch_batch_itr
         make_batches = trainer.get_train_iterator
+
+        def batches_as_in_epoch_1(epoch, **settings):
+            batches = make_batches(1, **settings)
+            data = trainer.task.dataset(trainer.cfg.dataset.train_subset)
+            return batches if trainer.task.can_reuse_epoch_itr(data) else make_batches(epoch, **settings)
+
         if not makes_anew:
-            trainer.get_train_iterator = lambda epoch, **settings: make_batches(1, **settings)
+            trainer.get_train_iterator = batches_as_in_epoch_1
         try:
             extra_state, epoch_itr = load_checkpoint(cfg, trainer, **options)
         finally:
             if not makes_anew:
                 del trainer.get_train_iterator
+        if is_restored and cfg.no_last_checkpoints:  # this training will not replace the copy, which would get old
+            (Path(cfg.save_dir) / f"checkpoint_last{trainer.checkpoint_suffix}.pt").unlink()
         validate_last_epoch(extra_state, epoch_itr, trainer)
         if is_trained(trainer):
             logger.info("trained already: %d updates", trainer.get_num_updates())
@@ -138,10 +147,11 @@ def is_trained(trainer) -> bool:
     return 0 < trainer.cfg.optimization.max_update <= trainer.get_num_updates()
 
 
-def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
+def restore_last_checkpoint(folder: Path, suffix: str = "") -> bool:
     """Replace a checkpoint_last.pt that is damaged or missing by the newest intact checkpoint of `folder`.
 
-    The damaged one is kept as checkpoint_last.pt.damaged. Ends the process with exit code 2 if none is intact.
+    The damaged one is kept as checkpoint_last.pt.damaged. Returns whether it was replaced. Ends the process with exit
+    code 2 if there are checkpoints, but none is intact.
     """
     last, paths = folder / f"checkpoint_last{suffix}.pt", saved_checkpoints(folder, suffix)
     for path in paths:
@@ -152,11 +162,12 @@ def restore_last_checkpoint(folder: Path, suffix: str = "") -> None:
                     last.rename(f"{last}.damaged")
                 copy_whole(str(path), str(last))
                 logger.warning("resuming from %s, the newest intact checkpoint", path)
-            return
+            return path != last
         logger.error("%s is damaged (%s)", path, reason)
     if paths:
         logger.error("no checkpoint in %s is whole: remove them to start over", folder)
         sys.exit(CANNOT_SAVE)
+    return False
 
 
 # --- stopping, and saving within an epoch

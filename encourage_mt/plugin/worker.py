@@ -50,6 +50,19 @@ def rank_options(program: str) -> list[str]:
     return [*words, "--distributed-no-spawn", *([] if gpu else ["--cpu"])]
 
 
+def add_sizes_exactly() -> None:
+    """Make fairseq-preprocess add up the sizes of files that it merges without the 32 bits in which it reads them."""
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    finalize = MMapIndexedDatasetBuilder.finalize
+
+    def finalize_exactly(self, index_file):
+        self._sizes = [int(size) for size in self._sizes]
+        finalize(self, index_file)
+
+    MMapIndexedDatasetBuilder.finalize = finalize_exactly
+
+
 def main() -> None:
     program, *words = sys.argv[1:]
     if program.startswith("--parent="):
@@ -61,6 +74,8 @@ def main() -> None:
     # fairseq-preprocess forks a pool of workers, which end with it too
     os.register_at_fork(after_in_child=die_with_parent)
     sys.argv = [program, *words]
+    if program == "fairseq-preprocess":
+        add_sizes_exactly()
     script = next(iter(entry_points(group="console_scripts", name=program)))
     script.load()()
 

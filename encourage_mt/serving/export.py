@@ -45,15 +45,18 @@ def _export(run: Run, output: Path, quantization: str) -> None:
     check_output(output)
     data, result, checkpoint = run.prepared(), Result.read(run.folder), evaluated_checkpoint(run)
     result.check_data(data)
+    subwords = [path for name in ("codes", "model") if (path := data.folder / f"subword.{name}").exists()]
+    for path in subwords:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link, which may lead to any file; put the file itself there")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as partial:
         print(
             f"{run.name}: converting to CTranslate2, then comparing translations of the validation set with fairseq's"
         )
         convert_checkpoint(checkpoint, data, partial, run.folder / "convert.log", quantization)
-        for path in (data.folder / "subword.codes", data.folder / "subword.model"):
-            if path.is_file() and not path.is_symlink():  # which may lead to any file
-                shutil.copy(path, partial)
+        for path in subwords:
+            shutil.copy(path, partial)
         model = Model(
             folder=partial,
             name=run.name,

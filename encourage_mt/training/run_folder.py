@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, StringConstraints, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from ..data.manifest import PreparedData
+from ..data.manifest import DATASET, PreparedData
 from ..environment import USER_DIR, Precision
 from ..errors import UserError, as_user_error
 from ..files import Record, Scalar, read_record, write_record
@@ -121,7 +121,8 @@ class Run(Record):
         options = {**self.options, **{name.replace("_", "-"): value for name, value in changes.items()}}
         if "tensorboard-logdir" in options:
             options["tensorboard-logdir"] = str(self.folder / Path(str(options["tensorboard-logdir"])).name)
-        return [str(self.data / "data-bin"), f"--save-dir={self.folder / 'checkpoints'}", *render_options(options)]
+        fixed = [f"--save-dir={self.folder / 'checkpoints'}", f"--dataset-impl={DATASET}"]
+        return [str(self.data / "data-bin"), *fixed, *render_options(options)]
 
     def earlier_starts(self) -> list[Start]:
         """Return the starts in run.json; empty if there is no such file.

@@ -16,7 +16,7 @@ def describe_schedules(runs: list[Run], processes: int) -> list[str]:
     it has the checkpoints that are averaged.
     """
     lines: dict[str, list[str]] = {}
-    for run in runs:
+    for run in {run.arm: run for run in runs}.values():  # seeds of an arm have the same
         epoch, whole, warmup = schedule(run, processes)
         if whole < epoch * run.average:
             raise UserError(
@@ -77,6 +77,8 @@ def check_positions(run: Run, data: PreparedData) -> None:
     if skips or not str(run.options.get("arch", "")).startswith("transformer"):
         return
     for side, language in (("source", data.source), ("target", data.target)):
+        if side == "source" and run.options.get("truncate-source"):
+            continue
         lengths = data.lengths_in_pieces.get("valid", {}).get(language)
         positions = int(run.options.get(f"max-{side}-positions", POSITIONS))
         if lengths and lengths.longest >= positions:

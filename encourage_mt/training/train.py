@@ -82,11 +82,11 @@ def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     Raises UserError, after the other trainings have ended, if one fails or another process trains it, and before them
     if a run's folder has links. On SIGTERM the trainings save and stop, and this process exits with STOPPED.
     """
-    for run in runs:
+    waiting = [run for run in runs if not run.is_done]
+    for run in waiting:
         for path in (run.folder, *run.folder.glob("*"), *run.folder.glob("checkpoints/*")):
             if path.is_symlink():
                 raise UserError(f"{path}: is a link, and training would write through it; remove it")
-    waiting = [run for run in runs if not run.is_done]
     environment = job_environment(parallel * cluster.gpus)  # the same after an interruption, because threads round
     if cluster.node == 0:
         recorded = [with_provenance(run, cluster, environment["OMP_NUM_THREADS"]) for run in runs]
@@ -127,8 +127,8 @@ class Trainings:
         self.failures: list[str] = []
         self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
-        # seconds torchrun lets its workers save
-        self.environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100", **environment}
+        # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes
+        self.environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **environment}
         self.bar = progress_bar("all trainings", len(runs), "training", 0)
 
     def step(self) -> None:
@@ -163,12 +163,12 @@ class Trainings:
         self.active.remove(training)
         self.ended += training.share if code else 1
         if code:
-            self.failures.append(describe_failure("fairseq-train", code, training.run.log))
+            self.failures.append(describe_failure("fairseq-train", code, training.log))
         elif self.cluster.node:
             return  # node 0 decides whether the training is done
         elif not list(training.run.checkpoints.glob("checkpoint*.pt")):
             # such as with a learning rate that fairseq takes for the end of the training
-            self.failures.append(f"{training.run.name}: fairseq-train ended without a checkpoint ({training.run.log})")
+            self.failures.append(f"{training.run.name}: fairseq-train ended without a checkpoint ({training.log})")
         else:
             (training.run.folder / "train.done").touch()
 
@@ -197,13 +197,15 @@ class Training:
 
     def __init__(self, run: Run, cluster: Cluster, environment: dict[str, str], slot: int):
         self.run, self.slot = run, slot
+        # each machine that shares the folder writes its own; node 0's is run.log
+        self.log = run.log.with_name(f"train{cluster.node or ''}.log")
         words = launch_command(run, cluster)
         program_path("fairseq-train")
         watching = {"WANDB_NAME": run.name, "WANDB_DIR": str(run.folder)}  # for --wandb-project
         environment = {**watching, **environment, **cluster.devices(slot - 1)}
         with (
             locked(run.folder, cluster.node) as lock,
-            open(run.log, "a", encoding="utf-8", opener=not_through_a_link) as log,
+            open(self.log, "a", encoding="utf-8", opener=not_through_a_link) as log,
         ):
             if cluster.node == 0:
                 with_provenance(run, cluster, environment["OMP_NUM_THREADS"]).save()
@@ -212,7 +214,7 @@ class Training:
                     file.write(hydra_config(run))
             self.process = start(words, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
         self.bar = progress_bar(run.name, *run.length, slot)
-        self.lines = open(run.log, encoding="utf-8", errors="replace")
+        self.lines = open(self.log, encoding="utf-8", errors="replace")
         self.rest = ""
         self.bleu, self.note = "-", ""
         self.records: list[dict] = []
@@ -248,7 +250,7 @@ class Training:
 
     def stopped_saved(self) -> bool:
         """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
-        return SAVED in "\n".join(self.run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-100:])
+        return SAVED in "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-100:])
 
     def close(self) -> None:
         self.bar.close()

@@ -46,11 +46,13 @@ def test_a_damaged_log_is_read_as_far_as_it_has_numbers(tmp_path):
 
 def test_the_speed_is_that_of_all_tokens_and_of_the_last_record_of_each_epoch(tmp_path):
     """Not the mean of the epochs' speeds, nor fairseq's train_wps, whose clock includes validation."""
-    rows = [(1, 10, 2, 7), (1, 10, 2, 4), (2, 20, 5, 1)]  # epoch, tokens per update, updates so far, seconds
+    rows = [(1, 100, 2, 70), (1, 100, 2, 40), (2, 200, 5, 10)]  # epoch, tokens per update, updates so far, seconds
     names = ("epoch", "train_wpb", "train_num_updates", "train_train_wall")
     lines = [json.dumps({"train_wps": "9", **dict(zip(names, map(str, row), strict=True))}) for row in rows]
     (tmp_path / "log").write_text("\n".join(f"2026 | INFO | train | {line}" for line in lines))
-    assert speed(tmp_path / "log") == {"target_tokens_per_second": (2 * 10 + 3 * 20) / 5, "train_seconds": 5.0}
+    assert speed(tmp_path / "log") == {"target_tokens_per_second": (2 * 100 + 3 * 200) / 50, "train_seconds": 50.0}
+    (tmp_path / "short").write_text((tmp_path / "log").read_text().replace('"70"', '"9"').replace('"40"', '"9"'))
+    assert speed(tmp_path / "short") == {"train_seconds": 19.0}, "fairseq rounds the time of each epoch"
     assert speed(tmp_path / "none") == {}
 
 

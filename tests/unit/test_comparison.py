@@ -123,6 +123,8 @@ def test_runs_of_different_length_are_refused():
     long, short = a_result("ce", 1), a_result("el", 1, training__updates=250)
     with pytest.raises(UserError, match="updates: 250 to 500"):
         check_comparable([[long], [short]], False)
+    patient = short.model_copy(update={"options": {**short.options, "patience": 3}})
+    assert check_comparable([[long], [patient]], True) == []
 
 
 def test_a_difference_far_into_a_long_value_counts_but_1_equals_1_0():

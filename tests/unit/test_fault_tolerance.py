@@ -46,7 +46,7 @@ def test_a_damaged_last_checkpoint_is_named_and_replaced_by_the_newest_intact_on
     last = save(tmp_path / "checkpoint_last.pt", 1.0)
     harm(last)
     truncate(tmp_path / "checkpoint4.pt")
-    restore_last_checkpoint(tmp_path)
+    assert restore_last_checkpoint(tmp_path) and not restore_last_checkpoint(tmp_path)
     assert last.read_bytes() == (tmp_path / "checkpoint3.pt").read_bytes()
     assert "checkpoint4.pt is damaged" in caplog.text and "checkpoint3.pt, the newest intact" in caplog.text
     kept = harm is not Path.unlink
@@ -63,6 +63,8 @@ CALL = "__import__('os').getpid()"
         {"encoder_layers": CALL},
         {"encoder_layers": f"[[0 for torch.nn.Module.__class_getitem__ in [eval]], torch.nn.Module[{CALL!r}]]"},
         {"encoder_layers": "f'{torch!r}'"},
+        {"encoder_layers": "'%(evil.so)s' % torch.ctypes.cdll"},
+        {"nested": Namespace(encoder_layers="${common.x}")},
         {"encoder_layers": [("64", CALL)]},
         {"encoder_layers": CALL.encode()},
         {"encoder_layers": bytearray(CALL, "ascii")},
@@ -71,7 +73,20 @@ CALL = "__import__('os').getpid()"
         OmegaConf.create({"model": {"encoder_layers": "${dataset.save_dir}"}, "dataset": {"save_dir": CALL}}),
         OmegaConf.create({"task": {"encoder_layers": CALL}}),
     ],
-    ids=["text", "no call", "f-string", "list", "bytes", "bytearray", "array", "deep", "interpolation", "task"],
+    ids=[
+        "text",
+        "no call",
+        "f-string",
+        "format",
+        "namespace",
+        "list",
+        "bytes",
+        "bytearray",
+        "array",
+        "deep",
+        "interpolation",
+        "task",
+    ],
 )
 def test_an_option_that_is_code_is_refused_in_any_form(options):
     state = {"cfg": options} if OmegaConf.is_config(options) else {"cfg": {"model": options}}

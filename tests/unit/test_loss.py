@@ -263,6 +263,16 @@ def test_chunked_computes_no_gradient_that_nobody_asked_for(monkeypatch):
         loss_terms(logits, target, LossOptions(), backend="chunked")
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_the_first_call_may_be_in_inference_mode(backend):
+    """The exponent occurs in no other test, because a bonus is checked in its first call."""
+    options = options_of({"bonus": "power", "bonus_exponent": 2.03})
+    logits, target = random_batch(3, 9)
+    with torch.inference_mode():
+        value = loss_terms(logits, target, options, backend=backend).loss
+    torch.testing.assert_close(value, loss_terms(logits, target, options, backend="reference").loss)
+
+
 def test_auto_takes_a_fast_backend():
     """Only the fast backends detach nll_loss."""
     logits, target = random_batch(2, 9)

@@ -1,0 +1,28 @@
+"""Test what the plugin changes in fairseq's programs, without running them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
+
+from encourage_mt.plugin.accumulation import without_empty_batches
+from encourage_mt.plugin.worker import add_sizes_exactly
+
+
+def test_addresses_of_large_merged_data_do_not_overflow(tmp_path, monkeypatch):
+    """Six sentences of 2^29 tokens stand for the sentences of 6 GiB; their sizes come from files, in 32 bits."""
+    monkeypatch.setattr(MMapIndexedDatasetBuilder, "finalize", MMapIndexedDatasetBuilder.finalize)
+    add_sizes_exactly()
+    builder = MMapIndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    builder._sizes = list(np.full(6, 2**29, dtype=np.int32))
+    builder.finalize(str(tmp_path / "x.idx"))
+    index = MMapIndexedDataset.Index(str(tmp_path / "x.idx"))
+    assert [int(index[number][0]) for number in range(6)] == [number * 2**30 for number in range(6)]
+
+
+@pytest.mark.parametrize("is_fsdp, expected", [(False, [1]), (True, [1, None])])
+def test_empty_batches_are_left_out_unless_processes_need_as_many(is_fsdp, expected):
+    step = without_empty_batches(lambda trainer, samples: samples)
+    trainer = SimpleNamespace(is_fsdp=is_fsdp)
+    assert step(trainer, [1, None]) == expected and step(trainer, [None]) == [None]
