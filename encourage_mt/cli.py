@@ -103,7 +103,6 @@ def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
 
 def run_recipe(arguments) -> None:
     """Carry out `encourage-mt run`."""
-    from .evaluation.comparison import compare
     from .evaluation.converted_model import import_ctranslate2
     from .evaluation.evaluate import evaluate_all
     from .evaluation.scoring import metrics
@@ -145,8 +144,7 @@ def run_recipe(arguments) -> None:
     for arm, output in reports.items():
         # an arm may have its own training options, which the comparison lists
         own_options = bool(recipe.arm_differences(arms[0]) or recipe.arm_differences(arm))
-        comparisons.append(compare(groups[arms[0]], groups[arm], allow_differences=own_options))
-        write_report(comparisons[-1], groups[arms[0]], groups[arm], output)
+        comparisons.append(write_report(groups[arms[0]], groups[arm], output, allow_differences=own_options))
         print(f"\n{comparisons[-1].markdown()}\nReport: {output / 'report.html'}")
     if len(seeds) > 1 or len(arms) > 2:  # otherwise the comparison says it all
         print(f"\n{arms_table(results, comparisons)}")
@@ -309,13 +307,10 @@ def compare_runs(arguments) -> None:
 
 def report_runs(arguments) -> None:
     """Carry out `encourage-mt report`."""
-    from .evaluation.comparison import compare
-    from .report.page import check_output, write_report
+    from .report.page import write_report
 
-    check_output(arguments.output.resolve())  # before the tests, which take long
     baseline, candidate = open_sides(arguments)
-    comparison = compare(baseline, candidate, arguments.allow_differences)
-    write_report(comparison, baseline, candidate, arguments.output)
+    comparison = write_report(baseline, candidate, arguments.output, arguments.allow_differences)
     print(f"\n{comparison.markdown()}\nReport: {arguments.output / 'report.html'}")
 
 

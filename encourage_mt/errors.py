@@ -1,5 +1,6 @@
 """Errors the user can fix: printed as one line, exit code 2."""
 
+import errno
 import io
 import os
 import signal
@@ -49,7 +50,8 @@ def exit_on_user_error(program: str):
         _discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        remedy = "; free some space, then run the same command" if getattr(error, "errno", 0) == errno.ENOSPC else ""
+        print(f"{program}: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # such as a full disk

@@ -79,7 +79,10 @@ def run_quietly(argv: list[str], log: Path) -> None:
 
 
 def describe_failure(program: str, code: int, log: Path) -> str:
-    """Return one line: which program failed, the last line it printed, and where its log is."""
+    """Return one line: which program failed, the signal that ended it or the last line it printed, and its log."""
+    if code < 0:
+        reason = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+        return f"{program} was ended by {signal.Signals(-code).name}{reason} (log: {log})"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line.strip("=- ")]
     if any("ChildFailedError" in line for line in lines):  # torchrun's own report follows the error of the process

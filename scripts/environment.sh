@@ -34,7 +34,11 @@ ensure_environment() {
     local wanted pip
     wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp,encourage_mt/loss/native_vectors.h} | sha256sum)"
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
-    if [ ! -x "$VENV/bin/python" ]; then
+    mkdir -p "$(dirname "$VENV")"
+    exec 9>"$VENV.lock" # two installations at the same time would damage each other
+    flock 9
+    [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
+    if [ ! -x "$VENV/bin/pip" ]; then
         check_python "${PYTHON:-python3}"
         "${PYTHON:-python3}" -m venv "$VENV"
     else
@@ -56,6 +60,7 @@ ensure_environment() {
     # fairseq-fixed needs torchaudio only for speech, and a torchaudio that this torch cannot load breaks transformers
     "$VENV/bin/python" -c 'import torchaudio' 2>/dev/null || "$VENV/bin/python" -m pip uninstall -qy torchaudio
     echo "$wanted" >"$VENV/installed"
+    exec 9>&-
 }
 
 run_with_recipe() { # encourage-mt "$1" with the recipe of corpus "$2" and the other arguments as options

@@ -19,6 +19,7 @@ import re
 import shutil
 from pathlib import Path
 
+from encourage_mt.atomic import atomic_write
 from encourage_mt.errors import UserError, as_user_error, exit_on_user_error
 from encourage_mt.evaluation.comparison import Comparison
 from encourage_mt.evaluation.diagnostics import analyse
@@ -198,7 +199,8 @@ def main() -> None:
             raise UserError("--into must be used with --add")
         pages = {path: TABLE.sub(table, path.read_text(encoding="utf-8")) for path in PAGES}
         for path, text in pages.items():
-            path.write_text(text, encoding="utf-8")
+            with atomic_write(path) as file:
+                file.write(text)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def force_decode(model, task, dataset, description: str) -> Iterable[tuple[Tenso
     warnings.filterwarnings("ignore", "Support for mismatched")  # because fairseq's masks differ in type
     for sample in tqdm(iterator.next_epoch_itr(shuffle=False), desc=description, unit="batch", leave=False):
         inputs = {key: value.to(device) for key, value in sample["net_input"].items()}
-        with torch.no_grad():
+        with torch.no_grad(), as_user_error(f"{description}: the model cannot be run"):  # such as without memory
             logits = model(**inputs)[0]
         yield logits, sample
 

@@ -213,9 +213,10 @@ def save_and_stop_in_time(validate_and_save):
                 raise StopTraining
             trainer.valid_step = valid_step_or_stop
             losses, ends = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
-            if is_due and not (end_of_epoch or ends):
+            is_saved = ends or (end_of_epoch and epoch_itr.epoch % cfg.checkpoint.save_interval == 0)
+            if is_due and not is_saved:
                 checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-            if is_due or (end_of_epoch and epoch_itr.epoch % cfg.checkpoint.save_interval == 0):
+            if is_due or is_saved:
                 _last_save = time.monotonic()
             return losses, ends
         except StopTraining:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from importlib.metadata import entry_points
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPED = 128 + signal.SIGTERM  # exit code of a training that saved and stopped on SIGTERM
@@ -63,6 +64,22 @@ def add_sizes_exactly() -> None:
     MMapIndexedDatasetBuilder.finalize = finalize_exactly
 
 
+def end_if_a_worker_was_killed() -> None:
+    """End the program with a line if its pool lost a worker, such as for lack of memory; Pool would wait for ever."""
+    from multiprocessing import pool
+
+    class_: Any = pool.Pool
+    join = class_._join_exited_workers
+
+    def join_or_end(workers):
+        if any((worker.exitcode or 0) < 0 for worker in workers):
+            print("a worker process was killed, perhaps because memory ran out; try --workers 1", flush=True)
+            os._exit(1)
+        return join(workers)
+
+    class_._join_exited_workers = staticmethod(join_or_end)
+
+
 def main() -> None:
     program, *words = sys.argv[1:]
     if program.startswith("--parent="):
@@ -76,6 +93,7 @@ def main() -> None:
     sys.argv = [program, *words]
     if program == "fairseq-preprocess":
         add_sizes_exactly()
+        end_if_a_worker_was_killed()
     script = next(iter(entry_points(group="console_scripts", name=program)))
     script.load()()
 

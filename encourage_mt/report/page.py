@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from ..atomic import atomic_folder, atomic_write
 from ..errors import UserError
-from ..evaluation.comparison import Comparison
+from ..evaluation.comparison import Comparison, compare
 from ..evaluation.formatting import Table, escape
 from ..evaluation.results import Result, searches
 from ..files import write_record
@@ -21,17 +21,21 @@ from .tables import criterion_options, describe_options, describe_setting, name_
 FILE_LIST = ".encourage-mt-report"  # in a report's folder: the files it consists of, one a line
 
 
-def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Run], output: Path) -> None:
-    """Write report.html, report.md, comparison.json, figures/ and tables/ into the folder `output`, or nothing.
+def write_report(
+    baseline: list[Run], candidate: list[Run], output: Path, allow_differences: bool = False
+) -> Comparison:
+    """Compare two groups of runs as `compare` does, write the report into the folder `output`, return the comparison.
 
-    figures/ has the charts as SVG and PNG, tables/ the tables as LaTeX and CSV. An earlier report there is replaced.
-    Raises UserError if `output` contains anything else.
+    Writes report.html, report.md, comparison.json, figures/ with the charts as SVG and PNG, and tables/ with the tables
+    as LaTeX and CSV, or nothing. An earlier report there is replaced. Raises UserError if `output` contains anything
+    else, and as `compare` does.
     """
     output = output.resolve()
     check_output(output)
-    with ExitStack() as locks:
-        for run in (*baseline, *candidate):
-            locks.enter_context(locked(run.folder))
+    with ExitStack() as locks:  # everything is of the same scores
+        for path in dict.fromkeys(run.folder for run in (*baseline, *candidate)):
+            locks.enter_context(locked(path))
+        comparison = compare(baseline, candidate, allow_differences)
         material = Material.read(comparison, {comparison.baseline: baseline, comparison.candidate: candidate})
         sections = [section for section in (make(material) for make in SECTIONS) if section.charts or section.tables]
         results = {label: [Result.read(run.folder) for run in runs] for label, runs in material.groups.items()}
@@ -72,6 +76,7 @@ def write_report(comparison: Comparison, baseline: list[Run], candidate: list[Ru
         with atomic_write(partial / FILE_LIST) as file:
             file.writelines(f"{name}\n" for name in files)
         check_output(output)
+    return comparison
 
 
 def check_output(output: Path) -> None:

@@ -131,6 +131,8 @@ class Measurement:
             record = read_record(self.run.folder / RECORD, Robustness)
             if all(getattr(record, name) == value for name, value in settings.items()):
                 return record
+            # what follows replaces the translations of the clean text, which this record would take for its own
+            (self.run.folder / RECORD).unlink()
         return Robustness(**settings, noise={}, foreign={})
 
     def measure(self, test: str) -> None:

@@ -146,8 +146,10 @@ class Run(Record):
     def save(self) -> None:
         """Write run.json, with its earlier starts before those of this run. Raises as `earlier_starts` does."""
         provenance = {**self.provenance, "starts": [*self.earlier_starts(), *self.provenance["starts"]]}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_record(self.folder / "run.json", self.model_copy(update={"provenance": provenance}))
+        path, record = self.folder / "run.json", self.model_copy(update={"provenance": provenance})
+        if not path.exists() or read_record(path, Run, folder=self.folder) != record:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_record(path, record)
 
     def shown_options(self) -> dict[str, str]:
         """Return precision and the options that decide the parameters as text, as they are on a command line."""

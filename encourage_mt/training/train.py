@@ -127,16 +127,24 @@ class Trainings:
         self.failures: list[str] = []
         self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
-        # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes
-        self.environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **environment}
+        self.environment = {
+            # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT",  # not the SIGHUP that nohup ignores
+            **environment,
+        }
         self.bar = progress_bar("all trainings", len(runs), "training", 0)
 
     def step(self) -> None:
         """Start trainings up to the number allowed at a time, wait a second, and handle those that ended."""
         while self.waiting and len(self.active) < self.parallel:
+            run = self.waiting.pop(0)
+            if run.is_done:  # by another process, meanwhile
+                self.ended += 1
+                continue
             slot = min(set(range(1, self.parallel + 1)) - {training.slot for training in self.active})
             try:
-                self.active.append(Training(self.waiting.pop(0), self.cluster, self.environment, slot))
+                self.active.append(Training(run, self.cluster, self.environment, slot))
             except UserError as error:  # such as another process that trains it
                 self.failures.append(str(error))
             else:
@@ -180,8 +188,11 @@ class Trainings:
         for training in self.active:
             training.process.wait()
             training.close()
+            code = training.process.returncode
             if training.stopped_saved():
                 saved.append(training.run.name)
+            elif code:
+                logger.warning("Not saved: %s", describe_failure("fairseq-train", code, training.log))
         self.bar.close()
         return saved
 

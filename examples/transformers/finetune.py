@@ -118,6 +118,7 @@ def finetune(args, loss):
         compute_loss_func=loss,
     )
     trainer.train()
+    Path(args.output, "translations.txt").unlink(missing_ok=True)  # of another model
     trainer.save_model()
     tokenizer.save_pretrained(args.output)
 

@@ -1,9 +1,11 @@
 """Test what the plugin changes in fairseq's programs, without running them."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import run
 from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
 
 from encourage_mt.plugin.accumulation import without_empty_batches
@@ -19,6 +21,25 @@ def test_addresses_of_large_merged_data_do_not_overflow(tmp_path, monkeypatch):
     builder.finalize(str(tmp_path / "x.idx"))
     index = MMapIndexedDataset.Index(str(tmp_path / "x.idx"))
     assert [int(index[number][0]) for number in range(6)] == [number * 2**30 for number in range(6)]
+
+
+@pytest.mark.parametrize("killed, code", [(False, 0), (True, 1)])
+def test_a_pool_that_lost_a_worker_ends_the_program(killed, code):
+    """multiprocessing.Pool would wait for the lost task for ever."""
+    script = """if True:
+        import os, signal
+        from multiprocessing import Pool
+        from encourage_mt.plugin.worker import end_if_a_worker_was_killed
+        end_if_a_worker_was_killed()
+        def work(killed):
+            os.kill(os.getpid(), signal.SIGKILL) if killed else None
+        pool = Pool(2)
+        pool.apply_async(work, [KILLED])
+        pool.close()
+        pool.join()
+    """
+    done = run(sys.executable, "-c", script.replace("KILLED", str(killed)), code=code, timeout=60)
+    assert ("a worker process was killed" in done.output) == killed
 
 
 @pytest.mark.parametrize("is_fsdp, expected", [(False, [1]), (True, [1, None])])
