@@ -243,7 +243,7 @@ def measure(
     """
     tokens: dict[str, list[np.ndarray]] = {}
     rows = max(1, BLOCK_ELEMENTS // weight.size(0))
-    weight = weight.double()
+    weight = weight.double()  # once
     for logits, target in batches:
         for part in zip(logits.split(rows), target.split(rows), strict=True):
             for name, values in per_token(*part, options, weight).items():
@@ -268,12 +268,12 @@ def measure(
 
 
 def per_token(logits: Tensor, target: Tensor, options: LossOptions | None, weight: Tensor) -> dict[str, Tensor]:
-    """Return the values of each token, [tokens] each, in float64; see this module's docstring. weight is float64."""
+    """Return the values of each token, [tokens] each, in float64; see this module's docstring."""
     z = logits.detach().double().requires_grad_()
     gradient = {}
     if options:
         (slope,) = torch.autograd.grad(loss_terms(z, target, options, backend="reference").loss, z)
-        gradient = {"gradient": (slope @ weight).norm(dim=1)}
+        gradient = {"gradient": (slope @ weight.double()).norm(dim=1)}
     with torch.no_grad():
         at_target = z.gather(1, target[:, None]).squeeze(1)
         others = z.scatter(1, target[:, None], -torch.inf)
