@@ -34,17 +34,17 @@ ensure_environment() {
     local wanted pip
     wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp,encourage_mt/loss/native_vectors.h} | sha256sum)"
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
+    if [ -x "$VENV/bin/pip" ]; then
+        check_python "$VENV/bin/python"
+        "$VENV/bin/pip" --version >/dev/null 2>&1 || fail "the programs in $VENV do not start; was it moved? Remove it"
+    else
+        check_python "${PYTHON:-python3}"
+    fi
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # two installations at the same time would damage each other
     flock 9
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
-    if [ ! -x "$VENV/bin/pip" ]; then
-        check_python "${PYTHON:-python3}"
-        "${PYTHON:-python3}" -m venv "$VENV"
-    else
-        check_python "$VENV/bin/python"
-        "$VENV/bin/pip" --version >/dev/null 2>&1 || fail "the programs in $VENV do not start; was it moved? Remove it"
-    fi
+    [ -x "$VENV/bin/pip" ] || "${PYTHON:-python3}" -m venv "$VENV"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
     echo "Installing into $VENV, only this time. If fairseq must be built from source, this takes about 5 minutes."
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
