@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$root/.venv}
+VENV=${VENV%/}
 [[ $VENV = /* ]] || VENV=$PWD/$VENV
 EXTRAS=fairseq,recipes,serving,transformers,classification,test
 
@@ -34,7 +35,7 @@ ensure_environment() {
     local wanted pip
     wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp,encourage_mt/loss/native_vectors.h} | sha256sum)"
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
-    if [ -x "$VENV/bin/pip" ]; then
+    if [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ]; then
         check_python "$VENV/bin/python"
         "$VENV/bin/pip" --version >/dev/null 2>&1 || fail "the programs in $VENV do not start; was it moved? Remove it"
     else
@@ -42,9 +43,9 @@ ensure_environment() {
     fi
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # two installations at the same time would damage each other
-    flock 9
+    ! command -v flock >/dev/null || flock 9
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
-    [ -x "$VENV/bin/pip" ] || "${PYTHON:-python3}" -m venv "$VENV"
+    { [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ]; } || "${PYTHON:-python3}" -m venv "$VENV"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
     echo "Installing into $VENV, only this time. If fairseq must be built from source, this takes about 5 minutes."
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then

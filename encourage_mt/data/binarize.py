@@ -5,10 +5,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..environment import quiet_imports
+from ..errors import UserError, as_user_error
 from ..files import file_hash
 from ..processes import run_quietly
 from ..recipe import Recipe
 from . import subwords
+from .manifest import DATASET
 
 
 def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: int, log: Path) -> dict[str, Any]:
@@ -46,6 +49,20 @@ def binarize(recipe: Recipe, folder: Path, piece_counts: Counter[str], workers: 
         "dictionary": {language: int(size) for language, size in sizes.items()},
         "checksums": {path.name: file_hash(path) for path in files},
     }
+
+
+def open_binarized(prefix: str, dictionary=None):
+    """Return fairseq's dataset of one side of a set, data-bin/SPLIT.SRC-TGT.LANG without suffix.
+
+    Raises UserError if it is missing or damaged.
+    """
+    with quiet_imports(), as_user_error(f"{prefix}.*: fairseq cannot read it"):
+        from fairseq.data import data_utils, indexed_dataset
+
+        # if fairseq had to guess, it could take a text file and start a shell
+        if indexed_dataset.infer_dataset_impl(prefix) != DATASET:
+            raise UserError(f"{prefix}.*: fairseq cannot read it: it is missing, or not in the format {DATASET}")
+        return data_utils.load_indexed_dataset(prefix, dictionary, DATASET)
 
 
 def _write_dictionary(path: Path, prefix: Path, piece_counts: Counter[str]) -> None:

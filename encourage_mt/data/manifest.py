@@ -14,7 +14,7 @@ from ..fields import SHA256, Count, Language, Name, Split
 from ..files import Record, read_record, write_record
 from .bitext import read_lines
 
-DATASET = "mmap"  # fairseq's format of data-bin; if it had to guess, it could take a text file and start a shell
+DATASET = "mmap"  # fairseq's format of data-bin
 POSITIONS = 1024  # fairseq's default for Transformers: pieces and the end of the sentence
 
 

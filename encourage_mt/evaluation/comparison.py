@@ -136,7 +136,7 @@ def check_comparable(groups: list[list[Result]], allow_differences: bool) -> lis
     everything = [result for results in groups for result in results]
     unequal = differences(everything)
     updates = [number for result in everything if isinstance(number := result.training.get("updates"), int)]
-    stops_early = any("patience" in result.options for result in everything)
+    stops_early = all("patience" in result.options for result in everything)
     if updates and not stops_early and max(updates) > 1.05 * min(updates):  # more than overflows in fp16 explain
         unequal.append(f"updates: {min(updates):,} to {max(updates):,}")
     for results in groups:

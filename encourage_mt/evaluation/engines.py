@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..atomic import temporary_folder
+from ..data.binarize import open_binarized
 from ..data.manifest import DATASET, PreparedData
 from ..data.subwords import join_pieces
 from ..environment import USER_DIR, quiet_imports
@@ -105,7 +106,7 @@ def read_pieces(data: PreparedData, split: str) -> list[list[str]]:
     logging.basicConfig(level=logging.WARNING)  # because one of fairseq's models sets DEBUG for all when imported
     path = data.data_bin / f"{data.subsets[split]}.{data.source}-{data.target}.{data.source}"
     with quiet_imports(), as_user_error(f"{path}: fairseq cannot read it"):
-        from fairseq.data import Dictionary, data_utils
+        from fairseq.data import Dictionary
 
         types = Dictionary.load(str(data.data_bin / f"dict.{data.source}.txt"))
-        return [[types[i] for i in line[:-1]] for line in data_utils.load_indexed_dataset(str(path), types, DATASET)]
+        return [[types[i] for i in line[:-1]] for line in open_binarized(str(path), types)]

@@ -90,7 +90,7 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
 
 
 def _evaluate(run, data, settings, paths, comet, output):
-    print(f"{run.name}: averaging {len(paths)} checkpoints")
+    print(f"{run.name}: averaging the last checkpoints")
     state = load_checkpoint(paths[-1])
     check_dictionary(data, state)
     with as_user_error(f"{paths[-1]}: its training options cannot be read"):

@@ -25,7 +25,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from tqdm import tqdm
 
-from ..data.manifest import DATASET, PreparedData
+from ..data.binarize import open_binarized
+from ..data.manifest import PreparedData
 from ..data.subwords import join_pieces, restore_bytes
 from ..environment import quiet_imports
 from ..errors import as_user_error
@@ -111,10 +112,10 @@ def count_words(data: PreparedData) -> Counter[str]:
         return Counter()
     counts: Counter[str] = Counter()
     with quiet_imports(), as_user_error(f"{prefix}.idx: fairseq cannot read it"):
-        from fairseq.data import Dictionary, data_utils
+        from fairseq.data import Dictionary
 
         dictionary = Dictionary.load(str(data.data_bin / f"dict.{data.target}.txt"))
-        dataset = data_utils.load_indexed_dataset(prefix, dictionary, DATASET)
+        dataset = open_binarized(prefix, dictionary)
         symbols = np.array(dictionary.symbols, dtype=object)
         for start in tqdm(range(0, len(dataset), 1000), desc="words of train", unit="k lines", leave=False):
             rows = [dataset[index].numpy()[:-1] for index in range(start, min(start + 1000, len(dataset)))]

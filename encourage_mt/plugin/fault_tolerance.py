@@ -39,7 +39,8 @@ def install() -> None:
     checkpoint_utils.torch_persistent_save = save_whole
     checkpoint_utils.PathManager.copy = staticmethod(copy_whole)
     checkpoint_utils.load_checkpoint = resume_from_whole(checkpoint_utils.load_checkpoint)
-    train.validate_and_save = save_and_stop_in_time(train.validate_and_save)
+    names = train.main.__globals__  # not the module's: a process that `python -m` spawned has a copy of them
+    names["validate_and_save"] = save_and_stop_in_time(names["validate_and_save"])
 
 
 # --- saving
@@ -139,7 +140,8 @@ def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
         if hasattr(criterion, "set_weight"):  # to that of the last update
             criterion.set_weight(trainer.get_num_updates() - 1)
         at_end = SimpleNamespace(epoch=epoch, end_of_epoch=lambda: is_end, state_dict=lambda: position)
-        train.validate_and_save(cfg, trainer, trainer.task, at_end, cfg.dataset.valid_subset.split(","), is_end)
+        validate_and_save = train.main.__globals__["validate_and_save"]
+        validate_and_save(cfg, trainer, trainer.task, at_end, cfg.dataset.valid_subset.split(","), is_end)
 
 
 def is_trained(trainer) -> bool:
@@ -215,7 +217,9 @@ def save_and_stop_in_time(validate_and_save):
             losses, ends = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
             is_saved = ends or (end_of_epoch and epoch_itr.epoch % cfg.checkpoint.save_interval == 0)
             if is_due and not is_saved:
-                checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+                checkpoint_utils.save_checkpoint(
+                    cfg.checkpoint, trainer, epoch_itr, losses[0] if end_of_epoch else None
+                )
             if is_due or is_saved:
                 _last_save = time.monotonic()
             return losses, ends

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from ..data.manifest import DATASET, POSITIONS, PreparedData
+from ..data.binarize import open_binarized
+from ..data.manifest import POSITIONS, PreparedData
 from ..environment import quiet_imports
-from ..errors import UserError, as_user_error
+from ..errors import UserError
 from .launch import share_batch
 from .run_folder import Run
 
@@ -50,9 +51,8 @@ def count_batches(run: Run, max_tokens: int, batch_size: int | None) -> int:
 
     data = run.prepared()
     prefix = data.data_bin / f"train.{data.source}-{data.target}"
-    with as_user_error(f"{prefix}.*: fairseq cannot read the prepared data"):
-        datasets = [data_utils.load_indexed_dataset(f"{prefix}.{side}", None, DATASET) for side in data.languages]
-        source, target = (np.array(dataset.sizes, dtype=np.int64) for dataset in datasets)
+    datasets = [open_binarized(f"{prefix}.{language}") for language in data.languages]
+    source, target = (np.array(dataset.sizes, dtype=np.int64) for dataset in datasets)
     lengths = np.maximum(source, target)
     if lengths.max() > max_tokens:
         raise UserError(

@@ -210,6 +210,7 @@ class Training:
         self.run, self.slot = run, slot
         # each machine that shares the folder writes its own; node 0's is run.log
         self.log = run.log.with_name(f"train{cluster.node or ''}.log")
+        self.before = self.log.stat().st_size if self.log.exists() else 0  # bytes of earlier starts
         words = launch_command(run, cluster)
         program_path("fairseq-train")
         watching = {"WANDB_NAME": run.name, "WANDB_DIR": str(run.folder)}  # for --wandb-project
@@ -261,7 +262,7 @@ class Training:
 
     def stopped_saved(self) -> bool:
         """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
-        return SAVED in "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-100:])
+        return SAVED in self.log.read_bytes()[self.before :].decode(errors="replace")
 
     def close(self) -> None:
         self.bar.close()

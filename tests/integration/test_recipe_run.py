@@ -119,7 +119,7 @@ def test_training_data_that_was_removed_is_one_line(work, tmp_path):
     for path in (tmp_path / "data" / "data-bin").glob("train.*"):
         path.unlink()
     run = open_run(work.folder / "el.seed1", data=tmp_path / "data")
-    with pytest.raises(UserError, match="fairseq cannot read the prepared data"):
+    with pytest.raises(UserError, match="fairseq cannot read it"):
         schedule(run, 1)
 
 

@@ -207,7 +207,7 @@ def test_a_second_report_replaces_the_first_and_keeps_files_of_others(reported, 
     (tmp_path / "report.partial").mkdir()
     main([str(word) for word in ["report", *sides, "--output", output]])
     assert {path.name for path in tmp_path.iterdir()} == {"report", "report.partial"}
-    assert "one seed does not show" in (output / "report.md").read_text(encoding="utf-8")
+    assert "do not show how much seeds vary" in (output / "report.md").read_text(encoding="utf-8")
 
     (output / "figures" / "mine.svg").write_text("mine")
     error = refused(capsys, "report", *sides, "--output", output)

@@ -123,8 +123,9 @@ def test_runs_of_different_length_are_refused():
     long, short = a_result("ce", 1), a_result("el", 1, training__updates=250)
     with pytest.raises(UserError, match="updates: 250 to 500"):
         check_comparable([[long], [short]], False)
-    patient = short.model_copy(update={"options": {**short.options, "patience": 3}})
-    assert check_comparable([[long], [patient]], True) == []
+    patient = [each.model_copy(update={"options": {**each.options, "patience": 3}}) for each in (long, short)]
+    assert check_comparable([patient[:1], patient[1:]], True) == []
+    assert check_comparable([[long], patient[1:]], True) == ["updates: 250 to 500"]
 
 
 def test_a_difference_far_into_a_long_value_counts_but_1_equals_1_0():
