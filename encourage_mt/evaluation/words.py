@@ -154,7 +154,7 @@ def group_words(words: list[str], train: Counter[str]) -> Counter[tuple[int, str
     for word in words:
         frequency = train.get(word, 0)
         counts[sum(frequency >= low for low in FREQUENCIES) - 1, word] += 1
-        plain = unescape(word)  # Moses writes [ as &#91; and " as &quot;
+        plain = unescape(word) or word  # Moses writes [ as &#91; and " as &quot;
         if any(character.isdigit() for character in plain):
             counts[NUMBER, word] += 1
         elif is_name(plain) and before[-1] not in SENTENCE_END and word.lower() not in train:
