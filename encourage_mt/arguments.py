@@ -143,9 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     add_data_option(command)
     for name, kind, meaning in (
-        ("average", count, "number of last epoch checkpoints to average (default: as in the recipe; by hand 10)"),
-        ("beam", count, "beam size (default: as in the recipe; by hand 5)"),
-        ("lenpen", finite_number, "length penalty, as in fairseq-generate (default: as in the recipe; by hand 1.0)"),
+        ("average", count, "number of last epoch checkpoints to average (default: as in the recipe, otherwise 10)"),
+        ("beam", count, "beam size (default: as in the recipe, otherwise 5)"),
+        ("lenpen", finite_number, "length penalty, as in fairseq-generate (default: as in the recipe, otherwise 1.0)"),
         ("temperature", positive_number, "number that divides the logits of the averaged model (default: 1.0)"),
     ):
         command.add_argument(f"--{name}", type=kind, metavar="N", help=meaning)
@@ -275,8 +275,10 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def add_changes(command: argparse.ArgumentParser) -> None:
     """Add the options that change a recipe."""
     changes = command.add_argument_group("changes to the recipe")
-    text = "set options of fairseq-train, of the criterion (in arms whose criterion has them), or average, beam or lenpen; "
-    text += "an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
+    text = "set options of fairseq-train, of the criterion (in arms whose criterion has them), or average, beam or "
+    text += (
+        "lenpen; an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
+    )
     changes.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     changes.add_argument(
         "--add-arm",
