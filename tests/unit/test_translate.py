@@ -122,6 +122,7 @@ def test_on_several_gpus_each_run_is_scored_by_a_process_of_its_own(tmp_path, mo
     monkeypatch.setattr(evaluate, "visible_gpus", lambda: ["4", "7", "8"])
     monkeypatch.setattr(evaluate, "run_on_gpus", lambda commands, gpus: calls.append((commands, gpus)) or codes)
     monkeypatch.setattr(evaluate, "evaluate", lambda run, comet, engine: run.name)
+    monkeypatch.setattr(evaluate.Result, "read", staticmethod(lambda folder: folder.name))
     assert evaluate.evaluate_all(runs, tmp_path / "comet", "ctranslate2") == ["ce.seed1", "ce.seed2"]
     ((commands, gpus),) = calls
     assert gpus == ["4", "7"]
