@@ -157,8 +157,6 @@ def table(match: re.Match) -> str:
 def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
     """Return the table of a marker. Raises UserError if an arm it names has no runs."""
     folder = RESULTS / recipe
-    results = read_results(folder)
-    comparisons = [read_record(path, Comparison) for path in sorted(folder.glob("*.comparison.json"))]
     if kind == "gains":
         by_folder = {name: by_arm(read_results(RESULTS / name)) for name in (recipe, *arms)}
         lines = gains_table({name: (group["ce"], group["el"]) for name, group in by_folder.items()})
@@ -169,8 +167,11 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
         compared = read_record(folder / "ce-el.comparison.json", Comparison).measures[measure][test]
         lines = measures_table(kind, compared, "ce", "el").markdown()
     elif kind == "published":
-        lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), results)
+        lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), read_results(folder))
     else:
+        results, comparisons = read_results(folder), []
+        if kind == "arms" or not arms:  # reading them takes seconds
+            comparisons = [read_record(path, Comparison) for path in sorted(folder.glob("*.comparison.json"))]
         baselines = list(dict.fromkeys(comparison.baseline for comparison in comparisons))
         arms = arms or list(dict.fromkeys([*baselines, *(result.arm for result in results)]))
         missing = set(arms) - {result.arm for result in results}

@@ -168,9 +168,10 @@ def test_a_work_directory_is_added_without_paths_of_the_machine(project, work):
 @pytest.mark.parametrize(
     "marker", ["gains: none", "measures: multi30k_de_en words", "measures: multi30k_de_en words no_such_test"]
 )
-def test_a_marker_that_names_nothing_is_one_line(marker, project):
-    with open(project.folder / "README.md", "a", encoding="utf-8") as page:
-        page.write(f"\n<!-- {marker} -->\n<!-- end -->\n")
+def test_a_marker_that_names_nothing_is_one_line(marker, project, monkeypatch):
+    page = project.folder / "README.md"
+    page.write_text(f"<!-- {marker} -->\n<!-- end -->\n", encoding="utf-8")
+    monkeypatch.setattr(project, "PAGES", (page,))
     error = project.run()
     assert error.count("\n") == 1 and marker in error
 
