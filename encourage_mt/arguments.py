@@ -275,10 +275,10 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 def add_changes(command: argparse.ArgumentParser) -> None:
     """Add the options that change a recipe."""
     changes = command.add_argument_group("changes to the recipe")
-    text = "set options of fairseq-train, of the criterion (in arms whose criterion has them), or average, beam or "
-    text += (
-        "lenpen; an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
+    text = (
+        "set options of fairseq-train, of the criterion (in arms whose criterion has them), or average, beam or lenpen"
     )
+    text += "; an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
     changes.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     changes.add_argument(
         "--add-arm",

@@ -140,12 +140,12 @@ class Arm(Record):
         foreign = sorted(set(self.options) - OPTION_NAMES - {"criterion"})
         if foreign:
             raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (others belong in train:)")
-        for name, value in self.options.items():
+        given = {name.replace("-", "_"): value for name, value in self.options.items()}
+        for name, value in given.items():
             if name == "bonus" and ":" in str(value):
                 check_trusted_bonus(str(value))
-            elif name.replace("-", "_") in OPTIONS:
-                check_option(name.replace("-", "_"), value)
-        given = {name.replace("-", "_"): value for name, value in self.options.items()}
+            elif name in OPTIONS:
+                check_option(name, value)
         for group in (BonusSchedule, CriterionOptions):  # which options fit together
             group(**{each.name: given[each.name] for each in fields(group) if each.name in given})
         return self

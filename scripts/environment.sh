@@ -31,11 +31,15 @@ check_python() { # of "$1", before anything is made
         fail "Python's headers to build fairseq with are missing; install them (Debian: apt-get install python3-dev)"
 }
 
+has_programs() { # a venv that was interrupted, or whose Python is gone, lacks one of them
+    [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ]
+}
+
 ensure_environment() {
     local wanted pip
     wanted="$root $(cat "$root"/{setup.py,scripts/constraints.txt,encourage_mt/loss/native.cpp,encourage_mt/loss/native_vectors.h} | sha256sum)"
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && return
-    if [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ]; then
+    if has_programs; then
         check_python "$VENV/bin/python"
         "$VENV/bin/pip" --version >/dev/null 2>&1 || fail "the programs in $VENV do not start; was it moved? Remove it"
     else
@@ -45,7 +49,7 @@ ensure_environment() {
     exec 9>"$VENV.lock" # two installations at the same time would damage each other
     ! command -v flock >/dev/null || flock 9
     [ "$(cat "$VENV/installed" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
-    { [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ]; } || "${PYTHON:-python3}" -m venv "$VENV"
+    has_programs || "${PYTHON:-python3}" -m venv "$VENV"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt")
     echo "Installing into $VENV, only this time. If fairseq must be built from source, this takes about 5 minutes."
     if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then

@@ -167,10 +167,10 @@ def paired_seeds(*sides: dict[int, Any]) -> list[int]:
     return shared if len(shared) > 1 or set(sides[0]) == set(sides[1]) else []
 
 
-def values_of_compared(*sides: dict[int, Any]) -> list[list[Any]]:
-    """Return the values of each side, {seed: value}, for the seeds of `paired_seeds`, or for all if it has none."""
+def compared_seeds(*sides: dict[int, Any]) -> list[dict[int, Any]]:
+    """Return each side, {seed: value}, with the seeds of `paired_seeds` only, or with all if it has none."""
     paired = paired_seeds(*sides)
-    return [[side[seed] for seed in paired or side] for side in sides]
+    return [{seed: side[seed] for seed in paired or side} for side in sides]
 
 
 def compare_resampled(
@@ -183,13 +183,13 @@ def compare_resampled(
     the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain.
     """
     scores = [{seed: statistic(np.arange(sentences)[None])[0] for seed, statistic in side.items()} for side in sides]
-    seeds = [paired_seeds(*sides) or list(side) for side in sides]
+    averaged = compared_seeds(*sides)
     rng = np.random.default_rng(12345)
     sampled = []
     block = max(1, min(BLOCK, LARGEST_BLOCK // sentences))
     for start in tqdm(range(0, SAMPLES, block), desc="bootstrap over sentences", leave=False):
         drawn = rng.integers(sentences, size=(min(block, SAMPLES - start), sentences))
-        means = [np.mean([side[seed](drawn) for seed in kept], axis=0) for side, kept in zip(sides, seeds, strict=True)]
+        means = [np.mean([statistic(drawn) for statistic in side.values()], axis=0) for side in averaged]
         sampled.append(means[1] - means[0])
     compared = []
     for row, name in enumerate(names):
@@ -247,7 +247,7 @@ def measures_table(name: str, comparisons: Sequence[MetricComparison], baseline:
     rows = [
         [
             result.metric,
-            *map(format_mean, values_of_compared(result.baseline, result.candidate)),
+            *(format_mean(side.values()) for side in compared_seeds(result.baseline, result.candidate)),
             f"{result.gain:+.2f}",
             *map(interval, (result.interval, result.bootstrap_interval)),
             p_values(result.p, result.holm_p),

@@ -18,7 +18,7 @@ from ..evaluation.formatting import Table
 from ..evaluation.lengths import bleu_by_length
 from ..evaluation.results import HEADLINE
 from ..evaluation.selective import SelectiveRun, compare_selective, measure_runs
-from ..evaluation.significance import correct, describe_correction, measures_table, values_of_compared
+from ..evaluation.significance import compared_seeds, correct, describe_correction, measures_table
 from ..evaluation.words import compare_words
 from ..robustness.measure import read_measured
 from ..robustness.summary import Summary, summarize
@@ -122,7 +122,8 @@ def seeds_and_lengths(material: Material) -> Section:
     metric = cast(BLEU, scoring.metrics(material.data.target, material.data.lowercase)[HEADLINE])
     charts = seed_scores(material.comparison)
     for split, texts in material.sets.items():
-        systems = dict(zip(texts.systems, values_of_compared(*texts.systems.values()), strict=True))
+        compared = zip(texts.systems, compared_seeds(*texts.systems.values()), strict=True)
+        systems = {label: list(side.values()) for label, side in compared}
         charts += length_charts(split, bleu_by_length(texts.references, systems, metric))
     return Section("Seeds and sentence lengths", charts=charts)
 
@@ -150,7 +151,8 @@ def where(material: Material) -> Section:
             title, xlabel = ("F1 by frequency in train", "gain in F1") if kind == "words" else SELECTION
             charts.append(gains(f"gains_{kind}_{split}", f"{title}, {split}", shown, xlabel))
     for split, sides in material.selective.items():
-        by_label = dict(zip(material.groups, values_of_compared(*sides), strict=True))
+        compared = zip(material.groups, compared_seeds(*sides), strict=True)
+        by_label = {label: list(side.values()) for label, side in compared}
         charts += [coverage(split, by_label), *reliability(split, by_label)]
     return Section("Where does it help?", f"{WHERE_NOTE} {material.correction}", tables, charts)
 

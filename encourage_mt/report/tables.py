@@ -8,7 +8,7 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis
 from ..evaluation.formatting import escape, format_mean, format_p, markdown_table, signature_lines
 from ..evaluation.results import HEADLINE, CurvePoint, Result, by_arm, searches
-from ..evaluation.significance import SOUGHT, MetricComparison, format_seeds, paired_seeds
+from ..evaluation.significance import SOUGHT, MetricComparison, compared_seeds, format_seeds
 from ..files import Scalar
 from ..recipe import Recipe
 from ..training.run_folder import rows_by_epoch
@@ -120,9 +120,8 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
 def gain_over(baseline: list[Result], candidate: list[Result], split: str) -> tuple[MetricComparison, str]:
     """Return the gain over the seeds of `paired_seeds`, or all if it has none, and ", seed ..." if not all are used."""
     sides = [{r.seed: r.scores[split][HEADLINE].score for r in group} for group in (baseline, candidate)]
-    paired = paired_seeds(*sides)
-    first, second = ({seed: side[seed] for seed in paired or side} for side in sides)
-    seeds = "" if [len(first), len(second)] == list(map(len, sides)) else f", seed {', '.join(map(str, paired))}"
+    first, second = compared_seeds(*sides)
+    seeds = "" if [len(first), len(second)] == list(map(len, sides)) else f", seed {', '.join(map(str, first))}"
     return MetricComparison(HEADLINE, first, second), seeds
 
 
