@@ -27,14 +27,15 @@ class EncouragingLossForTrainer:
     shift_labels: whether the logits at a position predict the label of the next one. Default: yes for outputs of
     decoder-only models (CausalLM), no for encoder-decoder models (Seq2Seq). Decoders of encoder-decoder models, such as
     BartForCausalLM and MarianForCausalLM, expect labels that are shifted already: pass False for these.
+    `model.loss_type`, by which Trainer counts the targets, must fit (docs/transformers.md).
 
-    The other keywords are those of `EncouragingLoss`; label_smoothing belongs here, because Trainer ignores its own
+    The other keywords are the fields of `LossOptions`; label_smoothing belongs here, because Trainer ignores its own
     label_smoothing_factor beside a compute_loss_func.
     """
 
     def __init__(self, *, shift_labels: bool | None = None, backend: str = "auto", **options: Any) -> None:
         self.shift_labels = shift_labels
-        self.loss = EncouragingLoss(reduction="sum", backend=backend, **options)
+        self.loss = EncouragingLoss(reduction="sum", ignore_index=-100, backend=backend, **options)
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss of model `outputs` with logits [batch, length, V] for `labels` [batch, length].

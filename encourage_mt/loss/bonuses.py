@@ -50,7 +50,8 @@ def register_bonus(
 ) -> Callable[[BonusFunction], BonusFunction]:
     """Return a decorator that registers the function b(p, one_minus_p, options) as bonus `name`.
 
-    b is elementwise on tensors of any shape in float32 or float64, finite on 0 <= p <= 1, and 0 at p = 0.
+    b is elementwise on tensors of any shape in float32 or float64, and 0 at p = 0; b and p b'(p) are finite on
+    0 <= p <= 1. Use one_minus_p for 1 - p, because it is precise near p = 1.
     `linear` is c where b(p) = -c p + O(p^2) near p = 0: a number, or a function of the options that may return None.
     Without it only the reference backend computes the bonus. `scaled_slope` is -p b'(p) as a function of the same
     arguments; without it autograd differentiates b. Raises ValueError if the name is taken or contains a colon.
@@ -148,7 +149,8 @@ def _slope_by_autograd(value: BonusFunction) -> BonusFunction:
 def check_bonus(options: LossOptions) -> None:
     """Raise ValueError unless the bonus of `options` is as `register_bonus` requires; checks in float64, takes 1 ms."""
     bonus = find_bonus(options.bonus)
-    p = torch.cat([torch.zeros(1), torch.logspace(-7, -2, 11), torch.linspace(0.02, 1.0, 50)]).double()
+    with torch.device("cpu"):  # whatever the default device is
+        p = torch.cat([torch.zeros(1), torch.logspace(-7, -2, 11), torch.linspace(0.02, 1.0, 50)]).double()
     rest = 1.0 - p
     with torch.no_grad():
         try:
@@ -159,16 +161,22 @@ def check_bonus(options: LossOptions) -> None:
             raise ValueError(f"bonus {bonus.name}: its function must return a tensor of the shape and type of p")
         if not value.isfinite().all() or value[0] != 0:
             raise ValueError(f"bonus {bonus.name}: b(p) must be finite for p from 0 to 1, and 0 at p = 0")
+        by_autograd = _slope_by_autograd(bonus.value)
+        slope = (bonus.scaled_slope or by_autograd)(p, rest, options)
+        if not slope.isfinite().all():
+            raise ValueError(f"bonus {bonus.name}: p b'(p) must be finite for p from 0 to 1")
         if bonus.scaled_slope:
             inner = (p > 0) & (p < 1)
-            declared = bonus.scaled_slope(p, rest, options)[inner]
-            expected = _slope_by_autograd(bonus.value)(p, rest, options)[inner]
-            if not torch.allclose(declared, expected, rtol=1e-6, atol=1e-12):
+            expected = by_autograd(p, rest, options)[inner]
+            if not torch.allclose(slope[inner], expected, rtol=1e-6, atol=1e-12):
                 raise ValueError(f"bonus {bonus.name}: scaled_slope is not -p times the derivative of its function")
         linear = bonus.linear(options) if callable(bonus.linear) else bonus.linear
         small = p < 0.01
         if linear is not None and ((value + linear * p).abs() > 10 * p**2 + 1e-15)[small].any():
-            raise ValueError(f"bonus {bonus.name}: its linear form is wrong: near p = 0 it is not -{linear} p + O(p^2)")
+            raise ValueError(
+                f"bonus {bonus.name}: its linear form is wrong: near p = 0 it is not within 10 p^2 of -{linear} p "
+                "(a steeper bonus must leave `linear` out)"
+            )
 
 
 # The bonuses of the package. Paper: the "normal" bonus is log with log_end 1, the "conservative" one log_end < 1.

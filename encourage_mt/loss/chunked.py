@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bonuses import bonus_of, linear_coefficient, scaled_slope
 from .options import LossOptions
-from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward
+from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward, without_unused_gradient
 
 GROUP = 64  # types that are gathered together
 BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, within the cache
@@ -40,7 +40,7 @@ def supports(options: LossOptions) -> bool:
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return what `reference.loss_terms` returns; only the loss term has a gradient."""
-    logits = logits if torch.is_grad_enabled() else logits.detach()  # otherwise the gradient would be computed
+    logits = without_unused_gradient(logits)
     return LossTerms(*_Chunked.apply(logits, target, options, ignored, reduce))  # type: ignore[no-untyped-call]
 
 

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
@@ -42,8 +43,8 @@ def loss_terms(
     Each term is a sum over tokens or, with reduce=False, one value per token. float16 and bfloat16 are computed in
     float32; float64 stays, except with "triton", which computes in float32. Tokens whose target is `ignore_index` do
     not count and get no gradient. Backend "reference" is the plain expression; the others are fast, and only their loss
-    term has a gradient; "auto" takes the fastest that can run here. Raises ValueError if shapes do not fit, V < 2, the
-    target is not of an integer type, or the backend is unknown or cannot run.
+    term has a gradient; "auto" takes the fastest that can run here. Raises ValueError if shapes or devices do not fit,
+    V < 2, the target is not of an integer type, or the backend is unknown or cannot run.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -51,6 +52,8 @@ def loss_terms(
         )
     if logits.size(1) < 2:
         raise ValueError("the loss needs at least 2 classes")
+    if target.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, target is on {target.device}")
     target = class_indices(target)
     ignored = target.eq(ignore_index)
     implementation = find_backend(backend, options, logits.device.type, logits.dtype)
@@ -110,11 +113,7 @@ def _candidates(backend: str, device: str, dtype: torch.dtype) -> list[str]:
     if backend == "auto":
         fastest = {"cpu": ["native"], "cuda": ["triton"] if dtype != torch.float64 else []}.get(device, [])
         return [*fastest, "chunked", "reference"]
-    return [
-        backend,
-        *(["chunked"] if backend in ("native", "triton") else []),
-        *(["reference"] if backend != "reference" else []),
-    ]
+    return list(dict.fromkeys([backend, "chunked", "reference"]))
 
 
 def missing_backend(backend: str, device: str) -> str:
@@ -125,8 +124,12 @@ def missing_backend(backend: str, device: str) -> str:
         return ""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "" if device == "cuda" or interpreted else f"it needs an NVIDIA GPU, the logits are on {device}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device != "cuda":
+        return f"it needs an NVIDIA GPU, the logits are on {device}"
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "" if has_compiler else "Triton needs a C compiler: CC, gcc or clang"
 
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -200,7 +203,7 @@ class EncouragingLoss(nn.Module):
 
 
 def _options(options: dict[str, Any]) -> LossOptions:
-    if "weight" in options:
+    if options.pop("weight", None) is not None:
         raise ValueError("weight: the encouraging loss does not support class weights; drop the argument")
     return LossOptions(**options)
 

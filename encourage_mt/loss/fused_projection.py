@@ -83,15 +83,16 @@ def projected_loss_terms(
         shapes = ", ".join(str(list(each.shape)) for each in (features, weight, target, bias) if each is not None)
         raise ValueError(f"expected features [tokens, D], weight [V >= 2, D], target [tokens], bias [V], got {shapes}")
     device = features.device.type
-    if torch.is_autocast_enabled(device):  # as it would cast them for the product
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:  # as it would cast them for the product
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     implementation = find_backend(backend, options, device, features.dtype)
     if implementation is reference:
         raise ValueError(
-            f"only the reference backend computes the {options.bonus} bonus with these options, and it cannot be fused "
-            "with the projection: drop --fuse-projection, or choose another --loss-backend or bonus"
+            "the projection cannot be fused with the reference backend, which was asked for or is the only one that "
+            f"computes the {options.bonus} bonus with these options: choose another backend or bonus, or do not fuse "
+            "(drop --fuse-projection; in PyTorch, use encouraging_loss)"
         )
     target = class_indices(target)
     ignored = target.eq(ignore_index)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .bonuses import LOG_BONUS_FLOOR
 from .options import LossOptions
-from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward
+from .terms import LossTerms, clone_terms, multiply_gradient, refuse_double_backward, without_unused_gradient
 
 BONUSES = ("none", "log", "power", "cosine")  # the order of the enumeration in native.cpp
 
@@ -65,10 +65,9 @@ def supports(options: LossOptions) -> bool:
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
     """Return the terms, like `reference.loss_terms`; only loss has a gradient."""
+    logits = without_unused_gradient(logits)
     arguments = _arguments(options, logits.size(1))
-    if logits.requires_grad and torch.is_grad_enabled():
-        return LossTerms(*_Native.apply(logits, target, ignored, reduce, *arguments))  # type: ignore[no-untyped-call]
-    return LossTerms(*clone_terms(torch.ops.encourage_mt.terms(logits, target, ignored, *arguments), reduce))
+    return LossTerms(*_Native.apply(logits, target, ignored, reduce, *arguments))  # type: ignore[no-untyped-call]
 
 
 def terms_and_gradient_(
@@ -76,7 +75,7 @@ def terms_and_gradient_(
 ) -> tuple[Tensor, Tensor]:
     """Return (terms [3, tokens], gradient times `scale` [tokens, V]); the gradient overwrites `logits`."""
     arguments = _arguments(options, logits.size(1))
-    factor = torch.full((), scale, dtype=torch.promote_types(logits.dtype, torch.float32))
+    factor = torch.full((), scale, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     terms: Tensor = torch.ops.encourage_mt.terms_and_gradient_(logits, target, ignored, factor, *arguments)
     return terms, logits
 
@@ -99,7 +98,7 @@ class _Native(torch.autograd.Function):
         ctx.arguments = bonus, options
         ctx.recompute = logits.dtype in (torch.float16, torch.bfloat16)
         operators = torch.ops.encourage_mt
-        if ctx.recompute:
+        if ctx.recompute or not ctx.needs_input_grad[0]:
             terms = operators.terms(logits, target, ignored, bonus, options)
             ctx.save_for_backward(logits, target, ignored)
         else:

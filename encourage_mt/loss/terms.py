@@ -30,12 +30,20 @@ def clone_terms(terms: Tensor, reduce: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def class_indices(target: Tensor) -> Tensor:
     """Return `target` as int64. Raises ValueError if it is not of an integer type."""
-    if target.is_floating_point():
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(
             f"target must contain class indices (torch.long), got {target.dtype}: "
             "class probabilities (soft targets) are not supported"
         )
     return target.long()
+
+
+def without_unused_gradient(logits: Tensor) -> Tensor:
+    """Return `logits`, detached under no_grad: a custom function would compute their gradient all the same.
+
+    Other logits stay as they are, because detaching would silently drop their forward-mode derivatives.
+    """
+    return logits.detach() if logits.requires_grad and not torch.is_grad_enabled() else logits
 
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:
@@ -50,8 +58,8 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "this loss backend has no second derivative (create_graph=True); use backend='reference' "
-            "(in fairseq: --loss-backend reference)"
+            "this loss has no second derivative (create_graph=True); only encouraging_loss and loss_terms with "
+            "backend='reference' have one (in fairseq: --loss-backend reference, without --rdrop-alpha)"
         )
 
 

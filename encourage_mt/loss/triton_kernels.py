@@ -175,7 +175,7 @@ def _has_pairs(logits: Tensor) -> bool:
 
 def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[float]]:
     """Return the bonus in effect and the numbers that both kernels take, in their order."""
-    start = torch.tensor(options.bonus_start, dtype=torch.float64)
+    start = torch.tensor(options.bonus_start, dtype=torch.float64, device="cpu")  # whatever the default device is
     at_start = bonus_of(start, 1.0 - start, dataclasses.replace(options, bonus_start=0.0)).item()
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
     numbers = [options.bonus_weight, options.bonus_start, at_start, least, options.bonus_exponent]

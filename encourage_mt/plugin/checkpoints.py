@@ -31,6 +31,7 @@ HARMLESS = (
     *(ast.Expression, ast.expr_context, ast.Constant, ast.Name, ast.Attribute, ast.Tuple, ast.List, ast.Set, ast.Dict),
     *(ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop),
 )
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of files of torch before 1.6
 PATTERNS = {"epoch": r"checkpoint\d+\.pt", "update": r"checkpoint_\d+_\d+\.pt"}
 
 
@@ -38,10 +39,8 @@ def install() -> None:
     """Make a fairseq process check each checkpoint before it loads it, and allow-list the types checkpoints need."""
     from fairseq import checkpoint_utils
 
-    torch.serialization.add_safe_globals(types_in_files() + types_in_broadcasts())
+    torch.serialization.add_safe_globals(types_in_files() + types_of_fairseq())
     load_to_cpu = checkpoint_utils.load_checkpoint_to_cpu
-    if hasattr(load_to_cpu, "__wrapped__"):  # installed already
-        return
 
     @functools.wraps(load_to_cpu)
     def check_and_load(path, *args, **kwargs):
@@ -65,33 +64,37 @@ def types_in_files() -> list:
     return [argparse.Namespace, numpy.ndarray, numpy.dtype, *numbers, *named]
 
 
-def types_in_broadcasts() -> list:
-    """Return the types that resuming on several processes adds: rank 0 sends the others omegaconf's options."""
+def types_of_fairseq() -> list:
+    """Return the types that only fairseq's processes need.
+
+    Some tasks save their dictionary. On several processes, rank 0 sends the others omegaconf's options.
+    """
+    from fairseq.data import Dictionary
     from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
     from omegaconf.nodes import AnyNode
 
     options = [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata]
-    return [*options, _TensorPlaceholder, (Any, "typing.Any"), collections.defaultdict, dict, list, int]
+    return [Dictionary, *options, _TensorPlaceholder, (Any, "typing.Any"), collections.defaultdict, dict, list, int]
 
 
 def check(path) -> None:
-    """Raise UserError if a checkpoint file is damaged.
-
-    Files of torch before 1.6 are not archives and have no checksums. Files that are not on this disk are not checked.
-    """
+    """Raise UserError if a checkpoint file is damaged. Files that are not on this disk are not checked."""
     path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            is_archive = file.read(2) == b"PK"
-        if is_archive and (reason := find_corruption(path)):
-            raise UserError(f"{path}: damaged checkpoint ({reason}); resume the training to replace it, or use another")
+    if path.is_file() and (reason := find_corruption(path)):
+        raise UserError(f"{path}: damaged checkpoint ({reason}); resume the training to replace it, or use another")
 
 
 def find_corruption(path: Path) -> str | None:
-    """Return the problem of a checkpoint file, None if it is intact: torch writes zip archives with checksums."""
+    """Return the problem of a checkpoint file, None if it is intact: torch writes zip archives with checksums.
+
+    Files of torch before 1.6 have none, so they are not checked.
+    """
     try:
+        with open(path, "rb") as file:
+            if file.read(len(OLD_FORMAT)) == OLD_FORMAT:
+                return None
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
@@ -182,11 +185,11 @@ def newest_checkpoint(run_dir: Path) -> Path:
     return paths[0]
 
 
-def saved_checkpoints(folder: Path, suffix: str = "") -> list[Path]:
+def saved_checkpoints(folder: Path) -> list[Path]:
     """Return checkpoint_last.pt, then epoch and update checkpoints, newest first, then checkpoint_best.pt."""
     order: dict[Path, tuple[float, float]] = {}
     for path in folder.glob("checkpoint*.pt"):
-        match = re.fullmatch(rf"checkpoint(_last|_best|_?(\d+)(?:_(\d+))?){re.escape(suffix)}\.pt", path.name)
+        match = re.fullmatch(r"checkpoint(_last|_best|_?(\d+)(?:_(\d+))?)\.pt", path.name)
         if match:
             kind, epoch, updates = match.groups()
             number = math.inf if kind == "_last" else int(epoch or -1)

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
-from fairseq.models import FairseqDecoder
+from fairseq.models import FairseqDecoder, FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
@@ -59,14 +60,6 @@ def read_options(kind, cfg):
     return kind(**{name: str(value) if OPTIONS[name].metadata["choices"] else value for name, value in values.items()})
 
 
-def repeat_twice(net_input):
-    """Return the input of a model with each sentence twice: the whole batch, then the whole batch again."""
-    return {
-        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
-        for name, value in net_input.items()
-    }
-
-
 def parser_type(name, parse):
     """Return an argparse type for option `name`: parse the text, then check the value as the loss does."""
 
@@ -82,10 +75,26 @@ def parser_type(name, parse):
     return parse_and_check
 
 
+@contextmanager
+def exit_if_refused(is_training):
+    """End a training with one line in the log and exit code 2 if the block raises ValueError, before fairseq sees it.
+
+    Otherwise fairseq would save a crash.pt and print a traceback. Every process refuses the same options.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not is_training:
+            raise
+        logger.error("criterion: %s", error)
+        sys.exit(2)
+
+
 def output_weight(model):
     """Return the weight [V, D] of the output projection of `model`; ValueError if it is not a plain Transformer's."""
-    bare = model
+    bare, finds_unused = model, False
     while hasattr(bare, "module"):  # as wrapped for data parallel training
+        finds_unused |= bool(getattr(bare, "find_unused_parameters", False))
         bare = bare.module
     decoder = getattr(bare, "decoder", None)
     projection = getattr(decoder, "output_projection", None)
@@ -95,11 +104,15 @@ def output_weight(model):
         or decoder.adaptive_softmax is not None
         or type(projection) is not nn.Linear
         or projection.bias is not None
-        or "features_only" not in inspect.signature(bare.forward).parameters
+        or not (isinstance(bare, FairseqLanguageModel) or "features_only" in inspect.signature(bare.forward).parameters)
     ):
         raise ValueError(
             f"{type(bare).__name__} does not end in the plain output projection of fairseq's Transformers; "
             "drop --fuse-projection"
+        )
+    if finds_unused and projection.weight is not decoder.embed_tokens.weight:
+        raise ValueError(  # torch would take the weight for unused, because the model's forward pass leaves it out
+            "--fuse-projection and --find-unused-parameters need --share-decoder-input-output-embed; drop one of them"
         )
     return projection.weight
 
@@ -123,28 +136,24 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         self.sentence_avg = cfg.sentence_avg
         self.ignore_prefix_size = cfg.ignore_prefix_size
         self.report_accuracy = cfg.report_accuracy
-        is_training = "fairseq_cli.train" in sys.modules
-        if not is_training and ":" in cfg.bonus and cfg.bonus not in registered_bonuses():
+        self.is_training = "fairseq_cli.train" in sys.modules
+        if not self.is_training and ":" in cfg.bonus and cfg.bonus not in registered_bonuses():
             # a checkpoint must not choose what is imported
             raise ValueError(
                 f"the checkpoint was trained with the bonus {cfg.bonus}; if you trust that module, add "
                 f"--criterion label_smoothed_encouraging_loss --bonus {cfg.bonus} to this command"
             )
-        try:
+        with exit_if_refused(self.is_training):  # values from a YAML file, and options that do not fit each other
             self.options = read_options(LossOptions, cfg)
             self.schedule = read_options(BonusSchedule, cfg)
             extra = read_options(CriterionOptions, cfg)
             check_bonus(self.options)
-            if is_training and (missing := missing_backend(extra.loss_backend, training_device(extra.loss_backend))):
-                raise ValueError(f"loss_backend {extra.loss_backend} cannot run here: {missing}; use auto")
-        except ValueError as error:  # values from a YAML file, and options that do not fit each other
-            if not is_training:
-                raise
-            logger.error("criterion: %s", error)
-            sys.exit(2)
+            # a checkpoint that is validated may have been trained on other hardware; all backends agree
+            self.loss_backend = extra.loss_backend if self.is_training else "auto"
+            if missing := missing_backend(self.loss_backend, training_device(self.loss_backend)):
+                raise ValueError(f"loss_backend {self.loss_backend} cannot run here: {missing}; use auto")
         self.full_weight = self.options.bonus_weight
-        self.loss_backend, self.fuse_projection = extra.loss_backend, extra.fuse_projection
-        self.rdrop_alpha = extra.rdrop_alpha
+        self.fuse_projection, self.rdrop_alpha = extra.fuse_projection, extra.rdrop_alpha
         if self.schedule.varies:
             self.follow_updates(task)
 
@@ -184,11 +193,14 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.fuse_projection and model.training and reduce:
             terms, correct = self.fused_terms(model, sample)
         elif self.rdrop_alpha and model.training:
-            net_output = model(**repeat_twice(sample["net_input"]))
+            # the whole batch, then the whole batch again
+            twice = {k: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x for k, x in sample["net_input"].items()}
+            net_output = model(**twice)
             logits, target = self.get_lprobs_and_target(model, net_output, sample)
-            terms, divergence = rdrop_terms(
-                logits, target, self.options, self.rdrop_alpha, self.padding_idx, reduce, self.loss_backend
-            )
+            with exit_if_refused(self.is_training):
+                terms, divergence = rdrop_terms(
+                    logits, target, self.options, self.rdrop_alpha, self.padding_idx, reduce, self.loss_backend
+                )
             logits = logits[: target.size(0)]
         else:
             net_output = model(**sample["net_input"])
@@ -220,17 +232,20 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         return terms.loss, terms.nll_loss
 
     def terms(self, logits, target, reduce):
-        return loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
+        with exit_if_refused(self.is_training):
+            return loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
 
     def fused_terms(self, model, sample):
         """Return (LossTerms, number of correct predictions) without logits of the whole batch."""
-        weight = output_weight(model)
+        with exit_if_refused(self.is_training):
+            weight = output_weight(model)
         net_output = model(**sample["net_input"], features_only=True)
         features = self.without_prefix(net_output[0]).reshape(-1, weight.size(1))
         target = self.without_prefix(model.get_targets(sample, net_output)).reshape(-1)
-        return projected_loss_terms(
-            features, weight, target, self.options, self.padding_idx, self.loss_backend, self.report_accuracy
-        )
+        with exit_if_refused(self.is_training):
+            return projected_loss_terms(
+                features, weight, target, self.options, self.padding_idx, self.loss_backend, self.report_accuracy
+            )
 
     def without_prefix(self, positions):
         """Return `positions` [batch, length, ...] without the first --ignore-prefix-size of each sentence."""

@@ -39,6 +39,7 @@ def install() -> None:
     checkpoint_utils.torch_persistent_save = save_whole
     checkpoint_utils.PathManager.copy = staticmethod(copy_whole)
     checkpoint_utils.load_checkpoint = resume_from_whole(checkpoint_utils.load_checkpoint)
+    checkpoint_utils.checkpoint_paths = find_negative_too(checkpoint_utils.checkpoint_paths)
     names = train.main.__globals__  # not the module's: a process that `python -m` spawned has a copy of them
     names["validate_and_save"] = save_and_stop_in_time(names["validate_and_save"])
 
@@ -57,6 +58,19 @@ def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     with exit_if_not_saved(dst_path), open(src_path, "rb") as source, atomic_write(Path(dst_path), "wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
     return True
+
+
+def find_negative_too(checkpoint_paths):
+    """Wrap checkpoint_utils.checkpoint_paths, which finds the files of --keep-best-checkpoints by their loss.
+
+    Its pattern has no sign, but this loss may be negative; such files would never be removed.
+    """
+
+    @functools.wraps(checkpoint_paths)
+    def find(path, pattern=r"checkpoint(\d+)\.pt", **options):
+        return checkpoint_paths(path, pattern.replace(r"(\d+\.?\d*)", r"(-?\d+\.?\d*)"), **options)
+
+    return find
 
 
 @contextmanager
@@ -89,9 +103,10 @@ def resume_from_whole(load_checkpoint):
         for each in (signal.SIGTERM, signal.SIGINT):  # not earlier, so that a parent of several ranks can be ended
             signal.signal(each, request_stop)
         is_restored = False
-        if cfg.restore_file == "checkpoint_last.pt":
+        # with a suffix each process has a file of its own, and those of one update belong together
+        if cfg.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
             if trainer.data_parallel_rank == 0:
-                is_restored = restore_last_checkpoint(Path(cfg.save_dir), trainer.checkpoint_suffix)
+                is_restored = restore_last_checkpoint(Path(cfg.save_dir))
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
         # other data each epoch, or other batches with the seed plus the epoch: fairseq alone resumes these correctly
@@ -111,7 +126,7 @@ def resume_from_whole(load_checkpoint):
             if not makes_anew:
                 del trainer.get_train_iterator
         if is_restored and cfg.no_last_checkpoints:  # this training will not replace the copy, which would get old
-            (Path(cfg.save_dir) / f"checkpoint_last{trainer.checkpoint_suffix}.pt").unlink()
+            (Path(cfg.save_dir) / "checkpoint_last.pt").unlink()
         validate_last_epoch(extra_state, epoch_itr, trainer)
         if is_trained(trainer):
             logger.info("trained already: %d updates", trainer.get_num_updates())
@@ -127,11 +142,12 @@ def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
     A checkpoint saved then has no validation loss and is at the start of the next epoch, or has all updates.
     """
     cfg = trainer.cfg
-    if not extra_state or extra_state["val_loss"] is not None or cfg.dataset.disable_validation:
-        return
+    if not extra_state or cfg.dataset.disable_validation or extra_state.get("val_loss", 0) is not None:
+        return  # fairseq's crash.pt has no val_loss
     position = extra_state["train_iterator"]
     is_end = epoch_itr.epoch > 1 and not epoch_itr.iterations_in_epoch and position.get("iterations_in_epoch") == 0
-    if is_end or is_trained(trainer):
+    is_due = is_end and (epoch_itr.epoch - 1) % cfg.dataset.validate_interval == 0
+    if is_due or is_trained(trainer):
         from fairseq_cli import train
 
         epoch = epoch_itr.epoch - is_end
@@ -149,13 +165,13 @@ def is_trained(trainer) -> bool:
     return 0 < trainer.cfg.optimization.max_update <= trainer.get_num_updates()
 
 
-def restore_last_checkpoint(folder: Path, suffix: str = "") -> bool:
+def restore_last_checkpoint(folder: Path) -> bool:
     """Replace a checkpoint_last.pt that is damaged or missing by the newest intact checkpoint of `folder`.
 
     The damaged one is kept as checkpoint_last.pt.damaged. Returns whether it was replaced. Ends the process with exit
     code 2 if there are checkpoints, but none is intact.
     """
-    last, paths = folder / f"checkpoint_last{suffix}.pt", saved_checkpoints(folder, suffix)
+    last, paths = folder / "checkpoint_last.pt", saved_checkpoints(folder)
     for path in paths:
         reason = find_corruption(path)
         if reason is None:

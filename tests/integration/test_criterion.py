@@ -106,7 +106,8 @@ def test_the_log_splits_loss_into_cross_entropy_and_bonus(task, model):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_without_bonus_it_is_fairseqs_criterion(prefix, backend, task, model):
     options = {"ignore_prefix_size": prefix, "report_accuracy": True}
-    ours = make_criterion(task, label_smoothing=0.1, **options, bonus="none", loss_backend=backend)
+    ours = make_criterion(task, label_smoothing=0.1, **options, bonus="none")
+    ours.loss_backend = backend
     theirs = LabelSmoothedCrossEntropyCriterion(task, False, 0.1, **options)
     sample = make_sample([8, 5, 6])
     outcomes = []
@@ -220,6 +221,25 @@ def test_what_cannot_work_ends_a_training_before_the_first_batch(
     with pytest.raises(SystemExit, match="2"):
         make_criterion(task, **options)
     assert expected in caplog.text
+
+
+def test_what_cannot_work_ends_a_training_at_the_first_batch_before_fairseq_saves_a_crash(
+    task, model, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "fairseq_cli.train", sys)
+    monkeypatch.setattr(bonuses, "_registry", dict(bonuses._registry))
+    bonuses.register_bonus("line")(lambda p, one_minus_p, options: -p)  # only the reference backend computes it
+    criterion = make_criterion(task, bonus="line", fuse_projection=True)
+    with pytest.raises(SystemExit, match="2"):
+        criterion(model.train(), make_sample([5, 3]))
+    assert "drop --fuse-projection" in caplog.text
+
+
+def test_a_model_is_validated_where_its_backend_cannot_run(task, model, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fairseq_cli.train", raising=False)
+    monkeypatch.setattr(native, "unavailable", lambda: "nothing was compiled")
+    loss, *_ = make_criterion(task, loss_backend="native")(model, make_sample([5, 3]))
+    assert loss.isfinite()
 
 
 def test_a_checkpoint_does_not_choose_what_is_imported(task, tmp_path, monkeypatch):

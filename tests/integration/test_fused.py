@@ -1,7 +1,10 @@
 """Compare the criterion with --fuse-projection and without it."""
 
+import sys
+
 import pytest
 import torch
+from fairseq.models import FairseqLanguageModel
 from test_criterion import build_model, make_criterion, make_sample, task  # noqa: F401
 
 from encourage_mt.loss import fused_projection
@@ -10,8 +13,9 @@ from encourage_mt.loss.options import CriterionOptions
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Make blocks so small that a few tokens need several, the last one short."""
+    """Make blocks so small that a few tokens need several, the last one short; outside fairseq-train."""
     monkeypatch.setattr(fused_projection, "ROWS", 8)
+    monkeypatch.delitem(sys.modules, "fairseq_cli.train", raising=False)
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["own output embedding", "tied embeddings"])
@@ -53,6 +57,41 @@ def test_logits_of_the_whole_batch_are_never_in_memory(task, monkeypatch):  # no
     for mode in (True, False):
         criterion(model.train(mode), make_sample([5, 3]))
     assert asked == [True, False]
+
+
+def test_a_language_model_can_be_fused(task):  # noqa: F811
+    language_model = FairseqLanguageModel(build_model(task).decoder).train()
+    sample = make_sample([5, 3])
+    sample["net_input"] = {"src_tokens": sample["net_input"]["src_tokens"]}
+    fused, plain = (make_criterion(task, fuse_projection=fuse)(language_model, sample)[0] for fuse in (True, False))
+    torch.testing.assert_close(fused, plain)
+
+
+def test_parameters_that_torch_would_take_for_unused_are_refused(task):  # noqa: F811
+    criterion = make_criterion(task, fuse_projection=True)
+    for share in (False, True):
+        wrapped = Wrapped(build_model(task, share_decoder_input_output_embed=share).train())
+        if share:
+            assert criterion(wrapped, make_sample([5, 3]))[0].isfinite()
+            continue
+        with pytest.raises(ValueError, match="--share-decoder-input-output-embed"):
+            criterion(wrapped, make_sample([5, 3]))
+
+
+class Wrapped(torch.nn.Module):
+    """As fairseq wraps torch's DistributedDataParallel."""
+
+    find_unused_parameters = True
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def get_targets(self, sample, net_output):
+        return self.module.get_targets(sample, net_output)
 
 
 def test_a_model_without_a_plain_projection_is_refused_with_the_remedy(task):  # noqa: F811

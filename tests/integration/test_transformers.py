@@ -26,6 +26,16 @@ def make_llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **sizes))
 
 
+def make_gpt2():
+    """Its class name does not tell Trainer that labels are shifted."""
+    config = transformers.GPT2Config(
+        **TINY, n_embd=16, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"
+    return model
+
+
 def make_marian():
     sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
              {"layers": 1, "attention_heads": 2, "ffn_dim": 32}.items()}  # fmt: skip
@@ -66,9 +76,9 @@ def summed_loss(logits, labels, smoothing=0.1, log_end=0.5):
     return (q * (bonus - p.log())).sum()
 
 
-@pytest.mark.parametrize("make", [make_llama, make_marian])
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_marian])
 def test_twenty_steps_equal_those_by_hand(make, tmp_path):
-    """Gradient accumulation over batches with different numbers of targets; labels shifted for Llama only."""
+    """Gradient accumulation over batches with different numbers of targets; labels shifted for decoder-only models."""
     torch.manual_seed(0)
     model = make()
     by_hand = copy.deepcopy(model)

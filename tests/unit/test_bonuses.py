@@ -100,6 +100,7 @@ def test_slope_at_the_floor_of_the_log_bonus():
 
 BROKEN = {
     "finite": (lambda p, rest, options: p.log(), {}),
+    "p b'\\(p\\) must be finite": (lambda p, rest, options: -p.sqrt(), {}),
     "0 at p = 0": (lambda p, rest, options: p - 1, {}),
     "shape": (lambda p, rest, options: p.sum(), {}),
     "scaled_slope": (lambda p, rest, options: -(p**2), {"scaled_slope": lambda p, rest, options: 2 * p}),

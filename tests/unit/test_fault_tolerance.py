@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 from encourage_mt.errors import UserError
@@ -129,15 +130,43 @@ def test_the_order_of_checkpoints(tmp_path):
     assert found == ["checkpoint_last.pt", names[3], names[4], names[1], names[2], names[0]]
 
 
-def test_a_flipped_bit_is_refused_wherever_a_checkpoint_is_read(tmp_path):
+def test_a_flipped_bit_is_refused_wherever_a_checkpoint_is_read(tmp_path, monkeypatch):
     path = save(tmp_path / "checkpoint1.pt", 1.0)
     flip_a_byte(path)
     assert torch.load(path)["model"]["w"].ne(1.0).sum() == 1, "torch loads it as if nothing were wrong"
     assert "checksum" in find_corruption(path)
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", checkpoint_utils.load_checkpoint_to_cpu)
     checkpoints.install()
     for load in (checkpoints.load_checkpoint, checkpoint_utils.load_checkpoint_to_cpu):
         with pytest.raises(UserError, match="checkpoint1.pt: damaged checkpoint"):
             load(path if load is not checkpoint_utils.load_checkpoint_to_cpu else str(path))
+
+
+def test_files_of_torch_before_1_6_are_not_taken_for_damaged(tmp_path):
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert find_corruption(tmp_path / "old.pt") is None
+    assert checkpoints.load_checkpoint(tmp_path / "old.pt")["model"]["w"].sum() == 3
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(UserError, match="text.pt"):
+        checkpoints.load_checkpoint(tmp_path / "text.pt")
+
+
+def test_a_task_may_keep_its_dictionary_in_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", checkpoint_utils.load_checkpoint_to_cpu)
+    checkpoints.install()
+    dictionary = Dictionary()
+    dictionary.add_symbol("word")
+    torch.save({"task_state": {"target_dictionary": dictionary}}, tmp_path / "checkpoint1.pt")
+    assert torch.load(tmp_path / "checkpoint1.pt")["task_state"]["target_dictionary"].index("word") == 4
+
+
+def test_the_best_checkpoints_are_found_by_a_negative_loss_too(tmp_path):
+    names = ["checkpoint.best_loss_0.2001.pt", "checkpoint.best_loss_-0.1230.pt", "checkpoint.best_loss_-1.5002.pt"]
+    for name in names:
+        (tmp_path / name).touch()
+    pattern = r"checkpoint\.best_loss_(\d+\.?\d*)\.pt"  # that of checkpoint_utils.save_checkpoint
+    find = fault_tolerance.find_negative_too(checkpoint_utils.checkpoint_paths)
+    assert find(str(tmp_path), pattern=pattern) == [str(tmp_path / name) for name in names]
 
 
 def test_a_failed_save_leaves_the_last_checkpoint_and_ends_in_one_line(tmp_path, monkeypatch, caplog):
@@ -216,15 +245,20 @@ def test_a_long_epoch_is_saved_every_ten_minutes(monkeypatch):
         ({"position": 5, "updates": 9}, True),
         ({"position": 5, "updates": 9, "val_loss": 2.0}, False),
         ({"disabled": True}, False),
+        ({"interval": 2}, False),
+        ({"interval": 3}, True),
+        ({"interval": 2, "updates": 9}, True),
     ],
 )
 def test_a_resumed_run_repeats_the_validation_of_an_epoch_or_of_the_last_update(changes, owed, monkeypatch):
     from fairseq_cli import train
 
-    state = {"val_loss": None, "epoch": 4, "position": 0, "disabled": False, "updates": 8, **changes}
+    state = {"val_loss": None, "epoch": 4, "position": 0, "disabled": False, "updates": 8, "interval": 1, **changes}
     position = {"epoch": state["epoch"], "iterations_in_epoch": state["position"]}
     epoch_itr = SimpleNamespace(epoch=state["epoch"], iterations_in_epoch=state["position"])
-    dataset = SimpleNamespace(disable_validation=state["disabled"], valid_subset="valid,valid1")
+    dataset = SimpleNamespace(
+        disable_validation=state["disabled"], valid_subset="valid,valid1", validate_interval=state["interval"]
+    )
     cfg = SimpleNamespace(dataset=dataset, optimization=SimpleNamespace(max_update=9))
     weights, calls = [], []
     criterion = SimpleNamespace(set_weight=weights.append)
@@ -235,6 +269,7 @@ def test_a_resumed_run_repeats_the_validation_of_an_epoch_or_of_the_last_update(
     extra_state = {"val_loss": state["val_loss"], "train_iterator": position}
     fault_tolerance.validate_last_epoch(extra_state, epoch_itr, trainer)
     fault_tolerance.validate_last_epoch(None, epoch_itr, trainer)
+    fault_tolerance.validate_last_epoch({"train_iterator": position}, epoch_itr, trainer)  # of a crash.pt
     assert len(calls) == owed
     if owed:
         *_, at_end, subsets, end_of_epoch = calls[0]

@@ -108,6 +108,10 @@ def test_autocast_computes_as_half_precision():
     expected, _, gradients = together(features.bfloat16(), weight.bfloat16(), target, options)
     assert terms.loss == expected.loss and features.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad, gradients[1].float(), rtol=1e-2, atol=1e-4)
+    features, weight = features.double(), weight.double()  # autocast leaves float64 as it is
+    exact, _, _ = together(features, weight, target, options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert projected_loss_terms(features, weight, target, options, PAD)[0].loss == exact.loss
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loss_cases import assert_right, each_backend, each_bonus_and_fallback, random_batch, terms_and_gradient
 
-from encourage_mt.loss import EncouragingLoss, LossOptions, encouraging_loss, loss_terms
+from encourage_mt.loss import EncouragingLoss, LossOptions, encouraging_loss, functional, loss_terms
 from encourage_mt.loss.options import OPTION_NAMES, OPTIONS, BonusSchedule, CriterionOptions
 
 RANGES = {field.name: field.metadata["between"] for field in dataclasses.fields(LossOptions)}
@@ -126,10 +126,59 @@ def test_module_refuses_shapes(logits, target):
         EncouragingLoss()(torch.zeros(logits), torch.zeros(target, dtype=torch.long))
 
 
+def test_logits_and_target_on_different_devices_are_refused():
+    with pytest.raises(ValueError, match="logits are on cpu, target is on meta"):
+        encouraging_loss(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long, device="meta"))
+
+
+def test_the_default_device_of_torch_does_not_matter():
+    logits, target = random_batch(2, 9)
+    expected = encouraging_loss(logits, target, bonus_exponent=1.75)
+    with torch.device("meta"):
+        assert encouraging_loss(logits, target, bonus_exponent=2.75) == expected  # another option: checked again
+
+
+@each_backend
+def test_forward_mode_derivatives_are_right_or_refused(backend):
+    """A derivative of 0 without an error would be silently wrong."""
+    logits, target = random_batch(3, 9)
+    logits = logits.detach().double()
+
+    def loss(logits):
+        return encouraging_loss(logits, target, label_smoothing=0.1, backend=backend)
+
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    if backend == "reference":
+        derivative = torch.func.jvp(loss, (logits,), (logits,))[1]
+        torch.testing.assert_close(derivative, (gradient * logits).sum())
+        return
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(loss, (logits,), (logits,))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="forward"):
+        loss(torch.autograd.forward_ad.make_dual(logits, logits))
+
+
+def test_triton_is_passed_over_without_a_c_compiler(monkeypatch):
+    monkeypatch.setattr(functional, "find_spec", lambda name: name)
+    for name in ("TRITON_INTERPRET", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(functional.shutil, "which", lambda name: None)
+    assert "C compiler" in functional.missing_backend("triton", "cuda")
+    monkeypatch.setattr(functional.shutil, "which", lambda name: name)
+    assert functional.missing_backend("triton", "cuda") == ""
+
+
+def test_class_weights_of_none_are_accepted():
+    assert EncouragingLoss(weight=None).options == EncouragingLoss().options
+
+
 def test_unsupported_arguments_are_refused_by_name():
     logits, target = random_batch(2, 9)
     with pytest.raises(ValueError, match="class weights"):
         EncouragingLoss(weight=torch.ones(9))
+    with pytest.raises(ValueError, match="torch.bool"):
+        encouraging_loss(logits, target.bool())
     with pytest.raises(ValueError, match="soft targets"):
         encouraging_loss(logits, logits.softmax(dim=1))
     with pytest.raises(ValueError, match="reduction .*average"):

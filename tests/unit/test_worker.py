@@ -42,8 +42,11 @@ def test_a_pool_that_lost_a_worker_ends_the_program(killed, code):
     assert ("a worker process was killed" in done.output) == killed
 
 
-@pytest.mark.parametrize("is_fsdp, expected", [(False, [1]), (True, [1, None])])
-def test_empty_batches_are_left_out_unless_processes_need_as_many(is_fsdp, expected):
+@pytest.mark.parametrize(
+    "is_fsdp, base_layers, expected", [(False, 0, [1]), (True, 0, [1, None]), (False, 2, [1, None])]
+)
+def test_empty_batches_are_left_out_unless_processes_need_as_many(is_fsdp, base_layers, expected):
     step = without_empty_batches(lambda trainer, samples: samples)
-    trainer = SimpleNamespace(is_fsdp=is_fsdp)
+    cfg = SimpleNamespace(model=SimpleNamespace(base_layers=base_layers))
+    trainer = SimpleNamespace(is_fsdp=is_fsdp, cfg=cfg)
     assert step(trainer, [1, None]) == expected and step(trainer, [None]) == [None]
