@@ -38,7 +38,7 @@ TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 GPUS = {"A100 80GB": (80, 108, 1.41, 2039), "H100 80GB": (90, 132, 1.98, 3350)}
 
 
-def compile_kernel(kernel, architecture, dtype, vocabulary, **options):
+def compile_kernel(kernel, architecture, dtype, vocabulary, options):
     """Return `kernel` ("forward" or "backward") compiled for sm_`architecture`.
 
     A dict of the arguments and: registers per thread; stack, bytes per thread, and spills, instructions that use local
@@ -121,7 +121,7 @@ def accesses(operations, prefix):
 
 
 def cases(which):
-    """Return keyword arguments of `compile_kernel`: "core" takes a few seconds, "all" all that matter."""
+    """Return arguments of `compile_kernel`: "core" takes a few seconds, "all" all that matter."""
     bonuses = [{"bonus": bonus} for bonus in triton_kernels.BONUS_KINDS]
     log = [{"bonus": "log"}]
     started = [{"bonus": name, "bonus_start": 0.1} for name in triton_kernels.BONUS_KINDS if name != "none"]
@@ -140,8 +140,7 @@ def cases(which):
             ([90], ["bfloat16"], [32768], [{"log_end": 1.0}, {"label_smoothing": 0.0}]),
             ([90], ["bfloat16", "float32"], [100000, 100001], log),
         ]
-    combinations = itertools.chain.from_iterable(itertools.product(("forward", "backward"), *row) for row in rows)
-    return [(*arguments, options) for *arguments, options in combinations]
+    return list(itertools.chain.from_iterable(itertools.product(("forward", "backward"), *row) for row in rows))
 
 
 def bounds(vocabularies, dtype):
@@ -151,7 +150,7 @@ def bounds(vocabularies, dtype):
         GPUS.items(), vocabularies, ("none", "log")
     ):
         for kernel, passes in (("forward", 1), ("backward", 2)):
-            compiled = compile_kernel(kernel, architecture, dtype, vocabulary, bonus=bonus)
+            compiled = compile_kernel(kernel, architecture, dtype, vocabulary, {"bonus": bonus})
             memory = passes * vocabulary * getattr(torch, dtype).itemsize / bandwidth
             arithmetic = max(compiled["instructions"], 8 * compiled["special_functions"]) / (4 * processors * clock)
             rows.append(
@@ -171,11 +170,6 @@ def bounds(vocabularies, dtype):
     return rows
 
 
-def check(case):
-    *arguments, options = case
-    return compile_kernel(*arguments, **options)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", choices=("core", "all"), help="print the compiled kernels of these cases as JSON")
@@ -188,7 +182,7 @@ def main():
         )
     if args.check:
         with ProcessPoolExecutor(2) as pool:
-            json.dump(list(pool.map(check, cases(args.check))), sys.stdout)
+            json.dump(list(pool.map(compile_kernel, *zip(*cases(args.check), strict=True))), sys.stdout)
         return
     print(f"Lower bounds for {args.dtype}, from instruction counts and published rates. Not a measurement.\n")
     rows = bounds(args.vocabularies, args.dtype)

@@ -54,12 +54,8 @@ def describe_hardware(device: str = "") -> str:
 
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
-        model = match.group(1) if match else model
-    return f"CPU, {cores()} cores ({model})"
+    match = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"CPU, {cores()} cores ({match.group(1) if match else platform.machine()})"
 
 
 def versions() -> dict[str, str]:

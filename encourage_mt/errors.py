@@ -50,7 +50,8 @@ def exit_on_user_error(program: str):
         _discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
-        remedy = "; free some space, then run the same command" if getattr(error, "errno", 0) == errno.ENOSPC else ""
+        is_full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some space, then run the same command" if is_full else ""
         print(f"{program}: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         try:
             sys.stdout.flush()

@@ -7,60 +7,53 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from itertools import zip_longest
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import UserError
 from .archives import size_limit
 
-BLOCK = 1 << 18  # bytes read at once
-MAX_LINE = 1 << 22  # bytes without a line end; room for a million characters
+MAX_LINE = 1 << 22  # bytes; room for a million characters
+
+
+def lines_of(file: BinaryIO | BufferedIOBase, name: Path | str) -> Iterator[str]:
+    """Yield the lines of an open UTF-8 file as they arrive, without line ends (\\n or \\r\\n) and byte order mark.
+
+    Raises UserError, which calls the file `name`, if a line is not UTF-8 or longer than MAX_LINE bytes.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+        line = line.removesuffix(b"\n")
+        if len(line) > MAX_LINE:
+            raise UserError(f"{name}: line {number}: longer than {MAX_LINE:,} bytes")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: line {number}, byte {error.start + 1}: not UTF-8") from None
+        yield (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r")
 
 
 def iterate_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, plain or .gz, without line ends (\\n or \\r\\n) and byte order mark.
+    """Yield the lines of a file, plain or .gz, as `lines_of` does.
 
-    Raises UserError if the file is missing, empty, not gzip or not UTF-8, if MAX_LINE bytes come without a line end, or
-    if a .gz expands beyond `size_limit`.
+    Raises UserError also if the file is missing, empty or not gzip, or if a .gz expands beyond `size_limit`.
     """
-    number = size = 0
-    rest = b""  # the beginning of a line
+    size = 0
     try:
         limit = size_limit(path)
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                size += len(block)
+            for line in lines_of(file, path):
+                size += len(line) + 1
                 if size > limit:
                     raise UserError(f"{path}: expands to more than {limit:,} bytes")
-                lines, newline, end = block.rpartition(b"\n")
-                if newline:
-                    yield from decode(path, rest + lines, number)
-                    number += lines.count(b"\n") + 1
-                    rest = end
-                elif len(rest) + len(block) > MAX_LINE:
-                    raise UserError(f"{path}: line {number + 1}: longer than {MAX_LINE:,} bytes")
-                else:
-                    rest += block
+                yield line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if rest:
-        yield from decode(path, rest, number)
     if not size:
         raise UserError(f"{path}: empty file")
-
-
-def decode(path: Path | str, content: bytes, number: int) -> list[str]:
-    """Return the lines of `content`, which follows `number` lines of the file. Raises UserError if it is not UTF-8."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = number + content.count(b"\n", 0, error.start) + 1
-        byte = error.start - content.rfind(b"\n", 0, error.start)
-        raise UserError(f"{path}: line {line}, byte {byte}: not UTF-8") from None
-    lines = (text if number else text.removeprefix("\ufeff")).split("\n")
-    return [line.rstrip("\r") for line in lines] if "\r" in text else lines
 
 
 def read_lines(path: Path) -> list[str]:

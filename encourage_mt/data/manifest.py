@@ -169,6 +169,7 @@ class PreparedData(Record):
         sizes = ", ".join(f"{language} {size:,}" for language, size in self.dictionary.items())
         lines = [tabulate(rows, header, tablefmt="github", disable_numparse=True)]
         lines += [f"train: {self.duplicate_train_pairs:,} pairs repeat another", f"dictionary: {sizes} types"]
+        lines += [f"sha256 of the binarized data: {self.checksum}"]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 

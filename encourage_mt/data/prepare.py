@@ -4,7 +4,6 @@ Text is processed in chunks and kept on disk between the steps: memory does not 
 about 115 bytes of hashes and lengths per pair and for learning the subword model.
 """
 
-import errno
 import functools
 import re
 import shutil
@@ -62,26 +61,14 @@ def prepare(
         with locked(work_dir):
             if overwrite or not _is_prepared(final, recipe, sources):  # another process may have made it meanwhile
                 _check_ours(final)
-                data = _prepare(recipe, sources, work_dir, workers or cores())
+                with atomic_folder(final) as partial:
+                    partial.mkdir()
+                    preparation = _Preparation(recipe, sources, partial, workers or cores())
+                    data = preparation.run(work_dir / "preprocess.log")
                 print(f"{data.describe()}\ndata: {final}")
                 return final
     print(f"data: {final} is prepared already")
     return final
-
-
-def _prepare(recipe: Recipe, sources: Sources, work_dir: Path, workers: int) -> PreparedData:
-    final = work_dir / "data"
-    try:
-        with atomic_folder(final) as partial:
-            partial.mkdir()
-            data = _Preparation(recipe, sources, partial, workers).run(work_dir / "preprocess.log")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{work_dir}: no space left on the disk, or on that of the downloads; free some and run it again"
-            ) from None
-        raise
-    return data.model_copy(update={"folder": final})
 
 
 def check_prepared(recipe: Recipe, work_dir: Path, raw_dir: Path | None, download_dir: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from ..atomic import atomic_write
-from ..recipe import Recipe
+from ..recipe import Recipe, modern_subword
 from .bitext import iterate_lines
 from .sources import Sources
 
@@ -76,14 +76,8 @@ def choose(pairs: int, gpus: int, characters: int = 0) -> dict[str, Any]:
         sides |= {f"{side}-ffn-embed-dim": size.inner, f"{side}-attention-heads": size.heads}
     return {
         "held_out": {"valid": held_out, "test": held_out},
-        "subword": {
-            "vocab_size": max(size.vocabulary, 256 + 2 * characters),
-            "hard_vocab_limit": False,  # a small corpus may have fewer
-            "model_type": "bpe",
-            "byte_fallback": True,
-            "character_coverage": COVERAGE,
-            "normalization_rule_name": "nmt_nfkc",
-        },
+        # a small corpus may have fewer pieces
+        "subword": {**modern_subword(max(size.vocabulary, 256 + 2 * characters)).options, "hard_vocab_limit": False},
         "train": {
             "arch": "transformer",
             **sides,

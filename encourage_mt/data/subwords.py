@@ -38,11 +38,9 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
     step = -(-2 * count // SAMPLED_LINES)
     lines = (line for pair in islice(pairs, 0, None, step) for line in pair)
     proto = io.BytesIO()  # SentencePiece itself would not notice that it cannot write its file
-    try:
+    with as_user_error("subword model: cannot be learned"):
         options = {"character_coverage": 1.0, "minloglevel": 2, **options}
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=proto, **options)
-    except (RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"subword model: {' '.join(str(error).split())}") from None
     with atomic_write(Path(f"{prefix}.model"), "wb") as file:
         file.write(proto.getvalue())
     model = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())

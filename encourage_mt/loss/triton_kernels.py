@@ -18,7 +18,6 @@ Tests run the kernels in Triton's interpreter, and compile them without a GPU (b
 
 import dataclasses
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def row_sums(
     statistics = logits.new_empty((STATISTICS, tokens), dtype=torch.float32)
     shared = constants(logits, bonus, scalars)
     if tokens:
-        with _device_of(logits):
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
             _forward[(tokens,)](
                 logits, target, ignored, terms, statistics, tokens, vocabulary, *scalars,
                 **shared, **forward_blocks(vocabulary), PAIRS=_has_pairs(logits),
@@ -128,7 +127,7 @@ def write_gradient(
     tokens, vocabulary = out.shape
     blocks = backward_blocks(vocabulary)
     if tokens:
-        with _device_of(out):
+        with torch.cuda.device_of(out):
             _backward[(tokens, triton.cdiv(vocabulary, blocks["BLOCK"]))](
                 out if logits is None else logits, target, ignored, statistics, upstream, out, tokens, vocabulary,
                 *scalars, **constants(out, bonus, scalars), **blocks,
@@ -161,11 +160,6 @@ def constants(logits: Tensor, bonus: str, scalars: list[float]) -> dict[str, Any
         "SMOOTHED": smoothing_mass > 0,
         "ALIGNMENT": math.gcd(logits.size(1), 16 // logits.itemsize),
     }
-
-
-def _device_of(logits: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of `logits` the current one, because Triton launches on the current device."""
-    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _has_pairs(logits: Tensor) -> bool:

@@ -1,11 +1,11 @@
 """Translate raw text with an exported model: prepare and split each line, search with CTranslate2, restore text."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ..data.bitext import MAX_LINE, decode
+from ..data.bitext import lines_of
 from ..data.stages import chunks
 from ..data.subwords import encoder, join_pieces, restore_bytes
 from ..data.tokenization import detokenize
@@ -126,20 +126,11 @@ def translate_stream(
     """Translate `source` line by line into `output`, in order; memory does not grow with the number of lines.
 
     Writes `nbest` lines for each line, also if it is empty, with `scores` as SCORE tab TEXT. `lines` are read and
-    translated together. Raises UserError if the text is not UTF-8 or a line is longer than MAX_LINE bytes.
+    translated together. Raises UserError if the text is not UTF-8 or a line is too long.
     """
     translator.hypotheses([], beam, nbest)  # refuses wrong options before the first line
-    for chunk in chunks(read_stream(source), lines):
+    for chunk in chunks(((line,) for line in lines_of(source, "standard input")), lines):
         for hypotheses in translator.hypotheses((line for (line,) in chunk), beam, nbest):
             for text, score in hypotheses:
                 output.write((f"{score:.4f}\t{text}\n" if scores else f"{text}\n").encode())
         output.flush()
-
-
-def read_stream(source: BinaryIO) -> Iterator[tuple[str]]:
-    """Yield each line of a stream as soon as it arrives, as a tuple of one; lines end at \\n only."""
-    for number, line in enumerate(iter(lambda: source.readline(MAX_LINE + 1), b"")):
-        line = line.removesuffix(b"\n")
-        if len(line) > MAX_LINE:
-            raise UserError(f"standard input: line {number + 1}: longer than {MAX_LINE:,} bytes")
-        yield (decode("standard input", line, number)[0],)

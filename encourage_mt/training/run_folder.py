@@ -37,6 +37,8 @@ class Start(TypedDict):
     versions: dict[str, str]
     git_revision: str | None
     machine: str
+    instruction_set: NotRequired[str]
+    compiled_loss: NotRequired[bool]
 
 
 @with_config(STRICT)

@@ -62,8 +62,13 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
 def with_provenance(run: Run, cluster: Cluster, threads: str) -> Run:
     """Return the run with its data's checksum and, unless it is done, the command that starts it and the machine.
 
-    The command names the number of threads of each process, because another number rounds differently.
+    The command names the number of threads of each process, because another number rounds differently, as another
+    instruction set and the loss without compiled code do.
     """
+    import torch
+
+    from ..loss.functional import missing_backend
+
     now = {
         "command": f"OMP_NUM_THREADS={threads} {shlex.join(launch_command(run, cluster))}",
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -71,6 +76,8 @@ def with_provenance(run: Run, cluster: Cluster, threads: str) -> Run:
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": describe_hardware(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),  # of torch's kernels and of the compiled loss
+        "compiled_loss": not missing_backend("native", "cpu"),
     }
     provenance = {"data_sha256": run.prepared().checksum, "starts": [] if run.is_done else [now]}
     return run.model_copy(update={"provenance": provenance})

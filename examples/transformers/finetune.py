@@ -22,24 +22,15 @@ from transformers import (
 )
 
 from encourage_mt.arguments import count, index, positive_number
-from encourage_mt.errors import UserError, exit_on_user_error
+from encourage_mt.data.bitext import iterate_pairs
+from encourage_mt.errors import exit_on_user_error
 from encourage_mt.integrations.transformers import EncouragingLossForTrainer
 
 
-def read_pairs(source, target):
+def read_pairs(files):
     """Return the lines of two parallel files. Raises UserError if one cannot be read or their numbers differ."""
-    sources, targets = map(read_lines, (source, target))
-    if len(sources) != len(targets):
-        raise UserError(f"{source} has {len(sources)} lines, {target} has {len(targets)}")
-    return sources, targets
-
-
-def read_lines(path):
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-    return text.removesuffix("\n").split("\n")  # splitlines() also splits at U+2028
+    sources, targets = zip(*iterate_pairs([Path(file) for file in files], [], []), strict=True)
+    return list(sources), list(targets)
 
 
 def tokenize(tokenizer, sources, targets, max_length):
@@ -57,8 +48,8 @@ def translate(model, tokenizer, sources, batch_size, beam, max_length):
     for start in range(0, len(sources), batch_size):
         lines = sources[start : start + batch_size]
         batch = tokenizer(lines, return_tensors="pt", padding=True, truncation=True, max_length=max_length)
+        batch = batch.to(model.device)
         keywords = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        keywords = {name: value.to(model.device) for name, value in keywords.items()}
         tokens = model.generate(**keywords, num_beams=beam, max_new_tokens=max_length)
         translations += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return translations
@@ -96,7 +87,7 @@ def main():
 def finetune(args, loss):
     """Train, write the model and the translations of the test to args.output, and print the scores."""
     set_seed(args.seed)
-    train, (sources, references) = read_pairs(*args.train), read_pairs(*args.test)
+    train, (sources, references) = read_pairs(args.train), read_pairs(args.test)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSeq2SeqLM.from_pretrained(args.model)
     trainer = Seq2SeqTrainer(

@@ -134,7 +134,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, 
 
     monkeypatch.setattr("encourage_mt.data.prepare._open", open_on_full_disk)
     line = refused(capsys, "prepare", own_recipe(tmp_path), "--raw-dir", tmp_path, "--work-dir", tmp_path / "work")
-    assert "no space left" in line and str(tmp_path / "work") in line
+    assert "no space left" in line.lower() and str(tmp_path / "work") in line
     assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
 
 
@@ -194,7 +194,7 @@ def test_data_that_another_process_made_meanwhile_is_not_made_again(prepared, tm
         yield
 
     monkeypatch.setattr(preparation, "locked", wait_for_another)
-    monkeypatch.setattr(preparation, "_prepare", None)
+    monkeypatch.setattr(preparation, "_Preparation", None)
     main(["prepare", str(recipe), "--work-dir", str(work)])
     assert "is prepared already" in capsys.readouterr().out
 

@@ -46,9 +46,7 @@ def test_line_of_a_million_characters_is_read(tmp_path):
     assert read_lines(write(tmp_path / "a", f"{line}\n{line}")) == [line, line]
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 100])
-def test_blocks_do_not_change_lines(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(bitext, "BLOCK", block)
+def test_only_line_ends_divide_lines(tmp_path):
     content = b"\xef\xbb\xbf\xc3\xa4 b\r\n\n\r\n\xe2\x80\xa8c\n\n"
     assert read_lines(write(tmp_path / "a", content)) == ["ä b", "", "", "\u2028c", ""]
     with pytest.raises(UserError, match="b: line 6, byte 2: not UTF-8"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from samples import sample_data
 
 from encourage_mt.data import subwords
+from encourage_mt.data.bitext import MAX_LINE
 from encourage_mt.data.stages import TextStage
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation import converted_model
@@ -248,12 +249,12 @@ def test_lines_are_translated_as_they_arrive(echo):
 
 
 def test_the_longest_line_is_translated(echo):
-    line = b" " * translate.MAX_LINE
+    line = b" " * MAX_LINE
     assert stream(echo, line + b"\n") == stream(echo, line)
 
 
 @pytest.mark.parametrize(
-    "content, expected", [(b"a\nb\xff\n", "line 2, byte 2"), (b"a\n" + b"b" * (translate.MAX_LINE + 1), "line 2")]
+    "content, expected", [(b"a\nb\xff\n", "line 2, byte 2"), (b"a\n" + b"b" * (MAX_LINE + 1), "line 2")]
 )
 def test_bad_input_names_the_line(content, expected, echo):
     with pytest.raises(UserError, match=f"standard input: {expected}"):
