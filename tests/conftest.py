@@ -1,5 +1,6 @@
 """Provide a corpus of a few hundred pairs, prepared once, and one tiny model trained on it by the real command line."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -22,6 +23,9 @@ from encourage_mt.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"  # the servers of these tests
+if "GPU_KERNELS" not in os.environ:  # the trainings here are those of a CPU: fp32, and any number of processes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
@@ -136,6 +140,17 @@ def work(tmp_path_factory):
     interrupted = interrupt([*argv, "--arms", "ce"], folder / "work" / "ce.seed1" / "train.log")
     done = run(*argv, "--seeds", 1, 2, "--parallel", 2)
     return SimpleNamespace(folder=folder / "work", recipe=recipe, interrupted=interrupted, done=done)
+
+
+def fake_venv(folder, body):
+    """Make a virtual environment that counts as installed; its encourage-mt is the shell script `body`."""
+    program = folder / "bin" / "encourage-mt"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    program.chmod(0o755)
+    loss = ("encourage_mt/loss/native.cpp", "encourage_mt/loss/native_vectors.h")
+    content = b"".join((ROOT / name).read_bytes() for name in ("setup.py", "scripts/constraints.txt", *loss))
+    (folder / "installed").write_text(f"{ROOT} {hashlib.sha256(content).hexdigest()}  -\n")
 
 
 def with_ctrl_c():

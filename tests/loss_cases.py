@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from encourage_mt.loss import native
 from encourage_mt.loss.functional import loss_terms
@@ -97,3 +98,18 @@ def assert_right(logits, target, options, backend):
 
 def options_of(bonus, smoothing=0.1, **more):
     return LossOptions(**bonus, label_smoothing=smoothing, **more)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collect the memory of all results of at least `size` bytes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.addresses = size, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
+                self.addresses.add(tensor.untyped_storage().data_ptr())
+        return result

@@ -1,12 +1,10 @@
 """Compare two groups of runs, seed by seed, after checking that they are comparable."""
 
 import statistics
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from sacrebleu.metrics.bleu import BLEU
 from tqdm import tqdm
 
 from ..data.bitext import read_lines
@@ -67,17 +65,15 @@ class Comparison(Record):
         rows = [row for result in self.tests[split].values() for row in result.rows()]
         return Table(f"scores_{split}", header, rows)
 
-    def verdicts(self, split: str, quote: Callable[[str], str] = str) -> list[str]:
+    def verdicts(self, split: str) -> list[str]:
         """Return a line for each metric of a test set, the headline's first, and one about power.
 
         If there are alarms, return one line that names them.
-
-        quote: how to write the names of the sides and runs.
         """
         if self.alarms:
-            return [f"No verdict: {quote('; '.join(self.alarms))}. Train these runs again, or leave them out."]
+            return [f"No verdict: {'; '.join(self.alarms)}. Train these runs again, or leave them out."]
         metrics = sorted(self.tests[split].values(), key=lambda result: result.metric != HEADLINE)
-        verdicts = [result.verdict(quote(self.baseline), quote(self.candidate)) for result in metrics]
+        verdicts = [result.verdict(self.baseline, self.candidate) for result in metrics]
         return [*verdicts, *filter(None, [self.tests[split][HEADLINE].power()])]
 
     def markdown(self) -> str:
@@ -86,7 +82,7 @@ class Comparison(Record):
         if self.differences:
             lines += [f"**These runs differ in more than the criterion**: {escape('; '.join(self.differences))}.", ""]
         for split in self.tests:
-            verdict, *others = self.verdicts(split, escape)
+            verdict, *others = map(escape, self.verdicts(split))
             lines += [f"### {split}", "", self.table(split).markdown(), "", f"**{verdict}**", ""]
             lines += [*(f"{line}  " for line in others), ""]
         return "\n".join([*lines, self.explanation, "", *signature_lines(self.signatures)])
@@ -204,7 +200,7 @@ def _compare_sentences(pair, split, data):
                     f"run `encourage-mt evaluate {run.folder}`"
                 )
         p_values[metric] = p
-    bleu = cast(BLEU, scoring.metrics(data.target, data.lowercase)[HEADLINE])
+    bleu = scoring.metrics(data.target, data.lowercase)[HEADLINE]
     return p_values, sentences_needed(systems, references, bleu)
 
 

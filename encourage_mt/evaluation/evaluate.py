@@ -18,7 +18,7 @@ from ..plugin.checkpoints import last_checkpoints, load_checkpoint
 from ..processes import locked, run_on_gpus
 from ..recipe_parts import TOKENIZED_BLEU
 from ..training.alarms import final_alarms
-from ..training.run_folder import Run, mapping, read_log, rows_by_epoch, training_settings
+from ..training.run_folder import Run, checkpoint_folder, mapping, read_log, rows_by_epoch, training_settings
 from . import scoring
 from .averaging import average, digest
 from .engines import translate_sets
@@ -56,7 +56,7 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
     """
     with locked(run.folder):
         data = run.prepared()
-        paths = last_checkpoints(run.checkpoints, run.average)
+        paths = last_checkpoints(checkpoint_folder(run.folder), run.average)
         settings = Evaluation(
             average=run.average,
             beam=run.beam,
@@ -72,7 +72,8 @@ def evaluate(run: Run, comet: Path | None = None, engine: Engine = "fairseq") ->
             result = Result.read(run.folder)
             if (
                 result.evaluation == settings
-                and has_translations(run.folder, data, result)
+                and result.translations_sha256  # those of version 0.1 have none
+                and result.translations_sha256.items() <= hash_translations(run.folder, data).items()
                 and is_scored_model(run.folder / "average.pt", result)
                 and (UNFINISHED_TRAINING in result.alarms) == is_unfinished(run)
             ):
@@ -155,12 +156,6 @@ def hash_translations(folder: Path, data: PreparedData) -> dict[str, str]:
     """Return {file name: sha256} of the translations, detokenized and tokenized, that are in `folder`."""
     paths = [folder / f"{split}{kind}.{data.target}" for split in data.subsets for kind in ("", ".tok")]
     return {path.name: file_hash(path) for path in paths if path.is_file()}
-
-
-def has_translations(folder: Path, data: PreparedData, result: Result) -> bool:
-    """Return whether `folder` has the translations that were scored, as far as their checksums were recorded."""
-    recorded = result.translations_sha256
-    return bool(recorded) and recorded.items() <= hash_translations(folder, data).items()
 
 
 def check_data(run: Run, data: PreparedData) -> None:

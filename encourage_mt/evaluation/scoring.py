@@ -3,9 +3,9 @@
 import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF, TER
-from sacrebleu.metrics.base import Metric
 
 from ..errors import UserError
 from ..files import file_hash
@@ -14,7 +14,7 @@ from .results import Score
 THREE_LETTERS = {"zho": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko"}
 
 
-def metrics(language: str, lowercase: bool = False) -> dict[str, Metric]:
+def metrics(language: str, lowercase: bool = False) -> dict[str, Any]:
     """Return sacreBLEU, chrF++ and TER for detokenized text in `language` (a code such as de, zh, zh_CN or zho_Hans).
 
     BLEU tokenizes as sacreBLEU advises for the language: zh, ja-mecab, ko-mecab, otherwise 13a. TER splits Chinese and

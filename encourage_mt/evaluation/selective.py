@@ -11,10 +11,7 @@ the share that is correct as `confidence` defines it (Wang et al. 2020); that of
 probability with its share of correct pieces, each sentence with weight 1.
 """
 
-from typing import cast
-
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
 from tqdm import tqdm
 
 from ..training.run_folder import Run
@@ -95,7 +92,7 @@ class SelectiveRun:
 def measure_runs(sides: list[list[Run]], splits: list[str]) -> dict[str, list[dict[int, SelectiveRun]]]:
     """Return {test set: [{seed: SelectiveRun} of baseline and of candidate]}; the models' passes take a while."""
     data = sides[0][0].prepared()
-    scorer = cast(BLEU, metrics(data.target, data.lowercase)[HEADLINE])
+    scorer = metrics(data.target, data.lowercase)[HEADLINE]
     measured: dict[str, list[dict[int, SelectiveRun]]] = {split: [{}, {}] for split in splits}
     for side, runs in enumerate(sides):
         for run in tqdm(runs, desc="confidence", unit="run", leave=False):

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import Record, file_hash, read_record, write_record
 from ..plugin.checkpoints import last_checkpoints
 from ..processes import locked
-from ..training.run_folder import Run
+from ..training.run_folder import Run, checkpoint_folder
 from . import scoring
 from .averaging import average
 from .converted_model import convert_checkpoint, load_model, translate_pieces
@@ -110,7 +110,7 @@ def measure(run: Run) -> Tuning:
     path, data = run.folder / "tuning.json", run.prepared()
     with locked(run.folder):
         check_data(run, data)
-        checkpoints = last_checkpoints(run.checkpoints, run.average)
+        checkpoints = last_checkpoints(checkpoint_folder(run.folder), run.average)
         scorer = scoring.metrics(data.target, data.lowercase)[HEADLINE]
         references = data.read_text("valid", data.target)
         scorer.corpus_score(references, [references])  # the signature has the number of references

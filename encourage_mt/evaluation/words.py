@@ -20,7 +20,7 @@ from html import unescape
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -87,7 +87,7 @@ def compare_words(sides: list[list[Run]], splits: list[str]) -> dict[str, list[M
 
 def words_of(lines: list[str], data: PreparedData) -> list[list[str]]:
     """Return the words of each line: tokens of tokenized data, otherwise raw text through sacreBLEU's tokenizer."""
-    scorer: Any = metrics(data.target)["sacreBLEU"]
+    scorer = metrics(data.target)["sacreBLEU"]
     split = str if data.is_tokenized else scorer.tokenizer
     if data.lowercase:
         lines = [line.lower() for line in lines]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -162,7 +163,8 @@ def draw_intervals(ax, values: list[Interval], style: dict[str, str], shift: flo
 def diagnostic_charts(groups: dict[str, list[Analysis]]) -> list[Chart]:
     """Draw the measurements of diagnostics.py, means over seeds. groups: {label: analyses}."""
     sides = [Side(label, style, side) for (label, side), style in zip(groups.items(), STYLES, strict=True)]
-    charts = [energy(sides), margin(sides), probability(sides), calibration(sides)]
+    calibrations = {side.label: [each.calibration.model_dump() for each in side.analyses] for side in sides}
+    charts = [energy(sides), margin(sides), probability(sides), calibration(calibrations)]
     if all(analysis.gradient for side in sides for analysis in side.analyses):
         charts.insert(0, representation(sides))
     return charts + [by_frequency(sides, "accuracy", "token accuracy"), by_frequency(sides, "f1", "token F1")]
@@ -216,17 +218,17 @@ def probability(sides: list[Side]) -> Chart:
     return Chart("probability", "Probability of the target", caption, figure)
 
 
-def calibration(sides: list[Side]) -> Chart:
+def calibration(sides: dict[str, list[dict[str, Any]]]) -> Chart:
+    """Draw the fields of Calibration. sides: {label: those of each run}."""
     figure, ax = axes("confidence (probability of the prediction)", "accuracy")
     ax.plot([0, 1], [0, 1], color="#666666", linewidth=0.8, label="perfect calibration")
-    for side in sides:
-        names = ("tokens", "confidence", "accuracy")
-        tokens, *values = (np.array([getattr(a.calibration, name) for a in side.analyses]) for name in names)
+    for (label, runs), style in zip(sides.items(), STYLES, strict=True):
+        tokens, *values = (np.array([run[name] for run in runs]) for name in ("tokens", "confidence", "accuracy"))
         filled = tokens.any(axis=0)  # a run without tokens in a bin does not count there
         confidence, accuracy = ((tokens * value).sum(axis=0)[filled] / tokens.sum(axis=0)[filled] for value in values)
-        ax.plot(confidence, accuracy, **side.style, markersize=4, linewidth=1.4, label=side.label)
+        ax.plot(confidence, accuracy, **style, markersize=4, linewidth=1.4, label=label)
     ax.legend()
-    errors = list_means(sides, "calibration.error", ".3f")
+    errors = "; ".join(f"{label} {np.mean([run['error'] for run in runs]):.3f}" for label, runs in sides.items())
     caption = f"Below the diagonal the model is overconfident. Expected calibration error (15 bins): {errors}."
     return Chart("calibration", "Calibration", caption, figure)
 

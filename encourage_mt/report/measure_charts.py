@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +9,7 @@ from ..evaluation.confidence import SCORES
 from ..evaluation.results import HEADLINE
 from ..evaluation.selective import COVERAGE, SelectiveRun
 from ..evaluation.significance import MetricComparison
-from .charts import STYLES, Chart, Side, axes, calibration
+from .charts import STYLES, Chart, axes, calibration
 
 
 def gains(name: str, title: str, compared: Sequence[MetricComparison], xlabel: str) -> Chart:
@@ -64,14 +62,7 @@ def reliability(split: str, sides: dict[str, list[SelectiveRun]]) -> list[Chart]
     for index, (kind, right) in enumerate(
         {"pieces": "correct pieces", "sentences": "correct pieces a sentence"}.items()
     ):
-        found: dict[str, list[Any]] = {
-            label: [SimpleNamespace(calibration=SimpleNamespace(**run.calibration()[index])) for run in runs]
-            for label, runs in sides.items()
-        }
-        # `calibration` needs no other measurement of a run
-        chart = calibration(
-            [Side(label, style, runs) for (label, runs), style in zip(found.items(), STYLES, strict=True)]
-        )
+        chart = calibration({label: [run.calibration()[index] for run in runs] for label, runs in sides.items()})
         chart.figure.axes[0].set(xlabel="mean probability of the generated pieces", ylabel=f"share of {right}")
         charts.append(replace(chart, name=f"calibration_{kind}_{split}", title=f"Calibration of {kind}, {split}"))
     return charts

@@ -5,9 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, cast
-
-from sacrebleu.metrics.bleu import BLEU
+from typing import Any
 
 from ..data.manifest import PreparedData
 from ..errors import UserError
@@ -119,7 +117,7 @@ class Section:
 
 
 def seeds_and_lengths(material: Material) -> Section:
-    metric = cast(BLEU, scoring.metrics(material.data.target, material.data.lowercase)[HEADLINE])
+    metric = scoring.metrics(material.data.target, material.data.lowercase)[HEADLINE]
     charts = seed_scores(material.comparison)
     for split, texts in material.sets.items():
         compared = zip(texts.systems, compared_seeds(*texts.systems.values()), strict=True)

@@ -264,8 +264,6 @@ def name_sides(sides: dict[str, Result]) -> str:
 
 def training_differences(result: Result, other: Result) -> str:
     """Return the options of fairseq-train, except seed and criterion, and the average in which two results differ."""
-    if not (criterion_options(result) and criterion_options(other)):
-        return ""
     first, second = (
         dict(takewhile(lambda option: option[0] != "criterion", side.options.items())) for side in (other, result)
     )

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..evaluation.comparison import check_comparable
 from ..evaluation.confidence import SCORES
-from ..evaluation.results import HEADLINE, Result, alarms_of
+from ..evaluation.results import HEADLINE, Result, alarms_of, by_arm
 from ..evaluation.significance import MetricComparison, Statistic, compare_resampled, correct, count_draws
 from ..files import Record
 from ..training.run_folder import Run
@@ -73,8 +73,7 @@ def group(runs: list[Run], allow_differences: bool = False) -> tuple[dict[str, d
             raise UserError(f"{run.folder}: seed {result.seed} appears twice among the runs of {result.arm}")
         result.check_data(run.prepared())
         arms[result.arm][result.seed] = run
-    groups = [[result for result in results if result.arm == arm] for arm in arms]
-    return arms, [*check_comparable(groups, allow_differences), *alarms_of(results)]
+    return arms, [*check_comparable(list(by_arm(results).values()), allow_differences), *alarms_of(results)]
 
 
 def summarize(arms: dict[str, BySeed], unequal: list[str]) -> Summary:

@@ -89,11 +89,6 @@ class Run(Record):
         return self.folder / "train.log"
 
     @property
-    def checkpoints(self) -> Path:
-        """checkpoints/ of the folder, or the folder itself where fairseq-train was run by hand."""
-        return checkpoint_folder(self.folder)
-
-    @property
     def is_done(self) -> bool:
         return (self.folder / "train.done").exists()
 
@@ -323,15 +318,11 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def finite_rows(records: list[dict], *names: str) -> list[list[float]]:
-    """Return the values of `names` in each record that has all of them, without rows that are not finite or absurd."""
-    rows = [[float(record[name]) for name in names] for record in records if record.keys() >= set(names)]
-    return [row for row in rows if all(abs(value) < ABSURD for value in row)]
-
-
 def rows_by_epoch(records: list[dict], *names: str) -> dict[float, list[float]]:
-    """Return {epoch: values of `names`} from `finite_rows`.
+    """Return {epoch: values of `names`} of the records that have all of them, unless one is not finite or absurd.
 
     An epoch appears twice in a log if its checkpoint was lost; the last record counts.
     """
-    return {epoch: values for epoch, *values in finite_rows(records, "epoch", *names)}
+    names = ("epoch", *names)
+    rows = [[float(record[name]) for name in names] for record in records if record.keys() >= set(names)]
+    return {epoch: values for epoch, *values in rows if all(abs(value) < ABSURD for value in (epoch, *values))}

@@ -18,7 +18,7 @@ from ..processes import describe_failure, job_environment, locked, not_through_a
 from ..recipe import AVERAGE, Recipe
 from .alarms import loss_alarm
 from .launch import Cluster, hydra_config, launch_command
-from .run_folder import Run, record_of
+from .run_folder import Run, checkpoint_folder, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Trainings:
             self.failures.append(describe_failure("fairseq-train", code, training.log))
         elif self.cluster.node:
             return  # node 0 decides whether the training is done
-        elif not list(training.run.checkpoints.glob("checkpoint*.pt")):
+        elif not list(checkpoint_folder(training.run.folder).glob("checkpoint*.pt")):
             # such as with a learning rate that fairseq takes for the end of the training
             self.failures.append(f"{training.run.name}: fairseq-train ended without a checkpoint ({training.log})")
         else:

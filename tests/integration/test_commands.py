@@ -144,13 +144,14 @@ def test_the_allow_list_has_exactly_the_types_of_a_checkpoint_with_eval_bleu(el_
     )
 
 
-@pytest.mark.parametrize("first, second", [(CE, EL), (EL, CE)], ids=["ce to el", "el to ce"])
-def test_fine_tuning_across_criteria(first, second, train, tmp_path):
-    train(tmp_path / "first", *first, "--max-epoch", "1")
-    start = ("--finetune-from-model", tmp_path / "first" / "checkpoint_last.pt", "--max-epoch", "1")
-    log = train(tmp_path / "second", *second, *start).output
-    assert "loading pretrained model from" in log
-    assert (tmp_path / "second" / "checkpoint1.pt").exists()
+def test_fine_tuning_across_criteria(el_run, train, tmp_path):
+    """From the encouraging loss to cross entropy, and from there back."""
+    before = el_run / "checkpoint_last.pt"
+    for name, criterion in (("ce", CE), ("el", EL)):
+        log = train(tmp_path / name, *criterion, "--finetune-from-model", before, "--max-epoch", "1").output
+        assert "loading pretrained model from" in log
+        before = tmp_path / name / "checkpoint_last.pt"
+        assert (tmp_path / name / "checkpoint1.pt").exists()
 
 
 def test_resuming_with_another_criterion_is_refused(el_run, train, tmp_path):

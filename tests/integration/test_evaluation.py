@@ -33,6 +33,7 @@ def test_an_interrupted_run_says_so_and_the_next_resumes_it(work):
     assert work.interrupted.returncode == 130
     last = work.interrupted.output.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("encourage-mt: interrupted")
+    assert "Stopped and saved: ce.seed1." in work.interrupted.output
     log = work.folder / "ce.seed1" / "train.log"
     assert epochs(log) == [1, 2, 3], "each epoch once, over both processes"
     assert "Loaded checkpoint" in log.read_text()
@@ -131,11 +132,11 @@ def test_a_folder_of_plain_fairseq_train_is_evaluated(el_run, tiny, tmp_path, ca
 def test_an_lstm_with_an_old_optimizer_is_evaluated_and_reported_without_diagnostics(tiny, tmp_path, capsys):
     dims = [f"--{part}-{name}=16" for part in ("encoder", "decoder") for name in ("embed-dim", "hidden-size")]
     options = ["--arch=lstm", *dims, "--decoder-out-embed-dim=16", "--optimizer=adafactor", "--lr=0.01", *CE]
-    for name in ("a", "b"):
-        argv = ["fairseq-train", tiny[1] / "data-bin", "--save-dir", tmp_path / name, "--max-tokens=1000", "--cpu"]
-        run(*argv, *options, "--max-epoch=1", "--user-dir", USER_DIR, f"--seed={'ab'.index(name)}")
     folders = [str(tmp_path / name) for name in ("a", "b")]
-    main(["evaluate", *folders, "--average", "1", "--beam", "1"])
+    argv = ["fairseq-train", tiny[1] / "data-bin", "--save-dir", folders[0], "--max-tokens=1000", "--cpu"]
+    run(*argv, *options, "--max-epoch=1", "--user-dir", USER_DIR)
+    main(["evaluate", folders[0], "--average", "1", "--beam", "1"])
+    shutil.copytree(*folders)
     training = Result.read(tmp_path / "a").training
     assert (training["optimizer"], training["arch"], training["encoder_hidden_size"]) == ("adafactor", "lstm", 16)
     assert not {"seed", "save_dir", "data", "label_smoothing"} & set(training)

@@ -40,7 +40,7 @@ def test_the_criterion_fused_trains_as_unfused(share, task):  # noqa: F811
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=2e-5)
 
 
-def test_logits_of_the_whole_batch_are_never_in_memory(task, monkeypatch):  # noqa: F811
+def test_in_training_the_model_is_asked_for_features_only(task, monkeypatch):  # noqa: F811
     """In training the model is asked for features only; in validation for logits, as usual."""
     model = build_model(task)
     asked = []

@@ -1,6 +1,7 @@
 """Build a wheel, install it outside the repository, and use it there."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_loss_needs_torch_only(installed, tmp_path):
     output = run(sys.executable, "-c", WITHOUT_EXTRAS, env=installed, cwd=tmp_path).stdout
     loss, native, file = output.split("|")
     assert float(loss) == pytest.approx(1.3862944 - 0.2876821, abs=1e-6)  # log 4 + log(1 - 1/4)
-    assert native == "compiled"
+    assert (native == "compiled") == bool(shutil.which("g++"))
     assert file.startswith(installed["PYTHONPATH"])
 
 

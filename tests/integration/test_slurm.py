@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fake_venv
 
 
 @pytest.mark.parametrize(
@@ -17,17 +17,11 @@ def test_sbatch_script_finds_the_first_node_and_requeues_a_job_out_of_time(code,
         ("scontrol", 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "scontrol $*" >>"$CALLS"; fi'),
         ("scancel", 'echo "scancel $*" >>"$CALLS"'),
         ("srun", 'shift; [ -z "$NEAR" ] || { kill -USR1 $PPID; sleep 0.5; }; SLURM_NODEID=1 exec "$@"'),
-        ("venv/bin/encourage-mt", 'echo "encourage-mt $*" >>"$CALLS"; exit "$CODE"'),
     ):
         path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    sources = ("encourage_mt/loss/native.cpp", "encourage_mt/loss/native_vectors.h")
-    files = ("setup.py", "scripts/constraints.txt", *sources)
-    setup = b"".join((ROOT / file).read_bytes() for file in files)
-    digest = subprocess.run(["sha256sum"], input=setup, capture_output=True, check=True).stdout.decode().strip()
-    (tmp_path / "venv/installed").write_text(f"{ROOT} {digest}\n")
+    fake_venv(tmp_path / "venv", 'echo "encourage-mt $*" >>"$CALLS"; exit "$CODE"')
     environment = {
         **os.environ,
         **{

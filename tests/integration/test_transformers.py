@@ -1,6 +1,7 @@
 """Test the loss in Hugging Face's Trainer: 20 steps equal the same steps by hand; the example works."""
 
 import copy
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_without_a_count_of_items_the_loss_is_a_mean():
         EncouragingLossForTrainer()(outputs, None)
 
 
-def test_the_example_fine_tunes_and_scores(tmp_path):
+def test_the_example_fine_tunes_and_scores(tmp_path, monkeypatch, capsys):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"]
@@ -171,5 +172,7 @@ def test_the_example_fine_tunes_and_scores(tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
     for wrong, message in ((["--test", "missing", "b"], "missing"), (["--log-end", "2"], "log_end")):
-        done = subprocess.run([*command, *wrong], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in [*command[1:], *wrong]])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(command[1]), run_name="__main__")
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -15,9 +15,9 @@ from encourage_mt.evaluation.engines import generate_command
 from encourage_mt.evaluation.results import Result
 from encourage_mt.files import read_json, write_json
 from encourage_mt.plugin.checkpoints import last_checkpoints, load_checkpoint
-from encourage_mt.training.run_folder import open_run
+from encourage_mt.training.run_folder import checkpoint_folder, open_run
 
-FEW = [tuning.Search(1, 1.0, 1.0), tuning.Search(2, 0.6, 0.5), tuning.Search(2, 1.4, 2.0)]
+FEW = [tuning.Search(1, 1.0, 1.0), tuning.Search(2, 0.6, 0.5), tuning.Search(2, 1.4, 0.5)]
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ def copies(work, tmp_path, monkeypatch):
     for name in ("data", "ce.seed1", "el.seed1", "el.seed2"):
         shutil.copytree(work.folder / name, tmp_path / name)
     return [tmp_path / name for name in ("ce.seed1", "el.seed1", "el.seed2")]
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Let every search translate valid into its source."""
+
+    def translate(run, data, checkpoints, folder, searches):
+        for search in searches:
+            yield search, data.read_text("valid", data.source)
+
+    monkeypatch.setattr(tuning, "translate_valid", translate)
 
 
 def set_bleu(folder, *values):
@@ -48,7 +59,7 @@ def test_tuning_takes_the_search_with_the_highest_mean_bleu_of_an_arm(copies, ca
     main(argv)
     output = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in output.splitlines() if line.startswith("|")]
-    assert [["1", "1.0", "1.0"], ["2", "0.6", "0.5"], ["2", "1.4", "2.0"]] == [row for row in rows if row[0] in "12"]
+    assert [["1", "1.0", "1.0"], ["2", "0.6", "0.5"], ["2", "1.4", "0.5"]] == [row for row in rows if row[0] in "12"]
     measured = read_json(copies[0] / "tuning.json")
     assert "Best of ce: beam " in output and "Best of el: beam " in output
     assert f"sacreBLEU signature: `{measured['signature']}`" in output
@@ -100,19 +111,18 @@ def test_runs_that_do_not_belong_together_are_not_tuned_together(copies, capsys)
     assert not [folder for folder in copies if (folder / "tuning.json").exists()]
 
 
-def test_other_checkpoints_are_tuned_anew(copies, capsys):
-    folder = copies[0]
-    main(["evaluate", "--tune", str(folder)])
-    capsys.readouterr()
-    main(["evaluate", "--tune", "--average", "1", str(folder)])
-    assert "tuned already" not in capsys.readouterr().out
-    assert list(read_json(folder / "tuning.json")["checkpoints_sha256"]) == ["checkpoint3.pt"]
+def test_other_checkpoints_are_tuned_anew(copies, no_engine, capsys):
+    run = open_run(copies[0])
+    for count in (2, 1):
+        tuning.tune([run.model_copy(update={"average": count})])
+        assert "tuned already" not in capsys.readouterr().out
+    assert list(read_json(run.folder / "tuning.json")["checkpoints_sha256"]) == ["checkpoint3.pt"]
 
 
-def test_tuning_translates_only_what_is_missing(copies, capsys, monkeypatch):
+def test_tuning_translates_only_what_is_missing(copies, no_engine, capsys, monkeypatch):
     folder = copies[0]
     monkeypatch.setattr(tuning, "SEARCHES", FEW[:2])
-    main(["evaluate", "--tune", str(folder)])
+    tuning.tune([open_run(folder)])
     set_bleu(folder, 99.0, 98.0)
     monkeypatch.setattr(tuning, "SEARCHES", FEW)
     translate = tuning.translate_valid
@@ -129,7 +139,7 @@ def test_tuning_translates_only_what_is_missing(copies, capsys, monkeypatch):
     assert [tuning.Search(*list(search.values())[:3]) for search in tried] == FEW
     assert [search["bleu"] for search in tried[:2]] == [99.0, 98.0] and tried[2]["bleu"] < 90
     capsys.readouterr()
-    main(["evaluate", "--tune", str(folder)])
+    tuning.tune([open_run(folder)])
     assert "tuned already" in capsys.readouterr().out
 
 
@@ -142,7 +152,7 @@ def test_what_tuning_chooses_cannot_be_given(work, capsys):
 
 def test_the_averaged_model_has_the_temperature_of_fairseq_generate(work, tmp_path):
     trained = open_run(work.folder / "ce.seed1")
-    paths, data = last_checkpoints(trained.checkpoints, 2), trained.prepared()
+    paths, data = last_checkpoints(checkpoint_folder(trained.folder), 2), trained.prepared()
     found = []
     for temperature, option in ((0.5, ()), (1.0, ("--temperature=0.5",)), (1.0, ())):
         average(paths, tmp_path / "average.pt", temperature)

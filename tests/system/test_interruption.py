@@ -275,5 +275,5 @@ def test_kills_of_a_command_do_not_change_its_result(command, whole, tmp_path):
             remove_what_it_makes()
     run(*argv)
     before, after = (json.loads((folder / result).read_text()) for folder in (undisturbed, work))
-    for key in {"scores", "tests", "checksums", "counts"} & set(before):
+    for key in {"scores", "weights_sha256", "tests", "measures", "checksums", "counts"} & set(before):
         assert before[key] == after[key]

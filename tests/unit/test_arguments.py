@@ -1,5 +1,6 @@
 """Test the command line: quick help, mistakes in one line."""
 
+import os
 import subprocess
 import sys
 
@@ -85,4 +86,5 @@ def test_streams_that_are_closed_or_full_end_without_a_traceback(streams, code, 
 
 def test_output_in_another_encoding_is_not_a_traceback():
     code = "from encourage_mt.errors import exit_on_user_error\nwith exit_on_user_error('x'): print('±')"
-    assert run(sys.executable, "-c", code, env={"PYTHONIOENCODING": "ascii"}, cwd=ROOT).stdout == "\\xb1\n"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert run(sys.executable, "-c", code, env=environment, cwd=ROOT).stdout == "\\xb1\n"

@@ -169,6 +169,25 @@ def test_the_best_checkpoints_are_found_by_a_negative_loss_too(tmp_path):
     assert find(str(tmp_path), pattern=pattern) == [str(tmp_path / name) for name in names]
 
 
+@pytest.mark.parametrize(
+    "sharded, renewed, reusable, expected",
+    [(False, False, True, [1]), (False, False, False, [1, 5]), (True, False, True, [5]), (False, True, True, [5])],
+)
+def test_a_resumed_training_has_the_batches_of_epoch_1_unless_each_epoch_has_its_own(
+    sharded, renewed, reusable, expected, monkeypatch
+):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    task = SimpleNamespace(
+        has_sharded_data=lambda split: sharded, dataset=lambda split: None, can_reuse_epoch_itr=lambda data: reusable
+    )
+    dataset = SimpleNamespace(update_epoch_batch_itr=renewed, train_subset="train")
+    cfg, made = SimpleNamespace(dataset=dataset, optimization=SimpleNamespace(max_update=0)), []
+    trainer = SimpleNamespace(task=task, cfg=cfg, get_train_iterator=made.append)
+    load = fault_tolerance.resume_from_whole(lambda cfg, trainer: (None, trainer.get_train_iterator(5)))
+    load(SimpleNamespace(restore_file="other.pt", no_last_checkpoints=False), trainer)
+    assert made == expected
+
+
 def test_a_failed_save_leaves_the_last_checkpoint_and_ends_in_one_line(tmp_path, monkeypatch, caplog):
     def full(obj, out):
         out.write(b"half")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from loss_cases import LargeTensors
 
 from encourage_mt.loss import (
     LossOptions,
@@ -112,6 +113,17 @@ def test_autocast_computes_as_half_precision():
     exact, _, _ = together(features, weight, target, options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert projected_loss_terms(features, weight, target, options, PAD)[0].loss == exact.loss
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_of_the_whole_batch_are_never_in_memory(training, backend):
+    features, weight, target = make(tokens=400)
+    with LargeTensors(400 * 90 * 8 // 4) as large, torch.set_grad_enabled(training):
+        loss = linear_encouraging_loss(features, weight, target, label_smoothing=0.1, backend=backend)
+        if training:
+            loss.backward()
+    assert not large.addresses
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -34,7 +34,7 @@ def test_a_command_has_one_word_an_option_the_criterion_last_and_our_plugin_at_t
         "--log-end=0.5",
         f"--user-dir={USER_DIR}",
     ]
-    assert {"--seed=3", "--source-lang=de", "--share-all-embeddings"} <= set(words)
+    assert {"--seed=3", "--source-lang=de", "--share-all-embeddings", "--dataset-impl=mmap"} <= set(words)
     assert '--eval-bleu-args={"beam": 1, "max_len_a": 1.2, "max_len_b": 10}' in words, "validation ends soon"
     assert all(word.startswith("--") for word in words[2:])
 
@@ -99,6 +99,20 @@ def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     Cluster("fp16", gpus=3).check_machine()
     with pytest.raises(UserError, match="--gpus 2: 2 runs at a time need 4 GPUs, there are 3"):
         Cluster("fp16", gpus=2).check_machine(2)
+    one = Cluster("fp16")
+    one.check_machine(4)
+    assert [one.devices(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "2", "0"], "they share a GPU"
+
+
+@pytest.mark.parametrize(
+    "option, word", [("--reverse", "--source-lang=en"), ("--modern", "--eval-bleu-remove-bpe=sentencepiece")]
+)
+def test_the_other_direction_and_the_modern_pipeline_are_in_the_commands(option, word, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, subword={"merges": 300})
+    for options in ([], [option]):
+        main(["run", str(recipe), f"--work-dir={tmp_path / 'work'}", "--dry-run", *options])
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert (word in shlex.split(command)) == bool(options)
 
 
 def test_a_dry_run_prints_the_command_and_writes_nothing(tmp_path, capsys):

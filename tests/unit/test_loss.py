@@ -239,16 +239,6 @@ def test_fast_options_warn_of_nothing(bonus, caplog):
     assert all("native: " in warning for warning in warnings) and bool(warnings) == bool(native.unavailable())
 
 
-def test_auto_warns_once_if_the_compiled_code_is_missing(caplog, monkeypatch):
-    monkeypatch.setattr(functional.native, "unavailable", lambda: "nothing was compiled")
-    functional._checked_choice.cache_clear()
-    for _ in range(2):
-        loss_terms(*random_batch(2, 9), LossOptions())
-    functional._checked_choice.cache_clear()
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING and "chunked (native: nothing was compiled)" in record.getMessage()
-
-
 def test_an_explicit_gpu_backend_falls_back_to_chunked_first():
     assert functional._candidates("triton", "cuda", torch.float32) == ["triton", "chunked", "reference"]
 

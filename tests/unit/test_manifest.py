@@ -70,7 +70,8 @@ def test_both_formats_are_read(content, tmp_path):
     lines = [" ".join(line.split()) for line in data.describe().splitlines()]
     assert "| train | train | 7 | too_long 2 | de 0% | |" in lines
     assert "| tst | test | 3 | too_long 2 | de 1% | 0 pairs, 0 sources, 1 targets |" in lines
-    assert "1 pairs repeat" in lines[-3] and "de 8, en 8" in lines[-2] and lines[-1] == "warning: tst: a warning"
+    assert "1 pairs repeat" in lines[-4] and "de 8, en 8" in lines[-3]
+    assert data.checksum in lines[-2] and lines[-1] == "warning: tst: a warning"
     data.write()
     assert json.loads((tmp_path / "manifest.json").read_text())["subsets"] == {"valid": "valid", "tst": "test"}
     assert PreparedData.open(tmp_path) == data

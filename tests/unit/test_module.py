@@ -159,6 +159,20 @@ def test_forward_mode_derivatives_are_right_or_refused(backend):
         loss(torch.autograd.forward_ad.make_dual(logits, logits))
 
 
+def test_the_reference_works_with_torch_func():
+    logits, target = random_batch(3, 9, dtype=torch.float64)
+
+    def loss(logits):
+        return encouraging_loss(logits, target, label_smoothing=0.1, backend="reference")
+
+    leaf = logits.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(logits), gradient)
+    both = torch.stack([logits, -logits])
+    torch.testing.assert_close(torch.func.vmap(loss)(both), torch.stack([loss(each) for each in both]))
+    torch.testing.assert_close(torch.func.hessian(loss)(logits), torch.autograd.functional.hessian(loss, logits))
+
+
 def test_triton_is_passed_over_without_a_c_compiler(monkeypatch):
     monkeypatch.setattr(functional, "find_spec", lambda name: name)
     for name in ("TRITON_INTERPRET", "CC"):

@@ -1,6 +1,7 @@
 """Test what only the native backend has, beside the tests of all backends: widths, memory, torch.compile, fallback."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,14 +95,19 @@ def test_backward_twice(dtype):
         torch.autograd.grad(loss, logits, create_graph=True)
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_graph_is_whole(dtype):
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        ("reference", torch.float32),
+        *(pytest.param("native", dtype, marks=compiled) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_compiled_graph_is_whole(backend, dtype):
     features, target = random_batch(6, 8, dtype=dtype)
     layer = torch.nn.Linear(8, 20).to(dtype)
 
     def loss_of(features):
-        return encouraging_loss(layer(features), target, label_smoothing=0.1, backend="native")
+        return encouraging_loss(layer(features), target, label_smoothing=0.1, backend=backend)
 
     expected = loss_of(features)
     (expected_gradient,) = torch.autograd.grad(expected, layer.weight)
@@ -131,6 +137,7 @@ def test_chunked_takes_over_where_nothing_is_compiled(monkeypatch, caplog):
             assert functional.find_backend("auto", options, "cpu", torch.float32) is chunked
     (record,) = caplog.records
     assert "chunked" in record.getMessage() and "not compiled for this test" in record.getMessage()
+    assert record.levelno == logging.WARNING
     with pytest.raises(ValueError, match="loss_backend native.*not compiled for this test.*auto"):
         functional.find_backend("native", options, "cpu", torch.float32)
     functional._checked_choice.cache_clear()
@@ -152,6 +159,8 @@ def test_other_instruction_set():
             results.append((loss.detach(), leaf.grad))
         torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
     """
-    environment = {"PYTHONPATH": str(Path(native.__file__).parents[2]), "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    changes = {"PYTHONPATH": str(Path(native.__file__).parents[2]), "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **changes}, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "_native_avx2.so"

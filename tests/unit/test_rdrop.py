@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import PAD, each_backend, random_batch
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_cases import PAD, LargeTensors, each_backend, random_batch
 
 from encourage_mt.loss import chunked, rdrop
 from encourage_mt.loss.functional import loss_terms
@@ -89,21 +88,6 @@ def test_rdrop_refuses_shapes_and_double_backward():
     loss = rdrop.rdrop_terms(logits, target, LossOptions(), ALPHA, backend="reference")[0].loss
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, logits, create_graph=True)
-
-
-class LargeTensors(TorchDispatchMode):
-    """Collect the memory of all results of at least `size` bytes."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.addresses = size, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
-                self.addresses.add(tensor.untyped_storage().data_ptr())
-        return result
 
 
 def test_there_is_one_gradient_and_no_other_tensor_of_its_size(monkeypatch):

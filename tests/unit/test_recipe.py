@@ -237,6 +237,13 @@ def changed(tmp_path, settings=(), new_arms=(), **changes):
     return load_recipe(write_recipe(tmp_path, **changes), settings=settings, new_arms=new_arms)
 
 
+def test_what_an_arm_sets_itself_takes_precedence(tmp_path):
+    arms = {"ce": {**CE, "train": {"max-epoch": 4, "lr": 0.1}, "average": 1}, "el": EL}
+    recipe = changed(tmp_path, ["max-epoch=9", "lr=0.2", "average=3"], arms=arms)
+    found = [(recipe.arm_train(arm)["max-epoch"], recipe.arm_train(arm)["lr"], recipe.arm_average(arm)) for arm in arms]
+    assert found == [(4, 0.1, 1), (9, 0.2, 3)]
+
+
 def test_settings_change_training_criterion_and_translation(tmp_path):
     published = {"source": "x", "metric": "TER", "scores": SCORES}
     settings = ["lr=0.005", "max-update=7", "adam-betas=(0.9, 0.98)", "share-all-embeddings=false", "beam=3"]

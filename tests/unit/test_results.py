@@ -14,7 +14,7 @@ from encourage_mt.evaluation.diagnostics import CALIBRATION_EDGES, FREQUENCY_EDG
 from encourage_mt.evaluation.results import Result
 from encourage_mt.evaluation.significance import MetricComparison
 from encourage_mt.files import read_json, read_record, write_json, write_record
-from encourage_mt.report.charts import STYLES, Side, calibration, diagnostic_charts
+from encourage_mt.report.charts import calibration, diagnostic_charts
 from encourage_mt.report.tables import runs_table
 
 BLEU = {"score": 30.0, "signature": "nrefs:1", "length_ratio": 1.0}
@@ -129,7 +129,6 @@ def test_a_file_that_is_not_a_json_object_is_refused(text, tmp_path):
 def test_a_run_without_tokens_in_a_bin_does_not_move_its_point():
     values = {"tokens": [2] + [0] * (BINS - 1), "confidence": [0.1] + [0] * (BINS - 1), "accuracy": [0.5] * BINS}
     empty = {name: [0] * BINS for name in values}
-    sides = [{**ANALYSIS.model_dump(by_alias=True), "calibration": {"error": 0.1, **each}} for each in (values, empty)]
-    side = Side("ce", STYLES[0], [Analysis(**each) for each in sides])
-    (_, line) = calibration([side]).figure.axes[0].lines
+    runs = [{"error": 0.1, **each} for each in (values, empty)]
+    (_, line, _) = calibration({"ce": runs, "el": runs}).figure.axes[0].lines
     assert line.get_xydata().tolist() == [[0.1, 0.5]]

@@ -206,6 +206,8 @@ def test_a_long_line_is_translated_in_parts(sentence, ends, echo, caplog):
     assert len([record for record in caplog.records if str(MAX_PIECES) in record.message]) == 1, "it is said once"
     parts = echo._split(echo.pieces(line))
     assert len(parts) > 2 and all(part[-1].endswith(ends) for part in parts)
+    ((best,),) = echo.hypotheses([line])
+    assert best.score == pytest.approx(-sum(map(len, parts)) / 100 / len(parts)), "the mean of the parts"
 
 
 def test_merges_are_cut_between_words(tmp_path, no_engine):

@@ -27,6 +27,17 @@ from encourage_mt.recipe import load_recipe
 OWN = ROOT / "examples/own/recipe.yaml"
 
 
+def test_the_page_has_the_sizes():
+    page = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
+    for cpu, gpu in zip(CPU, ONE_GPU, strict=True):
+        other = f" (GPU: {gpu.vocabulary:,})" if gpu.vocabulary != cpu.vocabulary else ""
+        cells = [f"{cpu.pairs:,}" if cpu.pairs else "more", f"{cpu.vocabulary:,}{other}"]
+        for size in (cpu, gpu):
+            cells += [f"{size.layers}+{size.layers}, {size.width}, {size.dropout}"]
+            cells += [f"{size.max_tokens * size.update_freq:,}", f"{size.seen:,}"]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def own(chosen, path=OWN, files=("a.de", "a.en")):
     return load_recipe(path, bitext=list(files), chosen=chosen)
 

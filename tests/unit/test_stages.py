@@ -80,6 +80,7 @@ def test_killed_parent_leaves_no_worker_and_no_lock(tmp_path, monkeypatch):
     parent = multiprocessing.get_context("fork").Process(target=work_under_lock, args=(tmp_path,))
     parent.start()
     while len(workers := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert parent.is_alive()
         time.sleep(0.01)
     os.kill(parent.pid, signal.SIGKILL)
     parent.join()

@@ -1,6 +1,8 @@
 """Train with a stand-in for fairseq-train: the progress bars, and which training gets which GPU."""
 
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -11,6 +13,7 @@ from samples import sample_data
 from encourage_mt import environment, processes
 from encourage_mt.environment import visible_gpus
 from encourage_mt.errors import UserError
+from encourage_mt.files import read_json
 from encourage_mt.recipe import load_recipe
 from encourage_mt.training import train as training
 from encourage_mt.training.launch import Cluster
@@ -123,7 +126,32 @@ def test_gpus_are_named_as_cuda_names_them(named, count, expected, monkeypatch):
     assert visible_gpus() == [], "on a machine without a GPU"
 
 
+def test_a_resumed_training_has_as_many_threads_as_before(runs, stand_in, monkeypatch, tmp_path):
+    """Another number would round differently; the other training is done already."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    stand_in(f"cd {tmp_path}; mkdir -p $1/checkpoints; touch $1/checkpoints/checkpoint_last.pt")
+    done, resumed = runs([1], **{"max-epoch": 2})
+    done.folder.mkdir()
+    (done.folder / "train.done").touch()
+    training.train([done, resumed], Cluster("fp32"), 2)
+    (start,) = read_json(resumed.folder / "run.json")["provenance"]["starts"]
+    assert start["command"].startswith("OMP_NUM_THREADS=4 ")
+
+
+def test_only_the_first_machine_marks_a_training_as_done_and_each_writes_its_own_log(runs, stand_in, tmp_path):
+    stand_in(f"cd {tmp_path}; mkdir -p $1/checkpoints; touch $1/checkpoints/checkpoint_last.pt")
+    run, _ = runs([1], **{"max-epoch": 2, "update-freq": 2})
+    for node, expected in ((1, {"train1.log"}), (0, {"train1.log", "train.log", "run.json", "train.done"})):
+        training.train([run], Cluster("fp32", nodes=2, node=node, master="h:1"), 1)
+        assert {path.name for path in run.folder.iterdir() if path.is_file() and path.name[0] != "."} == expected
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_an_installed_package_does_not_record_the_revision_of_the_project_around_it(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # of a hook that runs the tests
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may ask for signed commits
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)

@@ -80,7 +80,9 @@ def test_each_value_is_one_word_with_its_option_and_our_plugin_comes_last(genera
     program, data_bin, *words = generate.command
     assert (program, data_bin) == ("fairseq-generate", str(tmp_path / "data" / "data-bin"))
     assert all(word.startswith("--") for word in words) and words[-1] == f"--user-dir={USER_DIR}"
-    assert {"--beam=5", "--lenpen=1.0", "--gen-subset=valid,test", "--source-lang=de"} <= set(words)
+    assert {"--beam=5", "--lenpen=1.0", "--gen-subset=valid,test", "--source-lang=de", "--dataset-impl=mmap"} <= set(
+        words
+    )
 
 
 @pytest.mark.parametrize(

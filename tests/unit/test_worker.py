@@ -8,6 +8,8 @@ import pytest
 from conftest import run
 from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
 
+from encourage_mt.data.binarize import open_binarized
+from encourage_mt.errors import UserError
 from encourage_mt.plugin.accumulation import without_empty_batches
 from encourage_mt.plugin.worker import add_sizes_exactly
 
@@ -40,6 +42,13 @@ def test_a_pool_that_lost_a_worker_ends_the_program(killed, code):
     """
     done = run(sys.executable, "-c", script.replace("KILLED", str(killed)), code=code, timeout=60)
     assert ("a worker process was killed" in done.output) == killed
+
+
+@pytest.mark.parametrize("suffix", ["", ".fasta"])
+def test_text_with_which_fairseq_would_start_a_shell_is_not_read(suffix, tmp_path):
+    (tmp_path / f"train.de-en.de{suffix}").write_text(">a\nb\n")
+    with pytest.raises(UserError, match="not in the format mmap"):
+        open_binarized(str(tmp_path / "train.de-en.de"))
 
 
 @pytest.mark.parametrize(
