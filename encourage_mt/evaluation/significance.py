@@ -3,6 +3,7 @@
 import math
 import statistics
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -281,13 +282,17 @@ def seeds_needed(gain: float, spread: float, groups: int = 1) -> int | None:
     """
     if spread == 0:
         return 2 if gain else None
-    counts = np.arange(2, MAX_SEEDS + 1)
-    freedom = groups * (counts - 1)
-    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-    shift = abs(gain) / spread * np.sqrt(counts)
-    other_side = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy gives NaN where it is nearly 0
-    enough = counts[stats.nct.sf(limit, freedom, shift) + other_side >= POWER]
-    return int(enough[0]) if len(enough) else None
+
+    def is_enough(count: int) -> bool:
+        freedom = groups * (count - 1)
+        limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+        shift = abs(gain) / spread * math.sqrt(count)
+        other_side = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy gives NaN where it is nearly 0
+        return bool(stats.nct.sf(limit, freedom, shift) + other_side >= POWER)
+
+    counts = range(2, MAX_SEEDS + 1)
+    first = bisect_left(counts, True, key=is_enough)  # power grows with the number of seeds
+    return counts[first] if first < len(counts) else None
 
 
 def sentences_needed(systems: list[list[str]], references: list[str], metric: BLEU) -> int:
