@@ -173,8 +173,10 @@ def bounds(vocabularies, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", choices=("core", "all"), help="print the compiled kernels of these cases as JSON")
-    parser.add_argument("--vocabularies", nargs="+", type=int, default=[6632, 10000, 32000], help="of the bounds")
-    parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help="of the bounds")
+    text = "vocabulary sizes of the table of bounds (default: 6632 10000 32000)"
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[6632, 10000, 32000], help=text)
+    text = "type of the logits in the table of bounds (default: %(default)s)"
+    parser.add_argument("--dtype", choices=TYPES, default="bfloat16", help=text)
     args = parser.parse_args()
     if max(args.vocabularies) > triton_kernels.WHOLE_ROW:
         parser.error(

@@ -348,7 +348,8 @@ def main():
     text = "sizes: all implementations; spreads: logits of several kinds; busy: two other processes keep the cores "
     text += "busy; steps: training steps; all but sizes run on a CPU"
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["sizes"], help=text)
-    parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help="settings of glibc (CPU)")
+    text = "whether the process keeps freed memory (kept), or glibc's defaults apply (default); CPU only"
+    parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help=text)
     parser.add_argument("--repeats", type=int, default=15, help="maximum number of runs per row")
     parser.add_argument("--quick", action="store_true", help="measure only the smallest size")
     parser.add_argument("--output", type=Path, default=Path("bench_loss.json"), help="JSON file to write")

@@ -100,8 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("prepare", "turn raw text into the binarized data that fairseq trains on")
     add_recipe_options(command)
-    text = "GPUs per training; the sizes for your own text are chosen for them (default: %(default)s), or for a CPU if "
-    text += "there is none"
+    text = "GPUs that each training will have; decides the sizes that are chosen for your own text (default: "
+    text += "%(default)s; on a machine without a GPU, the sizes for a CPU)"
     command.add_argument("--gpus", type=count, default=1, metavar="N", help=text)
     command.set_defaults(set=[], add_arm=[])
 
@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune = "choose beam, length penalty and temperature of each arm by its mean BLEU on valid (default: no)"
     command.add_argument("--tune", action="store_true", help=tune)
     add_engine(command)
-    text = "also compute COMET with the model in this file (default: none)"
+    text = "also compute COMET with this model, a .ckpt file of unbabel-comet (default: no COMET)"
     command.add_argument("--comet", type=Path, metavar="CKPT", help=text)
 
     command = add(
@@ -252,8 +252,8 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
     """Add the recipe, and the options for its data: where the files are, how to prepare them, and where to write."""
     command.add_argument("recipe", type=Path, help="path of a recipe.yaml")
     data = command.add_argument_group("data")
-    text = "folder that has the files or archives of the corpus (default: download them, or take those beside a recipe "
-    text += "without urls)"
+    text = "folder that has the files or archives of the corpus (default: download them; for a recipe without urls, "
+    text += "the folder of the recipe)"
     data.add_argument("--raw-dir", type=Path, metavar="DIR", help=text)
     text = "folder for downloads, shared by all recipes (default: %(default)s)"
     data.add_argument("--download-dir", type=Path, default=DOWNLOADS, metavar="DIR", help=text)
@@ -278,7 +278,8 @@ def add_changes(command: argparse.ArgumentParser) -> None:
     text = (
         "set options of fairseq-train, of the criterion (in arms whose criterion has them), or average, beam or lenpen"
     )
-    text += "; an arm's own options take precedence; for example lr=0.001 max-epoch=20 (default: as in the recipe)"
+    text += "; an arm's own training options and its own average take precedence; for example lr=0.001 max-epoch=20 "
+    text += "(default: as in the recipe)"
     changes.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     changes.add_argument(
         "--add-arm",

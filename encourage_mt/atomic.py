@@ -50,8 +50,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output` that does not exist yet, and rename it to `output` at the end.
 
-    What is at `output` is removed then. If the block raises, it stays as it was and nothing is left beside it. Not for
-    two processes at a time.
+    An earlier `output` is removed after that. If the block raises, `output` stays as it was and nothing is left beside
+    it. Two processes must not do this for the same `output` at the same time.
     """
     partial, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("tmp", "old"))
     for left in (partial, old):  # of a process that was killed, or a link to somewhere else

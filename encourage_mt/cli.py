@@ -55,8 +55,8 @@ def log_to_console(stream: TextIO):
 def open_recipe(arguments) -> tuple["Recipe", Path]:
     """Return the checked recipe and its work directory, which need not exist yet.
 
-    What a recipe for own text leaves out is chosen for the size of the text, unless the work directory has a
-    recipe.yaml that was chosen before.
+    The options that a recipe for the user's own text leaves out are chosen for the size of the text. If the work
+    directory already has a recipe.yaml with chosen options, that file is used instead.
     """
     from .data.sizing import KEPT, choose, count_characters, count_pairs, describe, describe_kept
     from .recipe import load_recipe
@@ -90,7 +90,7 @@ def gpus_of(arguments) -> int:
 
 
 def prepare_data(arguments, recipe: "Recipe", work_dir: Path) -> None:
-    """Prepare the data of `recipe` in `work_dir`, unless it is prepared already, and keep a recipe that was chosen."""
+    """Prepare the data of `recipe` in `work_dir` unless that is done, and write chosen options to its recipe.yaml."""
     from .data.prepare import prepare
     from .data.sizing import KEPT, keep
 

@@ -21,7 +21,7 @@ def first_line(error: BaseException) -> str:
 def as_user_error(message: str):
     """Raise UserError "MESSAGE (problem)" for whatever a library raises in the block because of a damaged file.
 
-    UserError and OSError, which names its file, pass.
+    UserError and OSError pass through unchanged; an OSError names its file itself.
     """
     try:
         yield

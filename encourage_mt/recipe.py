@@ -49,7 +49,7 @@ class Recipe(Record):
     lowercase: bool = False  # after tokenizing
     clean: Clean = Clean(max_length=1000)
     joined_dictionary: bool = True  # one dictionary for both sides
-    # {split: {stage: pairs}} and {dictionary: {language: types}} to compare with; any number of a list is right
+    # published counts, {split: {stage: pairs}} and {"dictionary": {language: types}}; any number in a list is accepted
     expected: dict[str, dict[str, Annotated[list[Count], BeforeValidator(in_list)]]] = {}
     published: Published | None = None  # to show beside the scores
     _file: Path = PrivateAttr(Path("recipe.yaml"))
@@ -126,7 +126,7 @@ class Recipe(Record):
         return {**without_length(self.train, own), **own}
 
     def arm_average(self, arm: str) -> int:
-        """Return how many checkpoints of an arm are averaged: as many as the recipe says, unless the arm says it."""
+        """Return how many checkpoints of an arm are averaged: the arm's own number, otherwise the recipe's."""
         return self.arms[arm].average or self.average
 
     def arm_differences(self, arm: str) -> list[str]:

@@ -139,7 +139,7 @@ class Arm(Record):
     def _check_options(self) -> "Arm":
         foreign = sorted(set(self.options) - OPTION_NAMES - {"criterion"})
         if foreign:
-            raise ValueError(f"{short_repr(foreign[0])} is not an option of the criterion (others belong in train:)")
+            raise ValueError(f"{short_repr(foreign[0])} is not a criterion option (training options belong in train:)")
         given = {name.replace("-", "_"): value for name, value in self.options.items()}
         for name, value in given.items():
             if name == "bonus" and ":" in str(value):

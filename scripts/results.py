@@ -71,7 +71,8 @@ def add(folder: Path, name: str | None) -> None:
     recipe = runs[0].recipe
     for run in runs:
         if not run.recipe or run.recipe != recipe:
-            raise UserError(f"{run.folder}: is not a run of the recipe {recipe or 'that has a name'}")
+            problem = f"is not a run of the recipe {recipe}" if recipe else "has no recipe: it was trained by hand"
+            raise UserError(f"{run.folder}: {problem}")
     results = [read_result(run) for run in runs]
     records: dict[str, Result | Comparison | Summary] = {result.name: result for result in results}
     for path in sorted(folder.glob("report-*/comparison.json")):

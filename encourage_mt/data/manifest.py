@@ -180,9 +180,9 @@ def _drop_addresses(corpus: Any) -> Any:
 
 
 def count_repetitions(hashes: dict[str, list[np.ndarray]]) -> tuple[int, dict[str, Leakage]]:
-    """Return how many pairs of train repeat another, and what the other splits share with train.
+    """Return (number of pairs of train that repeat an earlier one, {split: Leakage} of the other splits).
 
-    hashes is {split: [of sources, of targets, of pairs]}.
+    hashes is {split: [hashes of sources, hashes of targets, hashes of pairs]}.
     """
     train = [np.unique(side) for side in hashes["train"]]
     shared = {

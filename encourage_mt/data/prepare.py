@@ -80,13 +80,13 @@ def check_prepared(recipe: Recipe, work_dir: Path, raw_dir: Path | None, downloa
 
 
 def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:
-    """Return whether the data is there. Raises UserError if it is other data."""
+    """Return whether `final` has the data of `recipe`. Raises UserError if it has data of other options or files."""
     if not final.exists():
         return False
     data = PreparedData.open(final)
     options = recipe.preparation
     differing = sorted(name for name, value in options.items() if data.options.get(name) != value)
-    remedy = "name the files as before, choose another --work-dir, or --overwrite it"
+    remedy = "use the same files and options as before, choose another --work-dir, or replace the data with --overwrite"
     if differing:
         raise UserError(f"{data.folder}: prepared with other options ({', '.join(differing)}); {remedy}")
     sources.choose()

@@ -120,7 +120,7 @@ def describe_kept(path: Path, recipe: Path, gpus: int) -> str:
     ours, other = ("a GPU", "a CPU") if gpus else ("a CPU", "a GPU")
     if first != CHOSEN_FOR + other:
         return line
-    return f"{line}, with --overwrite. WARNING: they were chosen for {other}, but this machine trains on {ours}"
+    return f"{line} with --overwrite. WARNING: its sizes were chosen for {other}, but this machine trains on {ours}"
 
 
 def keep(content: dict[str, Any], work_dir: Path, gpus: int) -> None:
@@ -139,7 +139,7 @@ def count_pairs(recipe: Recipe, raw_dir: Path | None) -> int:
 
 
 def count_characters(recipe: Recipe, raw_dir: Path | None) -> int:
-    """Return how many characters, the frequent ones, make up COVERAGE of the beginning of own text's files."""
+    """Return how many of the most frequent characters cover COVERAGE of the first SAMPLED_LINES lines of each file."""
     sources, counts = Sources(recipe, raw_dir, Path()), Counter[str]()
     for path in filter(None, map(sources.find_local, recipe.data[0].splits["train"][0])):
         for line in islice(iterate_lines(path), SAMPLED_LINES):

@@ -23,9 +23,9 @@ SAMPLING = 0.1
 def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: Path) -> int:
     """Learn a joint model on both sides of `count` pairs, and write it.
 
-    options {"merges": N} is subword-nmt, on all lines, and writes `prefix`.codes. Others are SentencePiece's trainer
-    options, on at most SAMPLED_LINES lines, every k-th pair, and write `prefix`.model and `prefix`.vocab. Returns how
-    many lines were learned from. Raises UserError if learning fails.
+    With options {"merges": N}, subword-nmt learns from all lines; this writes `prefix`.codes. Other options are those
+    of SentencePiece's trainer, which learns from every k-th pair, at most SAMPLED_LINES lines; this writes
+    `prefix`.model and `prefix`.vocab. Returns the number of lines. Raises UserError if learning fails.
     """
     if "merges" in options:
         lines = (line for pair in pairs for line in pair)

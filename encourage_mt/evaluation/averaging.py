@@ -17,7 +17,8 @@ from ..training.run_folder import flat_options
 def average(paths: list[Path], output: Path, temperature: float = 1.0) -> str:
     """Write the mean of the models in `paths` to `output`, completely or not at all; return a sha256 of its parameters.
 
-    The model's logits are divided by `temperature`, as fairseq-generate --temperature does: its last normalization is.
+    The model's logits are divided by `temperature`, as by fairseq-generate --temperature: the weight and bias of its
+    last normalization are divided.
 
     Sums in float32 (float64 stays) and keeps only the sum and one checkpoint in memory. Values that are not floating
     point, the options and the training state come from the last of `paths`; the optimizer's state is left out because

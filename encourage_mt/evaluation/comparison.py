@@ -125,9 +125,10 @@ def compare(baseline: list[Run], candidate: list[Run], allow_differences: bool =
 
 
 def check_comparable(groups: list[list[Result]], allow_differences: bool) -> list[str]:
-    """Return what differs and should not: settings of any results, criteria in a group, and models that it has twice.
+    """Return one line for each difference that should not exist.
 
-    Raises UserError that names it, unless `allow_differences`.
+    These are settings that differ between any results, criteria or searches that differ within a group, and models that
+    occur twice in a group. Raises UserError that names them, unless `allow_differences`.
     """
     everything = [result for results in groups for result in results]
     unequal = differences(everything)

@@ -50,7 +50,7 @@ def convert_checkpoint(
             "target_lang": data.target,
             "output_dir": output,
             "quantization": quantization,
-            "user_dir": USER_DIR,  # it lists the types that torch may load; fairseq imports the last one on the line
+            "user_dir": USER_DIR,  # allow-lists types for torch; last, because fairseq imports the last --user-dir
         }
         run_quietly(["ct2-fairseq-converter", *(f"--{name}={value}" for name, value in options.items())], log)
 
@@ -123,7 +123,7 @@ def translate_pieces(
     )
     try:
         for result in results:
-            # the last piece is the end, or one too many
+            # without the last piece: the end of the sentence, or the piece after MAX_PIECES
             yield [
                 Translation(pieces[:-1], score / math.log(2))
                 for pieces, score in zip(result.hypotheses, result.scores, strict=True)

@@ -68,7 +68,7 @@ class Energy(Record):
 
 
 class Gradient(Record):
-    """Shares of the gradient over `edges` of p, the share of the well classified tokens, and how many they are."""
+    """Shares of the gradient over `edges` of p; shares of the gradient and of the tokens that have p > 0.5."""
 
     edges: list[float]
     share: list[FiniteScore]

@@ -25,8 +25,8 @@ def translate_sets(
 ) -> dict[str, list[str]]:
     """Return {split: lines}: translations with joined subwords, in the order of the source.
 
-    splits: default valid and the test sets. Writes a log for each set into the run's folder, or convert.log. Raises
-    UserError if the engine fails or leaves sentences out.
+    splits: by default valid and all test sets. Writes logs into the run's folder: SPLIT.generate.log with fairseq,
+    convert.log with CTranslate2. Raises UserError if the engine fails or leaves sentences out.
     """
     translate = _with_fairseq if engine == "fairseq" else _with_ctranslate2
     return translate(run, data, checkpoint, splits or list(data.subsets))

@@ -176,7 +176,7 @@ def check_dictionary(data: PreparedData, state: dict) -> None:
         embedded = state["model"].get(f"{side}.embed_tokens.weight")
         if embedded is not None and embedded.shape[:1] != (types,):
             found = embedded.size(0) if embedded.dim() else "none"
-            raise UserError(f"{path}: has {types} types, the model {found}: it was trained on other data")
+            raise UserError(f"{path}: has {types} types, the model has {found}: the model was trained on other data")
 
 
 def write_translation(lines: list[str], data: PreparedData, split: str, output: Path) -> list[str]:

@@ -71,10 +71,10 @@ class Result(Record):
 
     options and provenance are those of the run, criterion and training the settings that its checkpoint records.
     scores is {split: {metric: Score}}. translations_sha256 is {file name: sha256} of the translations beside it and
-    weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. Only results that are
-    kept in results/ have diagnostics, {name: value} of analysis.json, the learning curve, and tuning, the searches of
-    tuning.json. alarms are the reasons why the scores mean nothing (training/alarms.py); scores of earlier
-    versions have none, and no parameters (how many the model has).
+    weights_sha256 the digest of the averaged parameters; scores of version 0.1 have neither. parameters is their
+    number. alarms are the reasons why the scores mean nothing (training/alarms.py). Scores of earlier versions have
+    neither of these two. Only results in results/ have diagnostics ({name: value} of analysis.json), curve (of
+    learning) and tuning (the searches of tuning.json).
     """
 
     remedy: ClassVar[str] = "remove it and run `encourage-mt evaluate` again"

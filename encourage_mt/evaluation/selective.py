@@ -4,7 +4,8 @@ Selective translation keeps the most confident sentences and leaves the others t
 risk-coverage curve (Geifman and El-Yaniv 2017) is BLEU of the kept sentences over the share that is kept, here in steps
 of 5%. The area is the mean of the curve. It is high if the model is good, or if confidence ranks sentences well; the
 area above BLEU of all sentences, which is 0 on average for a random ranking, shows the ranking alone. If most sentences
-share their confidence with others, and only a part of equals is kept, each of them counts by that share.
+share their confidence with others, and only a part of a group with equal confidence is kept, each sentence of the group
+counts with the share that is kept.
 
 The calibration error (Guo et al. 2017, equation 3, 15 bins) of pieces compares the probability of generated pieces with
 the share that is correct as `confidence` defines it (Wang et al. 2020); that of sentences compares a sentence's mean

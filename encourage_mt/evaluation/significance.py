@@ -163,7 +163,7 @@ def format_seeds(count: int | None) -> str:
 
 
 def paired_seeds(*sides: dict[int, Any]) -> list[int]:
-    """Return the seeds of a paired test: those both sides have, if there are two of them or they are all; or none."""
+    """Return the seeds of a paired test, which both sides have; none if that is only one and a side has others."""
     shared = sorted(set(sides[0]) & set(sides[1]))
     return shared if len(shared) > 1 or set(sides[0]) == set(sides[1]) else []
 
@@ -225,7 +225,7 @@ def correct(comparisons: Sequence[MetricComparison]) -> None:
 def describe_correction(comparisons: Sequence[MetricComparison]) -> str:
     """Return how many measures are compared, how many of them chance alone would show, and how p is corrected."""
     count, over_seeds = len(comparisons), sum(each.p is not None for each in comparisons)
-    exception = f", those over seeds for the {over_seeds} that have one" if 0 < over_seeds < count else ""
+    exception = f", except p over seeds, for the {over_seeds} that have one" if 0 < over_seeds < count else ""
     least = 2 / (SAMPLES + 1) * sum(each.bootstrap_p is not None for each in comparisons)
     limit = f" With so many comparisons, none over sentences can be below {least:.3f}: choose fewer."
     return (

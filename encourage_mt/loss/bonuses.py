@@ -82,8 +82,8 @@ def find_bonus(name: str) -> Bonus:
 
 def _import_bonus(name: str) -> Bonus:
     module_name, attribute = name.split(":")
-    # a console script such as fairseq-train has its own folder in sys.path; hydra changes the current one, but not PWD,
-    # to that of the run, whose files may be somebody else's
+    # a console script such as fairseq-train has only its own folder in sys.path. PWD comes first, because hydra changes
+    # the current folder to that of the run, whose files may be somebody else's, and leaves PWD
     here = dict.fromkeys((os.environ.get("PWD", os.getcwd()), os.getcwd()))
     folders = [folder for folder in here if folder not in sys.path]
     sys.path += folders

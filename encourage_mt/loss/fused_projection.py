@@ -99,7 +99,7 @@ def projected_loss_terms(
     if not torch.compiler.is_compiling():  # a shape that depends on the data would break the graph
         kept = (~ignored).nonzero().squeeze(1)
         features, target, ignored = features[kept], target[kept], ignored[kept]
-    if not torch.is_grad_enabled():  # else the function below would compute the gradient of a parameter all the same
+    if not torch.is_grad_enabled():  # otherwise _Fused would compute the gradients of parameters all the same
         features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
         *terms, correct = _Fused.apply(

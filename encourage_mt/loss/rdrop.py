@@ -4,7 +4,7 @@ With p1 and p2 the predictions of the two passes and L1, L2 their losses, the lo
 
     (L1 + L2) / 2 + alpha / 2 * (KL(p1 || p2) + KL(p2 || p1)) / 2
 
-which is half of the paper's objective with the same alpha, so that a loss without dropout is as large as one
+which is half of the paper's objective with the same alpha, so that, in a model without dropout, it equals the loss
 without R-Drop. With d = log p1 - log p2 the sum of both divergences is sum_k (p1_k - p2_k) d_k, and the gradient is
 
     d KL(p1 || p2) / dz1_i = p1_i (d_i - KL(p1 || p2)),    d KL(p2 || p1) / dz1_i = p1_i - p2_i

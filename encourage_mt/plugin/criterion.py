@@ -118,7 +118,7 @@ def output_weight(model):
 
 
 def training_device(backend):
-    """Return the kind of device on which a training with this backend runs; a CPU training may see a GPU."""
+    """Return the device type to check `backend` for: cuda for triton if there is a GPU, otherwise cpu."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 

@@ -3,8 +3,8 @@
 fairseq writes a checkpoint to a temporary file and renames it, but without fsync, and copies it over checkpoint_last.pt
 and checkpoint_best.pt, so that a kill or a full disk can leave half of one. With these hooks, a training that is killed
 or stopped and started again ends with the parameters of an undisturbed one, bit for bit on the same CPU with as many
-threads, in fp32. fairseq does not save the fp32 weights of fp16 and bf16, the count of --patience, and that of
---lr-scheduler reduce_lr_on_plateau.
+threads, in fp32. The result may differ in fp16 and bf16, with --patience, and with --lr-scheduler reduce_lr_on_plateau:
+fairseq does not save their fp32 weights or their counts.
 """
 
 import errno
@@ -137,9 +137,9 @@ def resume_from_whole(load_checkpoint):
 
 
 def validate_last_epoch(extra_state: dict | None, epoch_itr, trainer) -> None:
-    """Validate and save as at the end of the last epoch or of the training, if it was stopped before it did so.
+    """Validate and save if the training was stopped before the validation that ends an epoch or the training.
 
-    A checkpoint saved then has no validation loss and is at the start of the next epoch, or has all updates.
+    The checkpoint of such a stop has no validation loss, and is at the start of the next epoch or has all updates.
     """
     cfg = trainer.cfg
     if not extra_state or cfg.dataset.disable_validation or extra_state.get("val_loss", 0) is not None:
@@ -183,7 +183,7 @@ def restore_last_checkpoint(folder: Path) -> bool:
             return path != last
         logger.error("%s is damaged (%s)", path, reason)
     if paths:
-        logger.error("no checkpoint in %s is whole: remove them to start over", folder)
+        logger.error("no checkpoint in %s is intact: remove all of them to start over", folder)
         sys.exit(CANNOT_SAVE)
     return False
 

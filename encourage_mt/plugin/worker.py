@@ -1,9 +1,9 @@
 """Run one of fairseq's programs as a process that ends with its parent, alone or as one rank of a training.
 
 `worker.py --parent=PID PROGRAM OPTIONS` runs PROGRAM, a command of this Python's packages, for process PID.
-`torchrun ... worker.py fairseq-train OPTIONS` runs one rank of a distributed training: fairseq reads its rank from
-torchrun's environment only where each node has several GPUs, and never on a CPU; otherwise every process would train
-alone and overwrite the others' checkpoints. So the rank is passed as options.
+`torchrun ... worker.py fairseq-train OPTIONS` runs one rank of a distributed training. This program passes the rank as
+options, because fairseq reads it from torchrun's environment only where each node has several GPUs, and never on a CPU.
+Without its rank, every process would train alone and overwrite the others' checkpoints.
 
 Run it by path, never as a module: fairseq refuses a --user-dir whose package was imported before.
 """
@@ -52,7 +52,7 @@ def rank_options(program: str) -> list[str]:
 
 
 def add_sizes_exactly() -> None:
-    """Make fairseq-preprocess add up the sizes of files that it merges without the 32 bits in which it reads them."""
+    """Make fairseq-preprocess add up sentence lengths of merged files as Python integers; 32 bits would overflow."""
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     finalize = MMapIndexedDatasetBuilder.finalize

@@ -48,7 +48,8 @@ def coverage(split: str, sides: dict[str, list[SelectiveRun]]) -> Chart:
         curves = np.array([run.curves(np.arange(len(run.statistics))[None])[score, 0] for run in runs])
         ax.plot(100 * COVERAGE, curves.mean(axis=0), **style, markersize=3, linewidth=1.4, label=label)
         ax.fill_between(100 * COVERAGE, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15)
-        areas.append(f"{label} {curves.mean():.2f}, which is {curves.mean() - curves[:, -1].mean():+.2f} above all")
+        gain = curves.mean() - curves[:, -1].mean()
+        areas.append(f"{label} {curves.mean():.2f}, {gain:+.2f} against BLEU of all sentences")
     ax.legend()
     caption = (
         f"Sentences in the order of their mean log-probability; mean and range of the seeds. Area: {'; '.join(areas)}."

@@ -31,7 +31,8 @@ SHOWN = 10  # translations on each side
 DIAGNOSTICS_NOTE = (
     "Measured on the validation set with teacher forcing. The paper makes three claims: "
     "with the encouraging loss, well-classified tokens keep shaping the representation, the energy of the target falls "
-    "relative to that of other tokens, and the margin grows. A temperature divides all of these logits too."
+    "relative to that of other tokens, and the margin grows. If a run was evaluated with a temperature, its logits "
+    "are divided by it here too."
 )
 WHERE_NOTE = (
     "Words: F1 and accuracy of the translations by the training frequency of words, as compare-mt defines them "

@@ -56,9 +56,10 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     """Return a row for each arm and test set: mean ± standard deviation over seeds, gains and their p-values.
 
     Gains are relative to the first arm and to every baseline of `comparisons` the arm was compared with. They use the
-    seeds of `paired_seeds` (listed if not all), or all seeds if it has none. p over sentences is of approximate
-    randomization, from the comparisons. The sets are those of the comparisons; without any, all sets with valid.
-    Criterion options, signatures and setting follow, and what else differs. results are of `encourage-mt run`.
+    seeds of `paired_seeds` (listed if not all), or all seeds if it has none. p over sentences comes from approximate
+    randomization in the comparisons. The sets are those of the comparisons or, without comparisons, valid and all
+    test sets. Lines below the table give each arm's criterion options and other differences, the signatures and the
+    setting. `results` must be of runs of `encourage-mt run`.
     """
     arms = by_arm(results)
     splits = list(comparisons[0].tests) if comparisons else list(results[0].scores)

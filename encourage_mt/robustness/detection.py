@@ -5,7 +5,8 @@
   pairs.
 - AUROC of equal length: the same over pairs with equally long sources, so that a score that depends only on the length
   gets 0.5.
-- FPR95: the share of out-of-distribution sentences above the threshold that 95% of the others exceed (Liu et al. 2020).
+- FPR95: the share of out-of-distribution sentences above the threshold that 95% of the in-distribution ones exceed
+  (Liu et al. 2020).
 """
 
 import numpy as np
@@ -39,7 +40,7 @@ def auroc(confidence: Pair, lengths: Pair | None = None, weights: Pair | None = 
 
 
 def fpr95(confidence: Pair) -> float:
-    """Return the share of sentences outside whose confidence is that of 95% of those inside, or higher."""
+    """Return the share of the sentences outside that reach the confidence which 95% of those inside reach."""
     threshold = np.sort(confidence[0])[len(confidence[0]) // 20]
     return float(np.mean(confidence[1] >= threshold))
 
@@ -47,8 +48,9 @@ def fpr95(confidence: Pair) -> float:
 def resampled_auroc(pairs: list[Pair], lengths: Pair, paired: bool) -> Statistic:
     """Return the statistic of the AUROC of equal length, in percent, of each pair of confidences.
 
-    paired: a sentence outside is made from the one inside with its number, so both are drawn together. Otherwise those
-    outside are drawn too, by a generator that depends on the sentences drawn inside, and so is the same for all runs.
+    paired: each sentence outside is made from the sentence inside with the same index, so both are drawn together.
+    Otherwise the sentences outside are drawn separately; the seed depends only on the sentences drawn inside, so the
+    draws are the same for all runs.
     """
     size = len(lengths[1])
 

@@ -3,7 +3,7 @@
 Swapped letters and neighbouring keys follow Belinkov and Bisk (2018, "Synthetic and natural noise both break neural
 machine translation"), who do not swap the first and the last letter; dropped and doubled letters are two other common
 errors of typing. A rate is the probability that a word is changed, if it can be: a number has no letters to change.
-Letters that are not on an English keyboard have no neighbours. Spaces are kept, those that do not break among them.
+Letters that are not on an English keyboard have no neighbours. Spaces are kept, including non-breaking ones.
 """
 
 import random

@@ -109,14 +109,14 @@ def bleu_of_clean(test: str, arms: dict[str, BySeed]) -> dict[str, dict[int, flo
 
 
 def shared_names(sets: list[dict[str, Any]]) -> list[str]:
-    """Return the names that all runs have, and with the same source, except CLEAN; none if that is not the same."""
+    """Return the names, except CLEAN, that all runs have with the same source; none if the source of CLEAN differs."""
     sources = [{name: (each.source_sha256, each.sentences) for name, each in of_run.items()} for of_run in sets]
     shared = [name for name in sources[0] if all(of_run.get(name) == sources[0][name] for of_run in sources)]
     return [name for name in shared if name != CLEAN] if CLEAN in shared else []
 
 
 def noise_changes(record: dict[str, Noise], names: list[str]) -> dict[str, tuple[float, np.ndarray, np.ndarray]]:
-    """Return {noise: the value, or one for each sentence, of each of NOISE}.
+    """Return {noise: (BLEU change of the set, chrF++ changes by sentence, consistency by sentence)}, as in NOISE.
 
     The attacks are summed up by sentence, as their mean and the lowest value of each measure.
     """

@@ -16,14 +16,14 @@ def model_card(model: Model, agreement: Agreement, data: PreparedData, result: R
         [split, *(f"{scores[metric].score:.2f}" if metric in scores else "" for metric in metrics)]
         for split, scores in result.scores.items()
     ]
-    contained = "" if result.evaluation.temperature == 1 else " (which is in the model already)"
+    contained = "" if result.evaluation.temperature == 1 else " (the exported model already contains the temperature)"
     averaged = f"the mean of its last {result.evaluation.average} checkpoints"
     paragraphs = [
         f"# {result.recipe or data.folder.parent.name}: {model.source} to {model.target}",
         f"A translation model, exported by encourage-mt from the run {model.name} ({averaged}).",
         f"```bash\nencourage-mt translate FOLDER < text.{model.source} > text.{model.target}\n```",
         "## Scores",
-        f"Of the run, translated by {result.evaluation.engine}: {result.evaluation.search}{contained}.",
+        f"Scores of the run, translated by {result.evaluation.engine} with {result.evaluation.search}{contained}:",
         markdown_table(["set", *metrics], rows),
         "\n".join(signature_lines(result.signatures)),
         f"This export ({model.quantization}): {agreement.describe()}",

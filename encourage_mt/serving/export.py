@@ -118,7 +118,7 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
 
 
 def exported(run: Run) -> Path:
-    """Return the folder of a float32 export inside the run's, made if there is none of its present scores."""
+    """Return the run's export/ folder; export to it in float32 first unless it has the model of the present scores."""
     output = run.folder / "export"
     if not _is_exported(run, output):
         with locked(run.folder):

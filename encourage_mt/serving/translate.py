@@ -125,8 +125,8 @@ def translate_stream(
 ) -> None:
     """Translate `source` line by line into `output`, in order; memory does not grow with the number of lines.
 
-    Writes `nbest` lines for each line, also if it is empty, with `scores` as SCORE tab TEXT. `lines` are read and
-    translated together. Raises UserError if the text is not UTF-8 or a line is too long.
+    Writes `nbest` lines for each line of `source`, even an empty one; with `scores`, each is SCORE tab TEXT. `lines` is
+    the number of lines translated together. Raises UserError if the text is not UTF-8 or a line is too long.
     """
     translator.hypotheses([], beam, nbest)  # refuses wrong options before the first line
     for chunk in chunks(((line,) for line in lines_of(source, "standard input")), lines):

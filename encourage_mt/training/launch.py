@@ -77,9 +77,10 @@ class Cluster:
 
 
 def share_batch(options: dict[str, Scalar], processes: int) -> dict[str, int]:
-    """Return update-freq, max-tokens and, if it is set, batch-size of each process for the options' tokens per update.
+    """Return update-freq, max-tokens and, if it is set, batch-size of each process, for the same tokens per update.
 
-    update-freq is divided. Where it cannot be, the batches become smaller, rounded down.
+    `options` are those of one process. update-freq is divided by the number of processes and rounded up; if it does not
+    divide evenly, max-tokens and batch-size become smaller to match, rounded down. Raises UserError if one would be 0.
     """
     whole = int(options.get("update-freq", 1))
     frequency = -(-whole // processes)

@@ -21,9 +21,9 @@ def describe_schedules(runs: list[Run], processes: int) -> list[str]:
         epoch, whole, warmup = schedule(run, processes)
         if whole < epoch * run.average:
             raise UserError(
-                f"average: {run.average} epochs are averaged, but {run.arm} ends after {whole / epoch:.1f}; use --set "
-                f"max-update={epoch * run.average} or more, or a smaller --set average=N (if the arm itself sets them, "
-                "change the arm)"
+                f"average: {run.average} epochs are averaged, but {run.arm} ends after {whole / epoch:.1f} epochs; use "
+                f"--set max-update={epoch * run.average} or more, or --set average=N with a smaller N (if the arm has "
+                "its own length or average, change it in the arm)"
             )
         text = f"{epoch:,} updates per epoch, {whole:,} in all, {warmup:,} of them in warm-up"
         if 3 * warmup > whole:

@@ -86,15 +86,16 @@ def with_provenance(run: Run, cluster: Cluster, threads: str) -> Run:
 def train(runs: list[Run], cluster: Cluster, parallel: int) -> None:
     """Train the runs that are not done, `parallel` at a time, each on `cluster`; interrupted ones resume.
 
-    Raises UserError, after the other trainings have ended, if one fails or another process trains it, and before them
-    if a run's folder has links. On SIGTERM the trainings save and stop, and this process exits with STOPPED.
+    Raises UserError before any training if a run's folder has links or contains a training with other options, and
+    after all other trainings if one failed or another process has its folder. On SIGTERM the trainings save and stop,
+    and this process exits with STOPPED.
     """
     waiting = [run for run in runs if not run.is_done]
     for run in waiting:
         for path in (run.folder, *run.folder.glob("*"), *run.folder.glob("checkpoints/*")):
             if path.is_symlink():
                 raise UserError(f"{path}: is a link, and training would write through it; remove it")
-    environment = job_environment(parallel * cluster.gpus)  # the same after an interruption, because threads round
+    environment = job_environment(parallel * cluster.gpus)  # fixed, because rounding depends on the threads
     if cluster.node == 0:
         recorded = [with_provenance(run, cluster, environment["OMP_NUM_THREADS"]) for run in runs]
         for run in recorded:  # all folders are checked before anything is written
@@ -257,7 +258,7 @@ class Training:
             self.note = ""  # a validation ends with its record
             self.records.append(record)
             self.bleu = record.get("valid_bleu", self.bleu)
-            # "update" counts epochs, with a fraction; the summary of an epoch names it and its updates otherwise
+            # "update" is the epoch with a fraction; an epoch's summary has "epoch" and "train_num_updates" instead
             names = ("update", "epoch") if self.bar.unit == "epoch" else ("num_updates", "train_num_updates")
             reached = record.get(names[0], record.get(names[1]) if "train_loss" in record else None)
             if reached is not None:

@@ -65,7 +65,7 @@ class Net(nn.Sequential):
 
 
 def choose(labels: Tensor, setting: str, tuning: bool) -> tuple[Tensor, Tensor]:
-    """Return the indices to train on and those held out: a tenth of all, the same in every run, with `tuning`."""
+    """Return the indices to train on and a held-out tenth, the same in every run; only `tuning` keeps them apart."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out = order[: len(labels) // 10]
     order = order[len(held_out) :] if tuning else order

@@ -104,7 +104,7 @@ def finetune(args, loss):
             seed=args.seed,
         ),
         train_dataset=tokenize(tokenizer, *train, args.max_length),
-        # with the model, because Trainer keeps the labels from it: the collator makes the decoder's input
+        # the collator needs the model to make the decoder's input, because Trainer does not pass labels to the model
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_loss_func=loss,
     )

@@ -253,7 +253,7 @@ def test_the_correction_names_the_comparisons_without_p_over_seeds():
     pair, single = ({seed: float(seed) for seed in range(count)} for count in (2, 1))
     tested, other = MetricComparison("a", pair, {0: 3.0, 1: 5.0}), MetricComparison("b", single, single)
     text = significance.describe_correction([tested, other, other])
-    assert "corrected for all 3 (Holm 1979), those over seeds for the 1 that have one;" in text
+    assert "corrected for all 3 (Holm 1979), except p over seeds, for the 1 that have one;" in text
     assert "that have one" not in significance.describe_correction([tested]) + significance.describe_correction([other])
 
 
