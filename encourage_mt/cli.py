@@ -201,9 +201,9 @@ def start_trainings(arguments, recipe: "Recipe", runs: list["Run"], cluster: "Cl
 
     for line in dict.fromkeys(report_effective_batch(run.options, cluster) for run in runs):
         print(line)
+    check_train_options(recipe)
     if not arguments.dry_run:
         cluster.check_machine(parallel)
-        check_train_options(recipe)
         return True
     for run in runs:
         print(shlex.join(launch_command(run, cluster)))

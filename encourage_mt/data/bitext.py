@@ -41,18 +41,18 @@ def iterate_lines(path: Path) -> Iterator[str]:
 
     Raises UserError also if the file is missing, empty or not gzip, or if a .gz expands beyond `size_limit`.
     """
-    size = 0
+    count = 0
     try:
         limit = size_limit(path)
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for line in lines_of(file, path):
-                size += len(line) + 1
-                if size > limit:
+                count += 1
+                if path.suffix == ".gz" and file.tell() > limit:
                     raise UserError(f"{path}: expands to more than {limit:,} bytes")
                 yield line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not size:
+    if not count:
         raise UserError(f"{path}: empty file")
 
 

@@ -110,6 +110,9 @@ def _fetch(url, part, checksums):
             if isinstance(error, ValueError):  # an address that is malformed or of another kind than http
                 raise _Refused(" ".join(str(error).split())) from None
             reason = f"{type(error).__name__} at byte {part.stat().st_size if part.exists() else 0:,}"
+        except OSError as error:  # of a full disk, which names no file
+            error.filename = error.filename or str(part)
+            raise
     raise _Refused(f"{reason}, after {ATTEMPTS} attempts")
 
 

@@ -22,7 +22,14 @@ from torch import Tensor
 from . import reference
 from .functional import _options, _show_options, find_backend
 from .options import LossOptions
-from .terms import LossTerms, class_indices, clone_terms, mean_of, refuse_double_backward
+from .terms import (
+    LossTerms,
+    class_indices,
+    clone_terms,
+    mean_of,
+    refuse_double_backward,
+    without_unused_gradient,
+)
 
 ROWS = 1024
 SCALE = 256.0
@@ -71,7 +78,7 @@ def projected_loss_terms(
     """Return `loss_terms` of logits = features [tokens, D] @ weight.T + bias, weight [V, D], bias [V].
 
     Also returns the number of targets predicted right if `accuracy`, 0 otherwise. Only the loss term has a gradient.
-    Raises ValueError if shapes do not fit, and for a backend or bonus that cannot be fused.
+    Raises ValueError if shapes or devices do not fit, and for a backend or bonus that cannot be fused.
     """
     if (
         features.dim() != 2
@@ -82,6 +89,8 @@ def projected_loss_terms(
     ):
         shapes = ", ".join(str(list(each.shape)) for each in (features, weight, target, bias) if each is not None)
         raise ValueError(f"expected features [tokens, D], weight [V >= 2, D], target [tokens], bias [V], got {shapes}")
+    if target.device != features.device:
+        raise ValueError(f"features are on {features.device}, target is on {target.device}")
     device = features.device.type
     if torch.is_autocast_enabled(device) and features.dtype != torch.float64:  # as it would cast them for the product
         dtype = torch.get_autocast_dtype(device)
@@ -99,8 +108,8 @@ def projected_loss_terms(
     if not torch.compiler.is_compiling():  # a shape that depends on the data would break the graph
         kept = (~ignored).nonzero().squeeze(1)
         features, target, ignored = features[kept], target[kept], ignored[kept]
-    if not torch.is_grad_enabled():  # otherwise _Fused would compute the gradients of parameters all the same
-        features, weight, bias = features.detach(), weight.detach(), None if bias is None else bias.detach()
+    features, weight = without_unused_gradient(features), without_unused_gradient(weight)
+    bias = None if bias is None else without_unused_gradient(bias)
     with torch.autocast(device, enabled=False):
         *terms, correct = _Fused.apply(
             features, weight, bias, target.masked_fill(ignored, 0), options, ignored, implementation, accuracy

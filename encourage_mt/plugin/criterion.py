@@ -148,10 +148,10 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
             self.schedule = read_options(BonusSchedule, cfg)
             extra = read_options(CriterionOptions, cfg)
             check_bonus(self.options)
-            # a checkpoint that is validated may have been trained on other hardware; all backends agree
-            self.loss_backend = extra.loss_backend if self.is_training else "auto"
-            if missing := missing_backend(self.loss_backend, training_device(self.loss_backend)):
-                raise ValueError(f"loss_backend {self.loss_backend} cannot run here: {missing}; use auto")
+            missing = missing_backend(extra.loss_backend, training_device(extra.loss_backend))
+            if missing and self.is_training:
+                raise ValueError(f"loss_backend {extra.loss_backend} cannot run here: {missing}; use auto")
+        self.loss_backend = extra.loss_backend
         self.full_weight = self.options.bonus_weight
         self.fuse_projection, self.rdrop_alpha = extra.fuse_projection, extra.rdrop_alpha
         if self.schedule.varies:
@@ -232,8 +232,11 @@ class LabelSmoothedEncouragingLossCriterion(LabelSmoothedCrossEntropyCriterion):
         return terms.loss, terms.nll_loss
 
     def terms(self, logits, target, reduce):
+        backend = self.loss_backend
+        if not self.is_training and missing_backend(backend, logits.device.type):
+            backend = "auto"  # a checkpoint that is validated may have been trained on other hardware
         with exit_if_refused(self.is_training):
-            return loss_terms(logits, target, self.options, self.padding_idx, reduce, self.loss_backend)
+            return loss_terms(logits, target, self.options, self.padding_idx, reduce, backend)
 
     def fused_terms(self, model, sample):
         """Return (LossTerms, number of correct predictions) without logits of the whole batch."""

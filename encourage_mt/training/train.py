@@ -34,6 +34,8 @@ def make_run(recipe: Recipe, arm: str, seed: int, data: Path, work_dir: Path, pr
         "eval-bleu": True,
         "eval-bleu-args": '{"beam": 1, "max_len_a": 1.2, "max_len_b": 10}',  # an untrained model would never stop
         "eval-bleu-remove-bpe": recipe.remove_bpe,
+        # otherwise sacreBLEU would tokenize Moses' tokens and XML escapes again
+        **({"eval-tokenized-bleu": True} if recipe.tokenizer == "moses" else {}),
         "best-checkpoint-metric": "bleu",
         "maximize-best-checkpoint-metric": True,
         # at least AVERAGE, so that another number of them can be averaged later

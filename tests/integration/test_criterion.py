@@ -106,8 +106,7 @@ def test_the_log_splits_loss_into_cross_entropy_and_bonus(task, model):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_without_bonus_it_is_fairseqs_criterion(prefix, backend, task, model):
     options = {"ignore_prefix_size": prefix, "report_accuracy": True}
-    ours = make_criterion(task, label_smoothing=0.1, **options, bonus="none")
-    ours.loss_backend = backend
+    ours = make_criterion(task, label_smoothing=0.1, **options, bonus="none", loss_backend=backend)
     theirs = LabelSmoothedCrossEntropyCriterion(task, False, 0.1, **options)
     sample = make_sample([8, 5, 6])
     outcomes = []

@@ -1,4 +1,4 @@
-"""Test the GPU kernels: on a GPU if there is one, otherwise in Triton's interpreter."""
+"""Test the GPU kernels: on a GPU with GPU_KERNELS=1, otherwise in Triton's interpreter."""
 
 import pytest
 import torch

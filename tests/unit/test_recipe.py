@@ -198,7 +198,7 @@ def test_the_other_direction_and_the_modern_pipeline(tmp_path):
     assert modern.tokenizer == "none" and not modern.lowercase and modern.joined_dictionary
 
 
-def test_arms_of_the_bundled_recipes_differ_in_at_most_one_training_option_and_rdrop_trains_half_as_long():
+def test_arms_of_the_bundled_recipes_differ_in_one_training_option_or_in_length_with_warmup():
     for path in sorted((ROOT / "examples").glob("*/recipe.yaml")):
         own = {"bitext": ["/any/a.de", "a.en"], "chosen": choose(8000, 0)} if path.parent.name == "own" else {}
         recipe = load_recipe(path, **own)
@@ -207,7 +207,9 @@ def test_arms_of_the_bundled_recipes_differ_in_at_most_one_training_option_and_r
             lengths = [options.get("max-epoch") or options.get("max-update") for options in (recipe.train, arm.train)]
             if "rdrop-alpha" in arm.options:
                 assert lengths[1] == lengths[0] / 2 and recipe.arm_average(name) == recipe.average // 2, name
-            assert len(arm.train) <= 1
+            assert len(set(arm.train) - {"warmup-updates"}) <= 1
+            warmups = [options.get("warmup-updates") for options in (recipe.train, arm.train)]
+            assert warmups[1] is None or ("rdrop-alpha" in arm.options and warmups[1] == warmups[0] / 2), name
     check_train_options(load_recipe(ROOT / "examples/multi30k_de_en/recipe.yaml"))
 
 
