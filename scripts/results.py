@@ -122,13 +122,12 @@ def read_result(run: Run) -> Result:
 
 def is_measured(run: Run, result: Result, summary: Summary) -> bool:
     """Return whether the values of a run in `summary`, if it has any, were measured with its present scores."""
-    measured = read_measured(run)
-    for test, arms in summary.clean.items():
-        bleu = arms.get(result.arm, {}).get(result.seed)
-        noise = measured.noise.get(test, {}) if measured else {}
-        if bleu is not None and (CLEAN not in noise or noise[CLEAN].bleu != bleu):
-            return False
-    return True
+    expected = {test: arms.get(result.arm, {}).get(result.seed) for test, arms in summary.clean.items()}
+    expected = {test: bleu for test, bleu in expected.items() if bleu is not None}
+    measured = read_measured(run) if expected else None  # which hashes the model
+    noise = measured.noise if measured else {}
+    clean = {test: noise[test][CLEAN].bleu for test in expected if CLEAN in noise.get(test, {})}
+    return clean == expected
 
 
 def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float, Score | None, str]]:
