@@ -82,8 +82,8 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, monkeypat
     "arguments, expected",
     [
         (["{a}", "{missing}"], "missing.pt: no such checkpoint"),
-        (["{a}", "{garbage}"], "garbage.pt: not a checkpoint"),
-        (["{a}", "{nothing}"], "nothing.pt: not a checkpoint that can be loaded safely"),
+        (["{a}", "{garbage}"], "garbage.pt: damaged checkpoint"),
+        (["{a}", "{nothing}"], "nothing.pt: damaged checkpoint"),
         (["{a}", "{cut}"], "cut.pt: damaged checkpoint"),
         (["{a}", "{flipped}"], "flipped.pt: damaged checkpoint"),
         (["{a}", "{other}"], "other.pt: its parameters differ in name or shape"),
