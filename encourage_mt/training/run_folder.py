@@ -18,8 +18,8 @@ from ..recipe import AVERAGE, BEAM, LENPEN, Name, render_options
 
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z")]
 WATCHING = {  # options that do not change what is trained
-    *("eval-bleu-args", "log-format", "log-interval", "keep-last-epochs", "max-tokens-valid", "tensorboard-logdir"),
-    "wandb-project",
+    *("eval-bleu-args", "eval-tokenized-bleu", "log-format", "log-interval", "keep-last-epochs", "max-tokens-valid"),
+    *("tensorboard-logdir", "wandb-project"),
 }
 STRICT = ConfigDict(strict=True, extra="forbid")
 ABSURD = 1e12  # no training has as many updates, or seconds

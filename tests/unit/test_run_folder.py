@@ -97,7 +97,7 @@ def test_another_training_in_the_same_folder_is_refused(run):
         with pytest.raises(UserError, match=f"different {name} .*--work-dir"):
             run.model_copy(update=update).save()
     watching = {"log-interval": 7, "keep-last-epochs": 3, "max-tokens-valid": 9}
-    watching |= {"tensorboard-logdir": "tb", "wandb-project": "mt"}
+    watching |= {"tensorboard-logdir": "tb", "wandb-project": "mt", "eval-tokenized-bleu": True}
     run.model_copy(update={"options": {**OPTIONS, **watching}}).save()
 
 
