@@ -20,6 +20,7 @@ from .recipe_parts import Arm, Clean, Corpus, Published, Subword, in_list
 MAX_BYTES = 1_000_000  # of a recipe file
 STAGES = ("read", "empty", "too_long", "ratio", "held_out", "before_cleaning", "with_text", "kept")
 AVERAGE, BEAM, LENPEN = 10, 5, 1.0  # the defaults
+COVERAGE = 0.9999  # the share of characters that are pieces in `modern_subword`; rarer ones become bytes
 LENGTHS = {"max-epoch", "max-update"}
 CRITERION = "label_smoothed_encouraging_loss"
 FAIRSEQ_OPTION_NAMES = {"label-smoothing", "report-accuracy", "ignore-prefix-size"}  # of its cross entropy too
@@ -153,7 +154,7 @@ class Recipe(Record):
 
 def modern_subword(size: int) -> Subword:
     """Return the subword model of `Recipe.modern`. Rare characters become bytes, so that bytes occur in training."""
-    options: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.9999}
+    options: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "character_coverage": COVERAGE}
     return Subword(vocab_size=size, **options, normalization_rule_name="nmt_nfkc")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from ..atomic import atomic_write
-from ..recipe import Recipe, modern_subword
+from ..recipe import COVERAGE, Recipe, modern_subword
 from .bitext import iterate_lines
 from .sources import Sources
 
@@ -55,7 +55,7 @@ ONE_GPU = (
 )
 MANY_GPUS = (*ONE_GPU[:-1], Size(0, 32_000, 6, 1024, 4096, 16, 0.1, 4096, 16, 0.0007, 3000, 60_000_000))
 EPOCHS = 8, 100  # at least, at most
-COVERAGE, SAMPLED_LINES = 0.9999, 100_000  # the share of characters that are pieces; lines of a file that are counted
+SAMPLED_LINES = 100_000  # of a file, whose characters are counted
 WARMUP_SHARE = 20  # pairs for each update of the warm-up, so that it stays short with few pairs
 
 

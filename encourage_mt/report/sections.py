@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -117,12 +117,16 @@ class Section:
             chart.figure.set_size_inches(5.4, chart.figure.get_figheight())
 
 
+def by_label(labels: Iterable[str], sides: Iterable[dict[int, Any]]) -> dict[str, list[Any]]:
+    """Return {label: values of the seeds that are compared} of both sides."""
+    return {label: list(side.values()) for label, side in zip(labels, compared_seeds(*sides), strict=True)}
+
+
 def seeds_and_lengths(material: Material) -> Section:
     metric = scoring.metrics(material.data.target, material.data.lowercase)[HEADLINE]
     charts = seed_scores(material.comparison)
     for split, texts in material.sets.items():
-        compared = zip(texts.systems, compared_seeds(*texts.systems.values()), strict=True)
-        systems = {label: list(side.values()) for label, side in compared}
+        systems = by_label(texts.systems, texts.systems.values())
         charts += length_charts(split, bleu_by_length(texts.references, systems, metric))
     return Section("Seeds and sentence lengths", charts=charts)
 
@@ -150,9 +154,8 @@ def where(material: Material) -> Section:
             title, xlabel = ("F1 by frequency in train", "gain in F1") if kind == "words" else SELECTION
             charts.append(gains(f"gains_{kind}_{split}", f"{title}, {split}", shown, xlabel))
     for split, sides in material.selective.items():
-        compared = zip(material.groups, compared_seeds(*sides), strict=True)
-        by_label = {label: list(side.values()) for label, side in compared}
-        charts += [coverage(split, by_label), *reliability(split, by_label)]
+        runs = by_label(material.groups, sides)
+        charts += [coverage(split, runs), *reliability(split, runs)]
     return Section("Where does it help?", f"{WHERE_NOTE} {material.correction}", tables, charts)
 
 
