@@ -14,7 +14,10 @@ MODELS = {
 }
 
 
-def build(architecture, vocabulary, options):
+SENTENCES = {"cpu": 80, "cuda": 320}  # of 25 tokens, in the batch
+
+
+def build(architecture, vocabulary, options, device, dtype):
     """Return (model, sample, {name: criterion}) for training steps on random text, all made by fairseq."""
     with quiet_imports():
         import fairseq.criterions
@@ -33,11 +36,13 @@ def build(architecture, vocabulary, options):
     ARCH_CONFIG_REGISTRY[architecture](arguments)
     torch.manual_seed(0)
     model = ARCH_MODEL_REGISTRY[architecture].build_model(arguments, task).train()
-    source, target = (torch.randint(4, vocabulary, (80, 25)) for _ in range(2))
+    model = model.to(device, dtype)
+    sentences = SENTENCES[device]
+    source, target = (torch.randint(4, vocabulary, (sentences, 25), device=device) for _ in range(2))
     sample = {
         "net_input": {
             "src_tokens": source,
-            "src_lengths": torch.full((80,), 25),
+            "src_lengths": torch.full((sentences,), 25, device=device),
             "prev_output_tokens": target.roll(1, dims=1),
         },
         "target": target,

@@ -5,6 +5,7 @@ All rows of a table run in turn in one process; times are medians. On a CPU each
 management decides most of the baseline's time: once with freed memory kept by the process, as in our trainings and
 under jemalloc, and once with glibc's defaults, which give large blocks back to the kernel and get them zeroed page by
 page. Memory is the peak beyond what was in use before, with glibc's defaults. Compare ratios only within one table.
+On a GPU, each time is that of ten calls in a row, because one call takes about as long as starting its kernels.
 """
 
 import argparse
@@ -36,7 +37,8 @@ CE = LossOptions(bonus="none", label_smoothing=0.1, smoothing_convention="fairse
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1152921504606846976"}
 BASELINE = "fairseq LSCE"
 ROOFLINE = "roofline: copy the logits once"
-TOKENS = 2048
+TOKENS = {"cpu": 2048, "cuda": 8192}
+CALLS = {"cpu": 1, "cuda": 10}  # in one measured time
 VOCABULARIES = (6000, 10000, 32000)
 SPREADS = (0, 1, 2, 3, 4)
 PAD = 1
@@ -80,7 +82,7 @@ def from_features():
         "projection, EL": lambda x, w, y: ours(EL, "auto")(x @ w.T, y),
         "EL, fused projection": lambda x, w, y: projected_loss_terms(x, w, y, EL, PAD)[0].loss,
     }
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         of_torch = functools.partial(F.linear_cross_entropy, reduction="sum", ignore_index=PAD)
         options = torch.nn.LinearCrossEntropyOptions()  # its chunks; it has them without label smoothing only
         rows["torch linear_cross_entropy, not chunked"] = functools.partial(of_torch, label_smoothing=0.1)
@@ -91,34 +93,36 @@ def from_features():
 
 
 def make_target(vocabulary, device):
-    target = torch.randint(2, vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    target = torch.randint(2, vocabulary, (TOKENS[device],), generator=torch.Generator().manual_seed(0))
     target[::10] = PAD
     return target.to(device)
 
 
 def make_logits(vocabulary, spread, target):
-    """Return logits [TOKENS, vocabulary]: noise of deviation `spread`, the target up to 20 above it if spread is 2."""
+    """Return logits [tokens, vocabulary]: noise of deviation `spread`, the target up to 20 above it if spread is 2."""
     generator = torch.Generator().manual_seed(1)
-    logits = spread * torch.randn(TOKENS, vocabulary, generator=generator)
+    tokens = len(target)
+    logits = spread * torch.randn(tokens, vocabulary, generator=generator)
     if spread == 2:
-        logits[torch.arange(TOKENS), target.cpu()] += 20 * torch.rand(TOKENS, generator=generator)
+        logits[torch.arange(tokens), target.cpu()] += 20 * torch.rand(tokens, generator=generator)
     return logits.to(target.device)
 
 
 def train_logits(vocabulary):
-    """Return logits [TOKENS, vocabulary] and targets of a small model, trained here on a made-up language.
+    """Return logits [tokens, vocabulary] and targets of a small model, trained here on a made-up language.
 
     The next word is a function of the present one, or, one time in four, drawn from Zipf's distribution.
     """
     torch.manual_seed(0)
+    tokens = TOKENS["cpu"]
     zipf = 1 / torch.arange(1, vocabulary - 1).float()
     model = torch.nn.Sequential(torch.nn.Embedding(vocabulary, 128), torch.nn.Linear(128, vocabulary))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     successors = torch.randperm(vocabulary - 2) + 2
     for _ in range(60):
-        words = torch.multinomial(zipf, TOKENS, replacement=True)
-        drawn = torch.multinomial(zipf, TOKENS, replacement=True) + 2
-        target = torch.where(torch.rand(TOKENS) < 0.25, drawn, successors[words])
+        words = torch.multinomial(zipf, tokens, replacement=True)
+        drawn = torch.multinomial(zipf, tokens, replacement=True) + 2
+        target = torch.where(torch.rand(tokens) < 0.25, drawn, successors[words])
         optimizer.zero_grad()
         logits = model(words)
         F.cross_entropy(logits, target, label_smoothing=0.1).backward()
@@ -145,14 +149,17 @@ def _status(field):
     return int(line.split()[1]) * 1024
 
 
-def seconds_of(action, device):
+def seconds_of(action, device, reset):
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     action()
+    for _ in range(CALLS[device] - 1):
+        reset()
+        action()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / CALLS[device]
 
 
 def interleave(actions, device, repeats, reset=lambda: None):
@@ -169,7 +176,7 @@ def interleave(actions, device, repeats, reset=lambda: None):
         for name, action in actions.items():
             if len(seconds[name]) < RUNS or sum(seconds[name]) < SECONDS:
                 reset()
-                seconds[name].append(seconds_of(action, device))
+                seconds[name].append(seconds_of(action, device, reset))
     return {name: (statistics.median(values), peaks[name]) for name, values in seconds.items()}
 
 
@@ -206,7 +213,7 @@ def bench_sizes(dtypes, device, memory, repeats, quick):
             del logits, buffer, copy, validation
             torch.manual_seed(2)
             weight = (torch.randn(vocabulary, FEATURES) / FEATURES**0.5).to(device, dtype)
-            features = torch.randn(TOKENS, FEATURES).to(device, dtype)
+            features = torch.randn(len(target), FEATURES).to(device, dtype)
             results = measure(from_features(), [features, weight], target, device, repeats)
             rows += as_rows(results, size, memory)
     return rows
@@ -283,11 +290,12 @@ def bench_busy(repeats, quick):
     return rows
 
 
-def bench_steps(repeats, quick):
-    """Return rows of training steps on a CPU: forward, loss, backward, Adam."""
+def bench_steps(device, repeats, quick):
+    """Return rows of training steps: forward, loss, backward, Adam; the model is in float32, on a GPU in bfloat16."""
     rows = []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, (architecture, vocabulary, options) in list(MODELS.items())[: 1 if quick else None]:
-        model, sample, criteria = build(architecture, vocabulary, options)
+        model, sample, criteria = build(architecture, vocabulary, options, device, dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
 
         def step(criterion, model=model, sample=sample, optimizer=optimizer):
@@ -295,11 +303,11 @@ def bench_steps(repeats, quick):
             criterion(model, sample)[0].backward()
             optimizer.step()
 
-        results = interleave({row: (lambda c=c: step(c)) for row, c in criteria.items()}, "cpu", repeats)
+        results = interleave({row: (lambda c=c: step(c)) for row, c in criteria.items()}, device, repeats)
         with torch.no_grad():
             logits = model(**sample["net_input"])[0].flatten(0, 1)
         functions = {BASELINE: fairseq_lsce, "EL": ours(EL, "auto"), "EL chunked": ours(EL, "chunked")}
-        alone = measure(functions, [logits], sample["target"].flatten(), "cpu", repeats)
+        alone = measure(functions, [logits], sample["target"].flatten(), device, repeats)
         for row, (seconds, _) in results.items():
             rows.append(
                 {
@@ -327,7 +335,9 @@ def rows_of(table, args, memory):
     if table == "sizes":
         dtypes = [torch.bfloat16, torch.float16] if args.device == "cuda" else [torch.float32]
         return bench_sizes(dtypes, args.device, memory, args.repeats, args.quick)
-    return {"spreads": bench_spreads, "busy": bench_busy, "steps": bench_steps}[table](args.repeats, args.quick)
+    if table == "steps":
+        return bench_steps(args.device, args.repeats, args.quick)
+    return {"spreads": bench_spreads, "busy": bench_busy}[table](args.repeats, args.quick)
 
 
 def in_new_process(args, table, memory):
@@ -346,7 +356,7 @@ def main():
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where to run")
     text = "sizes: all implementations; spreads: logits of several kinds; busy: two other processes keep the cores "
-    text += "busy; steps: training steps; all but sizes run on a CPU"
+    text += "busy; steps: training steps; spreads and busy run on a CPU"
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["sizes"], help=text)
     text = "whether the process keeps freed memory (kept), or glibc's defaults apply (default); CPU only"
     parser.add_argument("--memory", choices=("both", "kept", "default"), default="both", help=text)
@@ -356,8 +366,8 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
-    if args.device == "cuda" and args.tables != ["sizes"]:
-        parser.error("--tables: only sizes runs on a GPU; add --device cpu for the others")
+    if args.device == "cuda" and not set(args.tables) <= {"sizes", "steps"}:
+        parser.error("--tables: only sizes and steps run on a GPU; add --device cpu for the others")
     logging.getLogger("encourage_mt").setLevel(logging.WARNING)
     memories = ("kept", "default") if args.memory == "both" else (args.memory,)
     tables = {}
@@ -376,7 +386,7 @@ def main():
         "threads": torch.get_num_threads(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "tokens": TOKENS,
+        "tokens": TOKENS[args.device],
         "tables": tables,
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
