@@ -175,7 +175,7 @@ class Trainings:
 
     def end(self, training: "Training", code: int) -> None:
         """Record how a training ended. Exits with STOPPED if somebody sent it SIGTERM."""
-        if code == STOPPED:
+        if code == STOPPED or (code and training.stopped_saved()):
             sys.exit(STOPPED)
         training.close()
         self.active.remove(training)
@@ -271,7 +271,7 @@ class Training:
         self.bar.set_postfix_str(f"valid BLEU {self.bleu}{self.note}{alarm}", refresh=False)
 
     def stopped_saved(self) -> bool:
-        """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
+        """Return whether the log has the plugin's line that it saved; torchrun hides the exit code of workers."""
         return SAVED in self.log.read_bytes()[self.before :].decode(errors="replace")
 
     def close(self) -> None:
