@@ -221,7 +221,7 @@ def save_and_stop_in_time(validate_and_save):
         valid_step = trainer.valid_step
 
         def valid_step_or_stop(sample, raise_oom=False):
-            # a batch that ran out of memory is tried again, with raise_oom, on its rank only: the others would not answer
+            # with raise_oom, fairseq repeats a batch that ran out of memory on one rank: no other would answer
             if not raise_oom and any_rank(trainer, _stop_requested)[0]:
                 raise StopTraining
             return valid_step(sample, raise_oom)

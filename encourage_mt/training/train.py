@@ -138,7 +138,8 @@ class Trainings:
         self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
         self.environment = {
-            # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes
+            # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes. Before
+            # torch 2.12 it is 30 seconds
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT",  # not the SIGHUP that nohup ignores
             **environment,

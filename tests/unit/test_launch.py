@@ -170,6 +170,7 @@ def test_settings_change_what_was_chosen_for_own_text(tmp_path, capsys):
         (("--gpus", 0), "--gpus"),
         (("--gpus", 2, "--nodes", 2), "--master"),
         (("--nodes", 2, "--node", 2, "--master", "h:1"), "--node"),
+        (("--nodes", 2, "--master", "h:1", "--overwrite"), "--overwrite: use it with `encourage-mt prepare`"),
         (("--seed", "x"), "--seed"),
         (("--arm", "fl"), "ce, el"),
     ],
