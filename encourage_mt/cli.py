@@ -164,6 +164,8 @@ def train_one(arguments) -> None:
     recipe, work_dir = open_recipe(arguments)
     check_arms("--arm", [arguments.arm], recipe)
     cluster = Cluster(choose_precision(arguments), arguments.gpus, arguments.nodes, arguments.node, arguments.master)
+    if cluster.nodes > 1 and arguments.overwrite:  # which prepare nothing: one would replace what the others read
+        raise UserError("--overwrite: use it with `encourage-mt prepare`, once before training on several machines")
     data = work_dir / "data"
     run = make_run(recipe, arguments.arm, arguments.seed, data, work_dir, cluster.precision)
     if not start_trainings(arguments, recipe, [run], cluster, 1):

@@ -200,7 +200,8 @@ def score(lines: list[str], data: PreparedData, split: str, output: Path, comet:
         sources = data.read_text(split, data.source)
         if data.lowercase:
             sources, references = ([line.lower() for line in side] for side in (sources, references))
-        scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, gpus=torch.cuda.device_count())
+        gpus = min(1, torch.cuda.device_count())  # with more, Lightning would start this command again for each
+        scores["COMET"] = scoring.comet(comet, sources, hypotheses, references, gpus=gpus)
     return scores
 
 

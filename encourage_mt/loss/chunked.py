@@ -33,9 +33,9 @@ BLOCK_ELEMENTS = 1 << 20  # of one block of rows on CPU: 4 MiB in float32, withi
 GPU_BLOCK_ELEMENTS = 1 << 24  # of one block on other devices: 64 MiB
 
 
-def supports(options: LossOptions) -> bool:
+def supports(bonus: str, is_linear: bool) -> bool:
     """Return whether b(p) is known to be linear in p near 0 up to p^2, as the derivation needs."""
-    return linear_coefficient(options) is not None
+    return is_linear
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:

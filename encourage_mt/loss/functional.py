@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import chunked, native, reference
-from .bonuses import check_bonus
+from .bonuses import check_bonus, linear_coefficient
 from .options import BACKENDS, LossOptions
 from .terms import LossTerms, class_indices, mean_of
 
@@ -67,22 +67,36 @@ def find_backend(backend: str, options: LossOptions, device: str, dtype: torch.d
     The first use of each combination logs the backend and why it is not a faster one.
     Raises ValueError if the backend is unknown or cannot run on this device.
     """
-    return _modules[_choose_backend(backend, options, device, dtype)]
+    is_linear = linear_coefficient(options) is not None
+    if torch.compiler.is_compiling():
+        return _modules[_choose_in_graph(backend, options.bonus, is_linear, device, dtype)]
+    options = dataclasses.replace(options, bonus_weight=1.0)  # schedules change it with each update
+    return _modules[_checked_choice(backend, options, is_linear, device, dtype)]
 
 
-def _choose_backend(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> str:
-    return _checked_choice(backend, dataclasses.replace(options, bonus_weight=1.0), device, dtype)
+def _choose_in_graph(backend: str, bonus: str, is_linear: bool, device: str, dtype: torch.dtype) -> str:
+    """Choose while torch.compile traces, with arguments that it can turn into constants; the bonus is not checked.
+
+    LossOptions would be an error (torch 2.11) or have the defaults if it is made in the graph (torch 2.13), and a
+    number would be an error if it varies between calls.
+    """
+    return _choose_backend(backend, LossOptions(bonus=bonus), is_linear, device, dtype)
 
 
 # What torch.compiler.assume_constant_result does; that would import torch._dynamo, which takes 3 seconds.
-_choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache  # logs once; the weight is not part of the key, because schedules change it with each update
-def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torch.dtype) -> str:
+@functools.cache
+def _checked_choice(backend: str, options: LossOptions, is_linear: bool, device: str, dtype: torch.dtype) -> str:
+    check_bonus(options)
+    return _choose_backend(backend, options, is_linear, device, dtype)
+
+
+@functools.cache  # logs once
+def _choose_backend(backend: str, options: LossOptions, is_linear: bool, device: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"loss_backend must be one of {', '.join(BACKENDS)}, got {backend}")
-    check_bonus(options)
     if backend != "auto" and (missing := missing_backend(backend, device)):
         raise ValueError(f"loss_backend {backend} cannot run here: {missing}; use auto")
     passed_over, is_slower = [], False
@@ -93,7 +107,7 @@ def _checked_choice(backend: str, options: LossOptions, device: str, dtype: torc
             continue
         if name == "triton":
             _modules[name] = importlib.import_module(".triton_kernels", __package__)
-        if name == "reference" or _modules[name].supports(options):
+        if name == "reference" or _modules[name].supports(options.bonus, is_linear):
             is_slower |= name == "reference" != backend
             level = logging.WARNING if is_slower else logging.INFO
             logger.log(level, "loss backend: %s%s", name, f" ({'; '.join(passed_over)})" if passed_over else "")

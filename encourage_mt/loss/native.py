@@ -58,9 +58,9 @@ def _fake_terms_and_gradient(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _fake_terms(logits), torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def supports(options: LossOptions) -> bool:
-    """Return whether the kernel supports the bonus of `options`."""
-    return options.bonus in BONUSES
+def supports(bonus: str, is_linear: bool) -> bool:
+    """Return whether the kernel supports the bonus of this name."""
+    return bonus in BONUSES
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
@@ -83,7 +83,7 @@ def terms_and_gradient_(
 def _arguments(options: LossOptions, vocabulary: int) -> tuple[int, list[float]]:
     """Return bonus and options as the operators take them: the fields of the struct Options in native.cpp."""
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
-    log_bonus = [least, float(options.log_end == 1)]
+    log_bonus = [least, 1.0 if options.log_end == 1 else 0.0]  # torch.compile cannot take float(bool)
     masses = options.smoothing_masses(vocabulary)
     return BONUSES.index(options.bonus), [
         *masses, options.bonus_weight, *log_bonus, options.bonus_exponent, options.bonus_start,

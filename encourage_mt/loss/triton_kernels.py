@@ -16,7 +16,6 @@ Tests run the kernels in Triton's interpreter, and compile them without a GPU (b
 # mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
 # Triton's kernels are a language of their own, without Python's types, and torch leaves Function.apply untyped.
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -26,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bonuses import LOG_BONUS_FLOOR, bonus_of
+from .bonuses import LOG_BONUS_FLOOR, find_bonus
 from .options import LossOptions
 from .terms import LossTerms, clone_terms, refuse_double_backward
 from .triton_functions import (
@@ -47,9 +46,9 @@ BLOCK = 4096  # types of the longest block
 SMALLEST_BLOCK = 256  # of the forward kernel: 8 types a thread of one warp
 
 
-def supports(options: LossOptions) -> bool:
+def supports(bonus: str, is_linear: bool) -> bool:
     """Return whether the kernels compute this bonus."""
-    return options.bonus in BONUS_KINDS
+    return bonus in BONUS_KINDS
 
 
 def loss_terms(logits: Tensor, target: Tensor, options: LossOptions, ignored: Tensor, reduce: bool) -> LossTerms:
@@ -189,7 +188,7 @@ def bonus_and_scalars(options: LossOptions, vocabulary: int) -> tuple[str, list[
     at_start = 0.0
     if options.bonus_start:
         start = torch.tensor(options.bonus_start, dtype=torch.float64, device="cpu")  # whatever the default device is
-        at_start = bonus_of(start, 1.0 - start, dataclasses.replace(options, bonus_start=0.0)).item()
+        at_start = find_bonus(options.bonus).value(start, 1.0 - start, options).item()
     least = 1.0 - options.log_end if options.log_end < 1 else LOG_BONUS_FLOOR
     numbers = [options.bonus_weight, options.bonus_start, at_start, least, options.bonus_exponent]
     return options.bonus if options.has_bonus else "none", [*options.smoothing_masses(vocabulary), *numbers]

@@ -19,7 +19,7 @@ def without_empty_batches(train_step):
 
     @functools.wraps(train_step)
     def step(trainer, samples, *args, **options):
-        # FSDP and BASE layers communicate in each forward pass, so every process needs as many
+        # FSDP and BASE layers communicate in each forward pass, so every process needs as many; see docs/cluster.md
         needs_all = trainer.is_fsdp or getattr(trainer.cfg.model, "base_layers", 0)
         kept = samples if needs_all else [sample for sample in samples if sample]
         return train_step(trainer, kept or samples, *args, **options)

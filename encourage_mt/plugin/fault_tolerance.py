@@ -220,10 +220,11 @@ def save_and_stop_in_time(validate_and_save):
 
         valid_step = trainer.valid_step
 
-        def valid_step_or_stop(*args, **options):
-            if any_rank(trainer, _stop_requested)[0]:
+        def valid_step_or_stop(sample, raise_oom=False):
+            # with raise_oom, fairseq repeats a batch that ran out of memory on one rank: no other would answer
+            if not raise_oom and any_rank(trainer, _stop_requested)[0]:
                 raise StopTraining
-            return valid_step(*args, **options)
+            return valid_step(sample, raise_oom)
 
         try:
             stop, is_due = any_rank(trainer, _stop_requested, time.monotonic() - _last_save > SAVE_SECONDS)

@@ -1,6 +1,7 @@
 """Make the command that starts a training on GPUs and machines, with the same tokens per update on any number."""
 
 import io
+import re
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ def launch_command(run: Run, cluster: Cluster) -> list[str]:
         words = ["fairseq-hydra-train", f"--config-dir={run.folder}", f"--config-name={config.stem}"]
         words += [f"optimization.update_freq=[{share['update-freq']}]"]
         words += [f"dataset.{name}={value}" for name, value in changes.items() if name != "update_freq"]
-        words += [f"hydra.run.dir={run.folder}", "hydra.output_subdir=null"]
+        quoted = re.sub(r"(\\*)'", r"\1\1\\'", str(run.folder))  # as Hydra's grammar for overrides escapes a quote
+        words += [f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
         words += ["distributed_training.distributed_world_size=1"] if alone else []
     else:
         changes |= {"fp16": True} if cluster.precision == "fp16" else {}

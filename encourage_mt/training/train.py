@@ -138,7 +138,8 @@ class Trainings:
         self.ended = 0.0  # trainings that ended; one that failed counts for the share it did
         self.next_line = 0.0  # when a log file gets its next line
         self.environment = {
-            # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes
+            # seconds torchrun lets its workers save, at most; the checkpoint of a large model can take minutes. Before
+            # torch 2.12 it is 30 seconds
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT",  # not the SIGHUP that nohup ignores
             **environment,
@@ -175,7 +176,7 @@ class Trainings:
 
     def end(self, training: "Training", code: int) -> None:
         """Record how a training ended. Exits with STOPPED if somebody sent it SIGTERM."""
-        if code == STOPPED:
+        if code == STOPPED or (code and training.stopped_saved()):
             sys.exit(STOPPED)
         training.close()
         self.active.remove(training)
@@ -271,7 +272,7 @@ class Training:
         self.bar.set_postfix_str(f"valid BLEU {self.bleu}{self.note}{alarm}", refresh=False)
 
     def stopped_saved(self) -> bool:
-        """Return whether the log ends with the plugin's line that it saved; torchrun hides the exit code of workers."""
+        """Return whether the log has the plugin's line that it saved; torchrun hides the exit code of workers."""
         return SAVED in self.log.read_bytes()[self.before :].decode(errors="replace")
 
     def close(self) -> None:

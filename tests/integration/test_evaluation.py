@@ -296,11 +296,12 @@ def test_a_damaged_average_is_made_again(copy, translated, capsys):
 
 
 def test_comet_gets_sources_translations_and_references(copy, translated, monkeypatch, tmp_path):
-    """Each in its place: COMET does not notice if two are swapped."""
+    """Each in its place: COMET does not notice if two are swapped. With two GPUs, it would start the command twice."""
     asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
     def comet(model, *texts, gpus):
-        asked.append(texts)
+        asked.append((*texts, gpus))
         return scoring.Score(score=0.5, signature="s", length_ratio=None)
 
     monkeypatch.setattr(scoring, "comet", comet)
@@ -310,7 +311,7 @@ def test_comet_gets_sources_translations_and_references(copy, translated, monkey
     source, target = (
         (tmp_path / "data/text" / f"test.{x}").read_text(encoding="utf-8").splitlines() for x in ("de", "en")
     )
-    assert asked[-1] == (source, [line.upper() for line in target], target)
+    assert asked[-1] == (source, [line.upper() for line in target], target, 1)
     assert Result.read(copy).scores["test"]["COMET"].score == 0.5
 
 

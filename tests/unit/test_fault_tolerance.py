@@ -211,7 +211,7 @@ def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, c
     class Trainer:
         data_parallel_world_size = 1
 
-        def valid_step(self, sample):
+        def valid_step(self, sample, raise_oom=False):
             steps.append(sample)
             if len(steps) == at_step:
                 fault_tolerance.request_stop(signal.SIGTERM, None)
@@ -237,6 +237,28 @@ def test_sigterm_stops_at_the_next_batch_of_a_validation(at_step, monkeypatch, c
     assert len(steps) == (10 if at_step is None else at_step)
     assert saved == ([] if at_step is None else [None])
     assert "valid_step" not in vars(trainer)
+
+
+def test_a_rank_that_repeats_a_batch_of_the_validation_asks_no_other_rank(monkeypatch):
+    """fairseq repeats a batch that ran out of memory, on its rank only."""
+    asked, steps = [], []
+    monkeypatch.setattr(fault_tolerance, "any_rank", lambda trainer, *values: asked.append(values) or [False, False])
+
+    class Trainer:
+        def valid_step(self, sample, raise_oom=False):
+            steps.append((sample, raise_oom))
+            return None if raise_oom else self.valid_step(sample, raise_oom=True)
+
+    def validate_and_save(cfg, trainer, *_):
+        for sample in range(3):
+            trainer.valid_step(sample)
+        return [1.0], False
+
+    cfg, epoch_itr = SimpleNamespace(checkpoint=SimpleNamespace(save_interval=1)), SimpleNamespace(epoch=1)
+    hooked = fault_tolerance.save_and_stop_in_time(validate_and_save)
+    hooked(cfg, Trainer(), None, epoch_itr, ["valid"], False)
+    assert steps == [(sample, again) for sample in range(3) for again in (False, True)]
+    assert len(asked) == 1 + 3  # before the validation, and once for each batch
 
 
 def test_a_long_epoch_is_saved_every_ten_minutes(monkeypatch):

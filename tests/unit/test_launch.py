@@ -78,6 +78,16 @@ def test_bf16_goes_through_hydra_with_a_file_for_each_machine(run):
     ]
 
 
+@pytest.mark.parametrize("name", ["a,b ~(1)#=", "d'Été", r"a\b\'c", "Übung: {x}[1]"])
+def test_hydra_reads_the_folder_of_a_run_whatever_its_name(run, name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    folder = Path("/w") / name / "el.seed3"
+    words = launch_command(run.model_copy(update={"folder": folder}), Cluster("bf16"))
+    (override,) = OverridesParser.create().parse_overrides([word for word in words if "hydra.run.dir" in word])
+    assert override.value() == str(folder) and f"--config-dir={folder}" in words
+
+
 @pytest.mark.parametrize(
     "changes, expected",
     [
@@ -160,6 +170,7 @@ def test_settings_change_what_was_chosen_for_own_text(tmp_path, capsys):
         (("--gpus", 0), "--gpus"),
         (("--gpus", 2, "--nodes", 2), "--master"),
         (("--nodes", 2, "--node", 2, "--master", "h:1"), "--node"),
+        (("--nodes", 2, "--master", "h:1", "--overwrite"), "--overwrite: use it with `encourage-mt prepare`"),
         (("--seed", "x"), "--seed"),
         (("--arm", "fl"), "ce, el"),
     ],

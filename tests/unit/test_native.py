@@ -10,7 +10,7 @@ import pytest
 import torch
 from loss_cases import EPS32, in_float64, options_of, random_batch, terms_and_gradient
 
-from encourage_mt.loss import chunked, functional, native
+from encourage_mt.loss import bonuses, chunked, functional, native
 from encourage_mt.loss.functional import encouraging_loss, loss_terms
 from encourage_mt.loss.options import LossOptions
 
@@ -118,6 +118,32 @@ def test_compiled_graph_is_whole(backend, dtype):
 
 
 @compiled
+def test_a_compiled_graph_has_the_backend_of_its_options(monkeypatch):
+    """The options are made in the graph, and a number differs between the calls."""
+    chosen, choose = [], functional._choose_in_graph
+
+    def recorded(*arguments):
+        chosen.append((arguments, choose(*arguments)))
+        return chosen[-1][1]
+
+    recorded._dynamo_marked_constant = True
+    monkeypatch.setattr(functional, "_choose_in_graph", recorded)
+    square = bonuses.Bonus("plain", lambda p, one_minus_p, options: -(p**2))  # only the reference computes it
+    monkeypatch.setitem(bonuses._registry, "plain", square)
+    logits, target = random_batch(6, 20)
+
+    def loss_of(logits, **options):
+        return encouraging_loss(logits, target, label_smoothing=0.1, **options)
+
+    compiled_loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for options in ({"log_end": 0.5}, {"log_end": 0.7}, {"log_end": 0.8}, {"bonus": "plain"}):
+        torch.testing.assert_close(compiled_loss(logits, **options), loss_of(logits, **options))
+    assert {name for _, name in chosen} == {"native", "reference"}
+    # of a dataclass, torch 2.11 makes no constant
+    assert all(isinstance(each, str | bool | torch.dtype) for arguments, _ in chosen for each in arguments)
+
+
+@compiled
 def test_operators_are_registered_properly():
     logits, target = random_batch(3, 20)
     arguments = (logits, target, target.eq(0), *native._arguments(EL, 20))
@@ -141,6 +167,7 @@ def test_chunked_takes_over_where_nothing_is_compiled(monkeypatch, caplog):
     with pytest.raises(ValueError, match="loss_backend native.*not compiled for this test.*auto"):
         functional.find_backend("native", options, "cpu", torch.float32)
     functional._checked_choice.cache_clear()
+    functional._choose_backend.cache_clear()
 
 
 @compiled

@@ -14,6 +14,7 @@ from encourage_mt import environment, processes
 from encourage_mt.environment import visible_gpus
 from encourage_mt.errors import UserError
 from encourage_mt.files import read_json
+from encourage_mt.plugin.worker import SAVED
 from encourage_mt.recipe import load_recipe
 from encourage_mt.training import train as training
 from encourage_mt.training.launch import Cluster
@@ -94,6 +95,15 @@ def test_a_training_that_saved_nothing_is_not_done(runs, stand_in, tmp_path):
     with pytest.raises(UserError, match=r"ce\.seed1.*without a checkpoint"):
         training.train(runs([1], **{"max-epoch": 2})[:1], Cluster("fp32"), 1)
     assert not (tmp_path / "ce.seed1" / "train.done").exists()
+
+
+@pytest.mark.parametrize("code", [143, 1])
+def test_a_training_that_somebody_else_stopped_has_not_failed(code, runs, stand_in, caplog):
+    """torchrun exits with 1 when its workers do with 143."""
+    stand_in(f"echo 'stopped after 7 updates; {SAVED}'; exit {code}")
+    with caplog.at_level("WARNING", logger="encourage_mt"), pytest.raises(SystemExit) as stop:
+        training.train(runs([1], **{"max-epoch": 2})[:1], Cluster("fp32"), 1)
+    assert stop.value.code == 143 and "Stopped and saved: ce.seed1." in caplog.text
 
 
 def test_a_run_that_another_process_trains_does_not_stop_the_others(runs, stand_in, monkeypatch, tmp_path):
