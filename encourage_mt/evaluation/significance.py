@@ -181,7 +181,9 @@ def compare_resampled(
 
     sides: {seed: statistic} of baseline and candidate; `names` are the rows of the statistics. Over sentences we draw
     SAMPLES test sets with replacement, the same for all runs (Koehn 2004). The interval has 95% of the mean gains, over
-    the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain.
+    the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain. A sample
+    in which a measure is not defined, such as one without a rare word, is left out of the interval, but counts on both
+    sides for p: a word that a third of the samples lack proves nothing.
     """
     scores = [{seed: statistic(np.arange(sentences)[None])[0] for seed, statistic in side.items()} for side in sides]
     averaged = compared_seeds(*sides)
@@ -197,11 +199,11 @@ def compare_resampled(
         first, second = ({seed: float(score[row]) for seed, score in side.items()} for side in scores)
         if not np.isfinite([*first.values(), *second.values()]).all():
             continue
-        gains = np.concatenate(sampled)[:, row] * (-1 if lower_is_better else 1)
-        gains = gains[np.isfinite(gains)]
+        values = np.concatenate(sampled)[:, row] * (-1 if lower_is_better else 1)
+        gains = values[np.isfinite(values)]
         low, high = np.quantile(gains, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
-        p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
+        rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum())) + len(values) - len(gains)
+        p = min(1.0, 2 * (rarer + 1) / (len(values) + 1))
         over_sentences: dict[str, Any] = {"bootstrap_interval": (float(low), float(high)), "bootstrap_p": p}
         compared.append(MetricComparison(name, first, second, lower_is_better=lower_is_better, **over_sentences))
     return compared
