@@ -317,12 +317,11 @@ def paired_tests(
 
     "bs" is the bootstrap, "ar" approximate randomization. They count chance differences above the observed one but not
     those equal to it, which are most of them if few sentences differ: two equal translations would get p = 0.0001.
-    So p is 1 for equal scores, and at least 2^(1-k) if k sentences differ, the smallest value that exchanging their
-    translations at random can give.
+    So p is 1 for equal scores, and at least 2^(1-k) if the metric's statistics of k sentences differ, the smallest
+    value that exchanging their translations at random can give.
     """
     metrics = scoring.metrics(language, lowercase)
     systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("candidate", candidate)]
-    least = 0.5 ** (sum(a != b for a, b in zip(baseline, candidate, strict=True)) - 1)
     tested: dict[str, tuple[float, float, dict[str, float]]] = {}
     for metric, scorer in metrics.items():
         for test in ("bs", "ar"):
@@ -332,3 +331,6 @@ def paired_tests(
             p = 1.0 if np.isclose(first.score, second.score, atol=1e-6) else max(float(second.p_value), least)
             tested.setdefault(metric, (first.score, second.score, {}))[2][test] = p
     return tested
+        rows = [scorer._extract_corpus_statistics(lines, [references]) for lines in (baseline, candidate)]
+        scorer._extract_corpus_statistics = lambda lines, _, rows=rows: rows[lines is candidate]  # both tests need them
+        least = 0.5 ** (sum(a != b for a, b in zip(*rows, strict=True)) - 1)

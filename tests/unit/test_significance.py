@@ -228,6 +228,10 @@ def test_translations_that_hardly_differ_are_not_significant(quick):
         assert min(three[metric][2].values()) >= 0.25, "three sentences: 2 of 8 exchanges are as large"
 
 
+    equally_bad = [f"{line} zzz" for line in [*references[:3], *lines[3:]]]
+    other = paired_tests([f"{line} yyy" for line in lines], equally_bad, references, "en", False)
+    for metric in ("sacreBLEU", "chrF++", "TER"):
+        assert min(other[metric][2].values()) >= 0.25, "the other sentences differ, but their statistics do not"
 # --- text
 
 
