@@ -255,6 +255,9 @@ def test_what_runs_have_not_measured_alike_is_left_out(arms):
     noise = dict(arms["ce"][1].noise["test"])
     noise["upper case"] = noise["upper case"].model_copy(update={"source_sha256": "other"})
     arms["ce"][1] = arms["ce"][1].model_copy(update={"noise": {"test": noise}, "foreign": {}})
+    two = {arm: {seed: side[seed] for seed in (1, 2)} for arm, side in arms.items()}
+    more = tables.markdown(summary.summarize({**arms, "el": two["el"]}, []))
+    assert more == tables.markdown(summary.summarize(two, [])), "the values are of the seeds that the gains compare"
     found = summary.summarize(arms, [])
     assert not {"upper case", SHUFFLED} & {row.name for row in found.rows} and found.rows
     other = arms["el"][1].foreign["test"]
