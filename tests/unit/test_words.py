@@ -56,6 +56,9 @@ def test_contractions_and_escaped_marks_are_neither_names_nor_numbers():
     line = "on &#91; &#124; &#93; , &quot; Otto saw Zoe , I'm I’ve I'll &quot; Karl"
     found = match_words([[]], [line.split()], Counter(["on"]))[0, :, 1]
     assert (found[NAME], found[NUMBER]) == (1, 0), "Zoe; Otto and Karl are at the start"
+    line = "on dr. Otto , l&apos; Italie , d&apos; Anna . &apos; Karl ... Zoe"
+    found = match_words([[]], [line.split()], Counter(["on"]))[0, :, 1]
+    assert found[NAME] == 3, "abbreviations and elisions end no sentence; Karl and Zoe are at the start"
 
 
 def test_a_matched_name_is_found_wherever_the_translation_has_it():
