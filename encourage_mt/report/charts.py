@@ -118,7 +118,7 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
         sides = result.baseline, result.candidate
         for x, (side, compared, style) in enumerate(zip(sides, compared_seeds(*sides), STYLES, strict=True)):
             ax.scatter([x] * len(side), side.values(), color=style["color"], marker=style["marker"], zorder=2)
-            ax.plot([x - 0.12, x + 0.12], [statistics.mean(side.values())] * 2, color=style["color"], linewidth=3)
+            ax.plot([x - 0.12, x + 0.12], [statistics.mean(compared.values())] * 2, color=style["color"], linewidth=3)
         ax.set_xticks([0, 1], [comparison.baseline, comparison.candidate])
         ax.set_xlim(-0.5, 1.5)
         middle = statistics.mean(ax.get_ylim())
@@ -183,8 +183,8 @@ def representation(sides: list[Side]) -> Chart:
         for side in sides
     )
     caption = (
-        "Norm of the training loss's gradient at the decoder's output, by probability of the target. Well-classified "
-        f"tokens (p > 0.5) get: {shares}."
+        "Norm of the training loss's gradient, without R-Drop's divergence, at the decoder's output, by probability of "
+        f"the target. Well-classified tokens (p > 0.5) get: {shares}."
     )
     return Chart("representation", "Representation: which tokens shape the decoder's output", caption, figure)
 

@@ -14,7 +14,7 @@ NOISE_NOTE = (
 FOREIGN_NOTE = (
     "Out-of-distribution (OOD) text, in percent. AUROC: probability that a sentence of the test set has a higher score "
     "than one of the OOD text; 50 is chance. Of equal length: only between sources of equal length, so that length "
-    "alone gets 50. FPR95: share of OOD sentences above the threshold that 95% of the test set exceed. Source length "
+    "alone gets 50. FPR95: share of OOD sentences that reach the score that 95% of the test set reach. Source length "
     "and fewest pieces (of the translation) are controls that ignore the probabilities."
 )
 
