@@ -43,8 +43,8 @@ class Comparison(Record):
     explanation: ClassVar[str] = (
         "p (bootstrap) and p (randomization) come from sacreBLEU's paired tests over the sentences of one seed's test "
         "set. They say nothing about other seeds. The bootstrap is in effect one-sided: if there is no difference, it "
-        "falls below 0.05 about twice as often as the randomization. Gains of TER are reductions. Means have "
-        "the standard deviation over seeds, gains with their 95% confidence interval."
+        "falls below 0.05 about twice as often as the randomization. Gains of TER are reductions. Means "
+        "are of the seeds that the gain compares, with their standard deviation; gains have a 95% confidence interval."
     )
 
     @model_validator(mode="after")

@@ -4,9 +4,9 @@ Definitions per target token, with logits z, p = softmax(z) and target y:
 - margin: z_y - max_{k != y} z_k, in nats; negative if another type is preferred (Zhao et al. 2022, section 4.3);
 - energy of a type: -z_k (LeCun et al. 2006; Zhao et al. 2022, section 4.2). A constant added to all logits does not
   change softmax, so only the gap, mean_{k != y}(-z_k) - (-z_y), can be compared between models;
-- gradient: norm of the derivative of the run's own training loss with respect to the decoder's output, the
-  representation that the projection turns into logits. A token is well classified if p_y > 0.5. It is not measured for
-  a bonus of a module that the user does not trust;
+- gradient: norm of the derivative of the run's own training loss, without R-Drop's divergence, with respect to the
+  decoder's output, the representation that the projection turns into logits. A token is well classified if p_y > 0.5.
+  It is not measured for a bonus of a module that the user does not trust;
 - nll: -log p_y, in nats (fairseq logs bits);
 - expected calibration error: Guo et al. 2017, equation 3, with 15 bins of equal width;
 - accuracy and F1 by frequency of the type in train: as word accuracy of compare-mt (Neubig et al. 2019), on subwords.

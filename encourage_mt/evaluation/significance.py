@@ -85,6 +85,11 @@ class MetricComparison:
             self._need_seeds(spread, groups=2)
 
     @property
+    def has_spread(self) -> bool:
+        """Whether the gains show how much seeds vary: there are several, and they are not all equal."""
+        return self.interval is not None and self.interval[0] < self.interval[1]
+
+    @property
     def sign(self) -> int:
         """-1 if a lower score is better, otherwise 1."""
         return -1 if self.lower_is_better else 1
@@ -112,7 +117,7 @@ class MetricComparison:
     def rows(self) -> list[list[str]]:
         """Return rows of a table: metric, seed, baseline, candidate, gain, p of both tests over sentences; the mean.
 
-        A single seed has no row of the mean.
+        The mean is that of the seeds that are compared. A single seed has no row of the mean.
         """
         rows = []
         seeds = sorted(set(self.baseline) | set(self.candidate))
@@ -123,7 +128,7 @@ class MetricComparison:
             p = self.sentence_p.get(seed, {})
             rows.append([self.metric, str(seed), *scores, gain, format_p(p.get("bs")), format_p(p.get("ar"))])
         if len(seeds) > 1:
-            means = [format_mean(side.values()) for side in (self.baseline, self.candidate)]
+            means = [format_mean(side.values()) for side in compared_seeds(self.baseline, self.candidate)]
             rows.append([self.metric, "mean", *means, self.format_gain(), "", ""])
         return rows
 
@@ -134,7 +139,7 @@ class MetricComparison:
     def verdict(self, baseline: str, candidate: str) -> str:
         """Return one line: better, worse, or not enough evidence and how many seeds would be enough."""
         amount = f"{self.gain:+.2f} {self.metric}" + (" (reduction)" if self.metric == "TER" else "")
-        if self.p is None or self.interval is None:
+        if self.p is None or self.interval is None or not self.has_spread:
             return (
                 f"Not enough evidence: {amount}, but one seed, or seeds with the same gain, do not show how much seeds "
                 "vary. Train at least 2 seeds per side, or better 5."
@@ -151,7 +156,7 @@ class MetricComparison:
     def power(self) -> str:
         """Return one line: how many seeds and sentences show a gain of SOUGHT BLEU; empty if neither is known."""
         ways = []
-        if self.interval:
+        if self.has_spread:
             ways.append(f"{format_seeds(self.seeds_for_sought)} per side (with this spread)")
         if self.sentences_for_sought:
             ways.append(f"about {self.sentences_for_sought:,} test sentences (between two models of one seed)")
@@ -169,8 +174,11 @@ def paired_seeds(*sides: dict[int, Any]) -> list[int]:
 
 
 def compared_seeds(*sides: dict[int, Any]) -> list[dict[int, Any]]:
-    """Return each side, {seed: value}, with the seeds of `paired_seeds` only, or with all if it has none."""
-    paired = paired_seeds(*sides)
+    """Return each side, {seed: value}, with the seeds of `paired_seeds` only, or with all if it has none.
+
+    If there are not two sides, all seeds stay.
+    """
+    paired = paired_seeds(*sides) if len(sides) == 2 else []
     return [{seed: side[seed] for seed in paired or side} for side in sides]
 
 
@@ -181,7 +189,9 @@ def compare_resampled(
 
     sides: {seed: statistic} of baseline and candidate; `names` are the rows of the statistics. Over sentences we draw
     SAMPLES test sets with replacement, the same for all runs (Koehn 2004). The interval has 95% of the mean gains, over
-    the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain.
+    the seeds that the test over seeds compares; p is twice the share of samples on the rarer side of no gain. A sample
+    in which a measure is not defined, such as one without a rare word, is left out of the interval, but counts on both
+    sides for p: a word that a third of the samples lack proves nothing.
     """
     scores = [{seed: statistic(np.arange(sentences)[None])[0] for seed, statistic in side.items()} for side in sides]
     averaged = compared_seeds(*sides)
@@ -197,11 +207,11 @@ def compare_resampled(
         first, second = ({seed: float(score[row]) for seed, score in side.items()} for side in scores)
         if not np.isfinite([*first.values(), *second.values()]).all():
             continue
-        gains = np.concatenate(sampled)[:, row] * (-1 if lower_is_better else 1)
-        gains = gains[np.isfinite(gains)]
+        values = np.concatenate(sampled)[:, row] * (-1 if lower_is_better else 1)
+        gains = values[np.isfinite(values)]
         low, high = np.quantile(gains, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
-        p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
+        rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum())) + len(values) - len(gains)
+        p = min(1.0, 2 * (rarer + 1) / (len(values) + 1))
         over_sentences: dict[str, Any] = {"bootstrap_interval": (float(low), float(high)), "bootstrap_p": p}
         compared.append(MetricComparison(name, first, second, lower_is_better=lower_is_better, **over_sentences))
     return compared
@@ -315,14 +325,16 @@ def paired_tests(
 
     "bs" is the bootstrap, "ar" approximate randomization. They count chance differences above the observed one but not
     those equal to it, which are most of them if few sentences differ: two equal translations would get p = 0.0001.
-    So p is 1 for equal scores, and at least 2^(1-k) if k sentences differ, the smallest value that exchanging their
-    translations at random can give.
+    So p is 1 for equal scores, and at least 2^(1-k) if the metric's statistics of k sentences differ, the smallest
+    value that exchanging their translations at random can give.
     """
     metrics = scoring.metrics(language, lowercase)
     systems: list[tuple[str, Sequence[str]]] = [("baseline", baseline), ("candidate", candidate)]
-    least = 0.5 ** (sum(a != b for a, b in zip(baseline, candidate, strict=True)) - 1)
     tested: dict[str, tuple[float, float, dict[str, float]]] = {}
     for metric, scorer in metrics.items():
+        rows = [scorer._extract_corpus_statistics(lines, [references]) for lines in (baseline, candidate)]
+        scorer._extract_corpus_statistics = lambda lines, _, rows=rows: rows[lines is candidate]  # both tests need them
+        least = 0.5 ** (sum(a != b for a, b in zip(*rows, strict=True)) - 1)
         for test in ("bs", "ar"):
             # one metric at a time, because sacreBLEU's table has one column for all metrics of a kind
             table: dict[str, Any] = PairedTest(systems, {metric: scorer}, [references], test_type=test)()[1]

@@ -157,10 +157,15 @@ def group_words(words: list[str], train: Counter[str]) -> Counter[tuple[int, str
         plain = unescape(word) or word  # Moses writes [ as &#91; and " as &quot;
         if any(character.isdigit() for character in plain):
             counts[NUMBER, word] += 1
-        elif is_name(plain) and before[-1] not in SENTENCE_END and word.lower() not in train:
+        elif is_name(plain) and not ends_sentence(before) and word.lower() not in train:
             counts[NAME, word] += 1
         before = plain
     return counts
+
+
+def ends_sentence(word: str) -> bool:
+    """Return whether a sentence or quotation may start after a word; not after Mr. and l', as Moses writes them."""
+    return word[-1] in SENTENCE_END and not (word[-1] in ".'" and word[:-1].isalpha())
 
 
 def is_name(word: str) -> bool:

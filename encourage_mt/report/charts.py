@@ -17,6 +17,7 @@ from ..evaluation.comparison import Comparison
 from ..evaluation.diagnostics import Analysis, FrequencyRange
 from ..evaluation.lengths import Interval, LengthRange
 from ..evaluation.results import HEADLINE
+from ..evaluation.significance import compared_seeds
 from ..training.run_folder import Run, read_log, rows_by_epoch
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name, such as that of an arm, begins no formula
@@ -114,15 +115,16 @@ def seed_scores(comparison: Comparison) -> list[Chart]:
         figure, ax = axes("", HEADLINE)
         for seed in set(result.baseline) & set(result.candidate):
             ax.plot([0, 1], [result.baseline[seed], result.candidate[seed]], color="#999999", linewidth=1, zorder=1)
-        for x, (side, style) in enumerate(zip((result.baseline, result.candidate), STYLES, strict=True)):
+        sides = result.baseline, result.candidate
+        for x, (side, compared, style) in enumerate(zip(sides, compared_seeds(*sides), STYLES, strict=True)):
             ax.scatter([x] * len(side), side.values(), color=style["color"], marker=style["marker"], zorder=2)
-            ax.plot([x - 0.12, x + 0.12], [statistics.mean(side.values())] * 2, color=style["color"], linewidth=3)
+            ax.plot([x - 0.12, x + 0.12], [statistics.mean(compared.values())] * 2, color=style["color"], linewidth=3)
         ax.set_xticks([0, 1], [comparison.baseline, comparison.candidate])
         ax.set_xlim(-0.5, 1.5)
         middle = statistics.mean(ax.get_ylim())
         reach = max(1, *(abs(limit - middle) for limit in ax.get_ylim()))  # so that a small gain does not look large
         ax.set_ylim(middle - reach, middle + reach)
-        caption = "Each dot is a seed, lines join dots of the same seed, and bars show the mean."
+        caption = "Each dot is a seed, lines join dots of the same seed, and bars show the mean of the compared seeds."
         charts.append(Chart(f"seeds_{split}", f"sacreBLEU on {split}", caption, figure))
     return charts
 
@@ -181,8 +183,8 @@ def representation(sides: list[Side]) -> Chart:
         for side in sides
     )
     caption = (
-        "Norm of the training loss's gradient at the decoder's output, by probability of the target. Well-classified "
-        f"tokens (p > 0.5) get: {shares}."
+        "Norm of the training loss's gradient, without R-Drop's divergence, at the decoder's output, by probability of "
+        f"the target. Well-classified tokens (p > 0.5) get: {shares}."
     )
     return Chart("representation", "Representation: which tokens shape the decoder's output", caption, figure)
 

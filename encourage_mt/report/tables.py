@@ -95,7 +95,8 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
 def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
     """Return a row for each test set of each item of {name: (results of a baseline, those of a candidate)}.
 
-    The last columns are the p-value over seeds and how many seeds would detect SOUGHT BLEU with 80% power.
+    Scores are of the seeds that the gain compares; the last columns are its p-value over seeds, the number of these
+    seeds, and how many would detect SOUGHT BLEU with 80% power.
     """
     rows = []
     for name, (baseline, candidate) in sides.items():
@@ -106,9 +107,9 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
             if split == "valid":
                 continue
             gain, used = gain_over(baseline, candidate, split)
-            means = [format_mean(r.scores[split][HEADLINE].score for r in group) for group in (baseline, candidate)]
-            seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.interval else "-"
-            cells = [f"{gain.format_gain()}{used}", format_p(gain.p) or "-", str(len(candidate)), seeds]
+            means = [format_mean(side.values()) for side in (gain.baseline, gain.candidate)]
+            seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.has_spread else "-"
+            cells = [f"{gain.format_gain()}{used}", format_p(gain.p) or "-", str(len(gain.candidate)), seeds]
             rows.append([name, search, split, *means, *cells])
     names = [group[0].arm for group in next(iter(sides.values()))]
     scores = [f"{HEADLINE} of {name}" for name in names]
@@ -195,10 +196,12 @@ def learning_curve(records: list[dict]) -> list[CurvePoint]:
 def curve_table(results: list[Result]) -> str:
     """Return a row for each epoch all results have: mean ± deviation of each arm, gap of BLEU to the first arm.
 
-    The gap is over the seeds of `paired_seeds`, or all if it has none. Results without a curve are left out.
+    The gap is over the seeds of `paired_seeds`, or all if it has none; so are the means of two arms. Results without a
+    curve are left out.
     """
     arms = by_arm([result for result in results if result.curve])
     by_epoch = [{r.seed: {point.epoch: point for point in r.curve or ()} for r in group} for group in arms.values()]
+    by_epoch = compared_seeds(*by_epoch)
     epochs = [set(points) for side in by_epoch for points in side.values()]
     rows = []
     for epoch in sorted(set.intersection(*epochs) if epochs else ()):

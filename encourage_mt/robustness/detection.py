@@ -5,13 +5,13 @@
   pairs.
 - AUROC of equal length: the same over pairs with equally long sources, so that a score that depends only on the length
   gets 0.5.
-- FPR95: the share of out-of-distribution sentences above the threshold that 95% of the in-distribution ones exceed
+- FPR95: the share of out-of-distribution sentences that reach the score that 95% of the in-distribution ones reach
   (Liu et al. 2020).
 """
 
 import numpy as np
 
-from ..evaluation.significance import Statistic, count_draws
+from ..evaluation.significance import LARGEST_BLOCK, Statistic, count_draws
 
 Pair = tuple[np.ndarray, np.ndarray]  # of the sentences inside and of those outside
 
@@ -55,12 +55,16 @@ def resampled_auroc(pairs: list[Pair], lengths: Pair, paired: bool) -> Statistic
     size = len(lengths[1])
 
     def statistic(drawn: np.ndarray) -> np.ndarray:
-        outside = drawn
-        if not paired:
-            is_whole = drawn.shape[0] == 1
-            rng = np.random.default_rng(int(drawn.sum()))
-            outside = np.arange(size)[None] if is_whole else rng.integers(size, size=(len(drawn), size))
-        weights = count_draws(drawn), count_draws(outside)
-        return 100 * np.stack([auroc(pair, lengths, weights) for pair in pairs], axis=1)
+        is_whole = len(drawn) == 1
+        rng = np.random.default_rng(int(drawn.sum()))
+        rows = max(1, LARGEST_BLOCK // sum(map(len, lengths)))  # a foreign text may be much larger than the test set
+        parts = []
+        for start in range(0, len(drawn), rows):
+            inside = outside = drawn[start : start + rows]
+            if not paired:
+                outside = np.arange(size)[None] if is_whole else rng.integers(size, size=(len(inside), size))
+            weights = count_draws(inside), count_draws(outside)
+            parts.append(np.stack([auroc(pair, lengths, weights) for pair in pairs], axis=1))
+        return 100 * np.concatenate(parts)
 
     return statistic

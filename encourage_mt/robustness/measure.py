@@ -199,10 +199,7 @@ class Measurement:
         path.parent.mkdir(exist_ok=True)
         write_lines(path, lines)
         chrf, bleu = self.metrics["chrF++"], self.metrics[HEADLINE]
-        scores = [
-            [round(chrf.sentence_score(line, [other]).score, 2) for line, other in zip(lines, side, strict=True)]
-            for side in (references, translation or lines)
-        ]
+        scores = [chrf_of_sentences(chrf, lines, side) for side in (references, translation or lines)]
         if name == CLEAN:  # what was measured before is of another text
             noise.clear()
             self.record.foreign[test] = {}
@@ -248,6 +245,12 @@ class Measurement:
     def _save(self) -> None:
         self.has_worked = True
         write_record(self.run.folder / RECORD, self.record)
+
+
+def chrf_of_sentences(metric: Any, lines: list[str], others: list[str]) -> list[float]:
+    """Return chrF++ of each line against the other; equal lines have 100, also two empty ones (sacreBLEU: 0)."""
+    pairs = zip(lines, others, strict=True)
+    return [100.0 if a == b else round(metric.sentence_score(a, [b]).score, 2) for a, b in pairs]
 
 
 def share_changed(clean: list[Pieces], noisy: list[Pieces]) -> float:

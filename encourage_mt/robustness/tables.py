@@ -2,7 +2,7 @@
 
 from ..evaluation.formatting import Table, escape, format_mean, signature_lines
 from ..evaluation.results import HEADLINE
-from ..evaluation.significance import describe_correction, measures_table
+from ..evaluation.significance import compared_seeds, describe_correction, measures_table
 from .summary import Row, Summary
 
 NOISE_NOTE = (
@@ -14,7 +14,7 @@ NOISE_NOTE = (
 FOREIGN_NOTE = (
     "Out-of-distribution (OOD) text, in percent. AUROC: probability that a sentence of the test set has a higher score "
     "than one of the OOD text; 50 is chance. Of equal length: only between sources of equal length, so that length "
-    "alone gets 50. FPR95: share of OOD sentences above the threshold that 95% of the test set exceed. Source length "
+    "alone gets 50. FPR95: share of OOD sentences that reach the score that 95% of the test set reach. Source length "
     "and fewest pieces (of the translation) are controls that ignore the probabilities."
 )
 
@@ -25,7 +25,8 @@ def markdown(summary: Summary) -> str:
     if summary.differences:
         lines += [f"**These runs should not be compared**: {escape('; '.join(summary.differences))}.", ""]
     for test in summary.clean:
-        scores = ", ".join(f"{arm} {format_mean(side.values())}" for arm, side in summary.clean[test].items())
+        clean = zip(summary.clean[test], compared_seeds(*summary.clean[test].values()), strict=True)
+        scores = ", ".join(f"{arm} {format_mean(side.values())}" for arm, side in clean)
         lines += [f"### {test}", "", escape(f"{HEADLINE} of the clean text of {test}: {scores}."), ""]
         for table, note in ((noise_table(summary, test), NOISE_NOTE), (foreign_table(summary, test), FOREIGN_NOTE)):
             lines += [table.markdown(), "", note, ""] if table.rows else []
@@ -52,12 +53,16 @@ def foreign_table(summary: Summary, test: str) -> Table:
 
 
 def values_table(name: str, header: list[str], first: list[list[str]], rows: list[Row]) -> Table:
-    """Return the `first` cells of each row, then mean ± deviation of each measure and arm."""
+    """Return the `first` cells of each row, then mean ± deviation of each measure and arm.
+
+    Of two arms, only the seeds count that their gains compare.
+    """
     measures = rows[0].values if rows else {}
     header = header + [f"{measure}, {arm}" for measure, arms in measures.items() for arm in arms]
     lines = []
     for cells, row in zip(first, rows, strict=True):
-        sides = [list(side.values()) for arms in row.values.values() for side in arms.values()]
+        compared = [side for arms in row.values.values() for side in compared_seeds(*arms.values())]
+        sides = [list(side.values()) for side in compared]
         lines.append([*cells, *(format_known(side) for side in sides)])
     return Table(name, header, lines)
 

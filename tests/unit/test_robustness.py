@@ -11,11 +11,12 @@ from encourage_mt.data import subwords
 from encourage_mt.errors import UserError
 from encourage_mt.evaluation.confidence import SCORES
 from encourage_mt.evaluation.lengths import LengthRange
-from encourage_mt.evaluation.significance import MetricComparison, compare_resampled
+from encourage_mt.evaluation.scoring import metrics
+from encourage_mt.evaluation.significance import MetricComparison, compare_resampled, count_draws
 from encourage_mt.files import read_record, write_record
 from encourage_mt.report import measure_charts
 from encourage_mt.report.charts import length_charts
-from encourage_mt.robustness import measure, summary, tables
+from encourage_mt.robustness import detection, measure, summary, tables
 from encourage_mt.robustness.detection import auroc, fpr95, resampled_auroc
 from encourage_mt.robustness.measure import CLEAN, LENGTH, SHUFFLED, Foreign, Noise, Robustness, choose, share_changed
 from encourage_mt.robustness.perturbations import CHARACTER_ERRORS, NEIGHBOURS, perturb, perturbations
@@ -113,6 +114,11 @@ def test_a_sentence_that_becomes_another_one_of_the_set_has_changed():
     assert share_changed(clean, [("b", "c"), ("b", "c"), ("d",), ("e",)]) == 0.5
 
 
+def test_empty_translations_of_noisy_and_clean_text_are_the_same():
+    found = measure.chrf_of_sentences(metrics("en")["chrF++"], ["", "", "a cat", "."], ["", "a cat", "a cat", "."])
+    assert found == [100, 0, 100, 100]
+
+
 # --- detection
 
 
@@ -171,6 +177,16 @@ def test_models_that_separate_equally_well_rarely_differ():
         ]
         alarms.append(compare_resampled(["x"], sides, 60)[0].bootstrap_p < 0.05)
     assert np.mean(alarms) < 0.2
+
+
+def test_a_large_foreign_text_is_drawn_in_parts_that_give_the_same(monkeypatch):
+    rng = np.random.default_rng(3)
+    pair, lengths = (rng.normal(1, 1, 20), rng.normal(size=90)), (np.ones(20), np.ones(90))
+    drawn, sizes = rng.integers(20, size=(13, 20)), []
+    whole = resampled_auroc([pair], lengths, paired=False)(drawn)
+    monkeypatch.setattr(detection, "count_draws", lambda drawn: sizes.append(drawn.size) or count_draws(drawn))
+    monkeypatch.setattr(detection, "LARGEST_BLOCK", 500)
+    assert (resampled_auroc([pair], lengths, paired=False)(drawn) == whole).all() and max(sizes) == 4 * 90
 
 
 # --- comparison of arms
@@ -239,6 +255,9 @@ def test_the_tables_count_the_comparisons_and_correct_p(arms):
     text = tables.markdown(found)
     assert f"there are {len(gains)} comparisons" in text and "el against ce, test, chrF++ change:" in text
     assert "| upper case " in text and "50%" in text and SHUFFLED in text and "lr: 1 or 2" in text
+    two = {arm: {seed: side[seed] for seed in (1, 2)} for arm, side in arms.items()}
+    more = tables.markdown(summary.summarize({**arms, "el": two["el"]}, []))
+    assert more == tables.markdown(summary.summarize(two, [])), "the values are of the seeds that the gains compare"
     one_seed = summary.summarize({arm: {1: side[1]} for arm, side in arms.items()}, [])
     assert "el against ce" in tables.markdown(one_seed)
     assert "against ce" not in tables.markdown(summary.summarize({"ce": arms["ce"]}, []))

@@ -179,7 +179,7 @@ def test_the_table_has_a_row_for_each_seed_with_the_tests_and_the_mean():
         ["sacreBLEU", "2", "31.00", "32.00", "+1.00", "", ""],
         ["sacreBLEU", "5", "7.00", "", "", "", ""],
     ]
-    assert result.rows()[3][:4] == ["sacreBLEU", "mean", "22.67 ± 13.58", "31.25 ± 1.06"]
+    assert result.rows()[3][:4] == ["sacreBLEU", "mean", "30.50 ± 0.71", "31.25 ± 1.06"], "of the compared seeds"
     assert result.rows()[3][4].startswith("+0.75 [")
 
 
@@ -187,6 +187,8 @@ def test_equal_gains_are_no_evidence():
     """Accuracies of few examples often differ by the same number of them."""
     equal = compared([30.0, 31.0], [31.0, 32.0])
     assert equal.p is None and equal.interval is None and "Not enough evidence" in equal.verdict("ce", "el")
+    for result in (equal, compared([30.0, 31.0], [30.0, 31.0])):
+        assert "the same gain" in result.verdict("ce", "el") and result.power() == "", "the spread is unknown"
 
 
 def test_a_p_value_is_never_printed_as_zero():
@@ -226,6 +228,10 @@ def test_translations_that_hardly_differ_are_not_significant(quick):
     for metric in ("sacreBLEU", "chrF++", "TER"):
         assert one[metric][2] == {"bs": 1.0, "ar": 1.0}, "one sentence: both exchanges are as large"
         assert min(three[metric][2].values()) >= 0.25, "three sentences: 2 of 8 exchanges are as large"
+    equally_bad = [f"{line} zzz" for line in [*references[:3], *lines[3:]]]
+    other = paired_tests([f"{line} yyy" for line in lines], equally_bad, references, "en", False)
+    for metric in ("sacreBLEU", "chrF++", "TER"):
+        assert min(other[metric][2].values()) >= 0.25, "the other sentences differ, but their statistics do not"
 
 
 # --- text

@@ -149,6 +149,10 @@ def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
     means = ["31.00 ± 1.00", "32.00 ± 1.32", "+1.00 [-0.24, +2.24]", "0.074", "3", f"about {needed}"]
     assert all_seeds == ["many", "5 averaged; beam 4, length penalty 1.0", "test", *means]
     assert one[3:] == ["30.00", "31.00", "+1.00", "-", "1", "-"]
+    two = rows_of(gains_table({"two": (ce, el[:2])}))[1]
+    assert two[3:5] == ["30.50 ± 0.71", "31.25 ± 0.35"] and two[5].endswith(", seed 1, 2") and two[7] == "2"
+    equal = rows_of(gains_table({"equal": (ce, ce)}))[1]
+    assert equal[5:7] == ["+0.00 [+0.00, +0.00]", "1.000"] and equal[8] == "-", "the spread is unknown"
 
 
 def test_diagnostics_are_a_mean_over_the_seeds_that_were_analysed(results):
@@ -170,6 +174,7 @@ def test_a_row_for_each_epoch_with_the_gap_between_the_arms(results):
         ["1", "1,200", "11.00 ± 1.00", "13.00 ± 1.00", "+2.00", "3.50 ± 0.00", "3.50 ± 0.00"],
     ]
     assert rows_of(curve_table(results[:4]))[1][3:5] == ["12.00", "+1.00"], "one shared seed makes no pairs"
+    assert rows_of(curve_table(results[:5]))[1][2:5] == ["11.00 ± 1.41", "13.00 ± 1.41", "+2.00"], "of shared seeds"
 
 
 def test_published_figures_are_shown_with_ours_or_not_yet_run(results, tmp_path):

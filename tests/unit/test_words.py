@@ -56,6 +56,9 @@ def test_contractions_and_escaped_marks_are_neither_names_nor_numbers():
     line = "on &#91; &#124; &#93; , &quot; Otto saw Zoe , I'm I’ve I'll &quot; Karl"
     found = match_words([[]], [line.split()], Counter(["on"]))[0, :, 1]
     assert (found[NAME], found[NUMBER]) == (1, 0), "Zoe; Otto and Karl are at the start"
+    line = "on dr. Otto , l&apos; Italie , d&apos; Anna . &apos; Karl ... Zoe"
+    found = match_words([[]], [line.split()], Counter(["on"]))[0, :, 1]
+    assert found[NAME] == 3, "abbreviations and elisions end no sentence; Karl and Zoe are at the start"
 
 
 def test_a_matched_name_is_found_wherever_the_translation_has_it():
@@ -128,7 +131,9 @@ def test_a_word_that_only_one_sentence_has_proves_nothing():
     sides = [{1: partial(word_statistic, table)} for table in tables]
     found = {each.metric: each for each in compare_resampled(list("abcdefg"), sides, 30)}
     assert found["b"].gain == 100 and set(found) == {"b", "f", "g"}
-    assert found["g"].bootstrap_p > 0.3, "a third of the samples lack the sentence"
+    assert found["b"].bootstrap_interval == (100, 100)
+    for group in "bg":
+        assert found[group].bootstrap_p > 0.3, "a third of the samples lack the sentence"
 
 
 def test_words_are_left_out_with_a_warning_without_the_binarized_train(tmp_path, caplog):
