@@ -10,8 +10,9 @@
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
 tuning, robustness, published (the figures of a paper with ours), measures (of the report of el against ce, with
-"words TEST" or "confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms); NAME
-is the folder in results/; without ARM all arms are shown, baselines first.
+"words TEST" or "confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms; with
+NAME:BASELINE:CANDIDATE, of other arms); NAME is the folder in results/; without ARM all arms are shown, baselines
+first.
 """
 
 import argparse
@@ -55,7 +56,7 @@ TABLES = {
     ),
 }
 KINDS = "|".join(["arms", "published", "robustness", "measures", "gains", *TABLES])
-TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.]+)((?: [\w.-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
+TABLE = re.compile(rf"<!-- ({KINDS}): ([\w.:]+)((?: [\w.:-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 CURVE = "valid_bleu.svg"
 
 
@@ -158,8 +159,7 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
     """Return the table of a marker. Raises UserError if an arm it names has no runs."""
     folder = RESULTS / recipe
     if kind == "gains":
-        by_folder = {name: by_arm(read_results(RESULTS / name)) for name in (recipe, *arms)}
-        lines = gains_table({name: (group["ce"], group["el"]) for name, group in by_folder.items()})
+        lines = gains_table({name: sides_of(name) for name in (recipe, *arms)})
     elif kind == "robustness":
         lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
@@ -185,6 +185,14 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
         else:
             lines = TABLES[kind](results)
     return lines
+
+
+def sides_of(compared: str) -> tuple[list[Result], list[Result]]:
+    """Return the results of both arms of NAME:BASELINE:CANDIDATE, or of ce and el of NAME."""
+    name, *arms = compared.split(":")
+    groups = by_arm(read_results(RESULTS / name))
+    baseline, candidate = arms or ("ce", "el")
+    return groups[baseline], groups[candidate]
 
 
 def main() -> None:

@@ -95,6 +95,8 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
 def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
     """Return a row for each test set of each item of {name: (results of a baseline, those of a candidate)}.
 
+    The columns of scores are named after the arms, if these are the same in all items.
+
     Scores are of the seeds that the gain compares; the last columns are its p-value over seeds, the number of these
     seeds, and how many would detect SOUGHT BLEU with 80% power.
     """
@@ -111,7 +113,8 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
             seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.has_spread else "-"
             cells = [f"{gain.format_gain()}{used}", format_p(gain.p) or "-", str(len(gain.candidate)), seeds]
             rows.append([name, search, split, *means, *cells])
-    names = [group[0].arm for group in next(iter(sides.values()))]
+    arms = {(baseline[0].arm, candidate[0].arm) for baseline, candidate in sides.values()}
+    names = arms.pop() if len(arms) == 1 else ("baseline", "candidate")
     scores = [f"{HEADLINE} of {name}" for name in names]
     header = ["runs", "checkpoints and search", "test set", *scores, "gain", "p over seeds", "seeds"]
     header += [f"seeds for a gain of {SOUGHT}"]
