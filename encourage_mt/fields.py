@@ -74,6 +74,8 @@ def _check_files(value: Any, info: ValidationInfo) -> Any:
     for files in file_lists(value) if isinstance(value, list) and value else [value]:
         if not isinstance(files, list) or len(files) not in (1, 2):
             raise ValueError(f"must be [source file, target file] or [tab-separated file], got {short_repr(files)}")
+        if len(files) == 2 and files[0] == files[1]:
+            raise ValueError(f"must be different files for source and target, got {short_repr(files)}")
         for name in files:
             if name not in own:
                 _check_path(name)

@@ -62,12 +62,19 @@ class Corpus(Record):
             raise ValueError("names a split twice")
         if not self.tests:
             raise ValueError("has no test set")
+        if self.columns[0] == self.columns[1]:
+            raise ValueError(f"columns: must differ, both are {self.columns[0]}")
         return self
 
     @property
     def splits(self) -> dict[str, list[list[str]]]:
         """{split: its lists of files}."""
         return {split: file_lists(files) for split, files in (self.model_extra or {}).items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The files of all splits, each once."""
+        return list(dict.fromkeys(name for lists in self.splits.values() for files in lists for name in files))
 
     @property
     def tests(self) -> list[str]:

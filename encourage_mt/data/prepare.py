@@ -33,6 +33,8 @@ from .sources import Sources
 from .stages import EncodeStage, TextStage, hash64, ordered_map
 
 LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,023 subwords
+# soft hyphens, zero-width characters and marks of direction, which subword models drop or a reader does not see
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
 WORD_COUNTS = r"words\.(\d+\.)?json(\.tmp)?"  # by evaluation/words.py, also unfinished
 
@@ -61,6 +63,7 @@ def prepare(
         with locked(work_dir):
             if overwrite or not _is_prepared(final, recipe, sources):  # another process may have made it meanwhile
                 _check_ours(final)
+                _check_unused(final)
                 with atomic_folder(final) as partial:
                     partial.mkdir()
                     preparation = _Preparation(recipe, sources, partial, workers or cores())
@@ -89,7 +92,11 @@ def _is_prepared(final: Path, recipe: Recipe, sources: Sources) -> bool:
     remedy = "use the same files and options as before, choose another --work-dir, or replace the data with --overwrite"
     if differing:
         raise UserError(f"{data.folder}: prepared with other options ({', '.join(differing)}); {remedy}")
-    sources.choose()
+    corpus = sources.choose()
+    if sources.is_local(corpus):
+        for name in corpus.names:
+            if not {name, *name.split(":", 1)} & set(data.sources):
+                raise UserError(f"{data.folder}: not prepared from {name}; {remedy}")
     for name, known in data.sources.items():
         path = sources.find_local(name)
         if path and file_hash(path) != known.sha256:
@@ -113,6 +120,18 @@ def _check_ours(final: Path) -> None:
             raise UserError(
                 f"{final}: not made by `encourage-mt prepare` ({problem}); remove it, or choose another --work-dir"
             )
+
+
+def _check_unused(final: Path) -> None:
+    """Refuse to replace data that a run was trained on: to resume or score it, the same data is needed."""
+    try:
+        checksum = PreparedData.open(final).checksum
+    except UserError:  # missing or damaged, and of no use to a run
+        return
+    for path in sorted(final.parent.glob("*/run.json")):
+        if checksum in path.read_text(encoding="utf-8", errors="replace"):
+            name = path.parent.name
+            raise UserError(f"{final}: {name} was trained on it; choose another --work-dir, or remove {path.parent}")
 
 
 class _Preparation:
@@ -173,8 +192,7 @@ class _Preparation:
 
     def _write_texts(self) -> None:
         """Write the text of all splits, from their files or held out of train."""
-        names = [name for lists in self.corpus.splits.values() for files in lists for name in files]
-        paths = self.sources.collect(names, self.folder / "raw")
+        paths = self.sources.collect(self.corpus.names, self.folder / "raw")
 
         def pairs(split: str) -> Iterator[tuple[str, str]]:
             for files in self.corpus.splits[split]:
@@ -306,15 +324,15 @@ def _filter(path, kept):
 def hold_out(pairs: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[int, str]:
     """Return {position: split} with `sizes`[split] pairs for each split, the same whenever the pairs are the same.
 
-    Only pairs whose source and whose target both occur once in the whole corpus (in NFKC, case and white space aside)
-    and have at most LONGEST characters are taken, so that no sentence is in two splits or too long for a model. They
-    are taken in the order of a hash of the pair, so that a corpus that grows keeps most of them, and both directions
-    have the same. Raises UserError if there are too few.
+    Only pairs whose source and whose target both occur once in the whole corpus (in NFKC; case, white space and
+    invisible characters aside) and have at most LONGEST characters are taken, so that no sentence is in two splits or
+    too long for a model. They are taken in the order of a hash of the pair, so that a corpus that grows keeps most of
+    them, and both directions have the same. Raises UserError if there are too few.
     """
     sources, targets = array("Q"), array("Q")
     for source, target in pairs:
         for hashes, sentence in ((sources, source), (targets, target)):
-            text = " ".join(unicodedata.normalize("NFKC", sentence).split()).casefold()
+            text = " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", sentence)).split()).casefold()
             hashes.append(hash64(text) if 0 < len(text) <= LONGEST else 0)
     sides = [np.frombuffer(side, dtype=np.uint64) for side in (sources, targets)]
     order = sides[0] + sides[1]  # the same for both directions

@@ -8,6 +8,7 @@ from ..files import file_hash
 from ..recipe import Corpus, Recipe
 from .archives import extract
 from .download import download, is_html, matches
+from .manifest import hash_text
 
 
 @dataclass
@@ -43,12 +44,12 @@ class Sources:
     def choose(self) -> Corpus:
         """Choose the first alternative of the recipe's data whose files are all found locally, otherwise the first."""
 
-        def is_local(corpus: Corpus) -> bool:
-            names = {name for lists in corpus.splits.values() for files in lists for name in files}
-            return all(any(self.find_local(part, corpus) for part in name.split(":", 1)) for name in names)
-
-        self.corpus = next(filter(is_local, self.recipe.data), self.recipe.data[0])
+        self.corpus = next(filter(self.is_local, self.recipe.data), self.recipe.data[0])
         return self.corpus
+
+    def is_local(self, corpus: Corpus) -> bool:
+        """Return whether all files of `corpus` are found without a download."""
+        return all(any(self.find_local(part, corpus) for part in name.split(":", 1)) for name in corpus.names)
 
     def collect(self, names: list[str], extracted: Path) -> dict[str, Path]:
         """Return {name: path} for names as the recipe has them; members of archives are extracted below `extracted`.
@@ -99,7 +100,10 @@ class Sources:
             raise UserError(f"{path}: no such file; use --raw-dir to name the folder of the recipe's files")
         if self.raw_dir is not None:
             raise UserError(f"{self.raw_dir}: has no {name}; without --raw-dir it is downloaded")
-        path = self.download_dir / self.recipe.corpus / name
+        folder = self.recipe.corpus
+        if not checksums:  # otherwise a file of another recipe that has the same names would be taken for this one
+            folder += f".{hash_text(urls)[:8]}"
+        path = self.download_dir / folder / name
         if path.is_file() and (not checksums or matches(path, checksums)):
             print(f"{name}: reused {path}")
             return path

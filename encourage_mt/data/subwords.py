@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import sentencepiece
@@ -25,7 +25,8 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
 
     With options {"merges": N}, subword-nmt learns from all lines; this writes `prefix`.codes. Other options are those
     of SentencePiece's trainer, which learns from every k-th pair, at most SAMPLED_LINES lines; this writes
-    `prefix`.model and `prefix`.vocab. Returns the number of lines. Raises UserError if learning fails.
+    `prefix`.model and `prefix`.vocab. Returns the number of lines, without those that SentencePiece skips because they
+    are longer than max_sentence_length. Raises UserError if learning fails.
     """
     if "merges" in options:
         lines = (line for pair in pairs for line in pair)
@@ -36,17 +37,24 @@ def learn(pairs: Iterable[tuple[str, str]], count: int, options: dict, prefix: P
                 raise UserError("subword model: every word of the training set has only one character") from None
         return 2 * count
     step = -(-2 * count // SAMPLED_LINES)
-    lines = (line for pair in islice(pairs, 0, None, step) for line in pair)
+    limit, learned = options.get("max_sentence_length", 4192), 0
+
+    def counted() -> Iterator[str]:
+        nonlocal learned
+        for line in chain.from_iterable(islice(pairs, 0, None, step)):
+            learned += len(line.encode()) <= limit
+            yield line
+
     proto = io.BytesIO()  # SentencePiece itself would not notice that it cannot write its file
     with as_user_error("subword model: cannot be learned"):
         options = {"character_coverage": 1.0, "minloglevel": 2, **options}
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=proto, **options)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=counted(), model_writer=proto, **options)
     with atomic_write(Path(f"{prefix}.model"), "wb") as file:
         file.write(proto.getvalue())
     model = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     with atomic_write(Path(f"{prefix}.vocab")) as file:
         file.writelines(f"{model.id_to_piece(i)}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size()))
-    return 2 * -(-count // step)
+    return learned
 
 
 def _load_sentencepiece(prefix: Path) -> sentencepiece.SentencePieceProcessor:

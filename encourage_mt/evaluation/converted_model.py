@@ -65,6 +65,9 @@ def _with_flat_options(checkpoint, folder):
     state = load_checkpoint(checkpoint)
     with as_user_error(f"{checkpoint}: cannot be converted"):
         model, task = state["cfg"]["model"], state["cfg"]["task"]
+        options = model if isinstance(model, dict) else vars(model)
+        if options.get("cross_self_attention"):  # the converter would leave out the attention to the source
+            raise ValueError("CTranslate2 does not support cross-self-attention; use fairseq")
         if not isinstance(model, dict):
             return checkpoint
         options = {**task, **flat_options(model), "task": task["_name"], "arch": model["_name"]}

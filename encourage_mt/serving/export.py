@@ -11,7 +11,7 @@ from ..environment import versions
 from ..errors import UserError
 from ..evaluation import scoring
 from ..evaluation.comparison import read_translation
-from ..evaluation.converted_model import convert_checkpoint
+from ..evaluation.converted_model import MAX_PIECES, convert_checkpoint
 from ..evaluation.engines import translate_sets
 from ..evaluation.evaluate import evaluated_checkpoint
 from ..evaluation.results import HEADLINE, Result
@@ -85,8 +85,9 @@ def _export(run: Run, output: Path, quantization: str) -> None:
 def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreement:
     """Return how well `model` and fairseq agree on a sample of valid, evenly spaced.
 
-    The translations of fairseq are those that were scored, or new ones if CTranslate2 made them. Raises UserError if
-    they differ too much.
+    Sentences of more than MAX_PIECES pieces are left out, because only an export translates them in parts. The
+    translations of fairseq are those that were scored, or new ones if CTranslate2 made them. Raises UserError if they
+    differ too much.
     """
     sources, references = (data.read_text("valid", language) for language in data.languages)
     if result.evaluation.engine == "fairseq":
@@ -95,9 +96,12 @@ def verify(model: Model, run: Run, data: PreparedData, result: Result) -> Agreem
         run = run.model_copy(update={"beam": model.beam, "lenpen": model.lenpen})
         lines = translate_sets(run, data, evaluated_checkpoint(run), "fairseq", ["valid"])["valid"]
         theirs = [restore_text(line, model) for line in lines]
-    sample = slice(None, None, -(-len(sources) // SAMPLE))
-    sources, references, theirs = sources[sample], references[sample], theirs[sample]
     translator, ours = Translator(model.folder), []
+    sample = list(zip(sources, references, theirs, strict=True))[:: -(-len(sources) // SAMPLE)]
+    sample = [row for row in sample if len(translator.pieces(row[0])) <= MAX_PIECES]
+    if not sample:
+        raise UserError(f"not exported: every sentence of the validation set has more than {MAX_PIECES} pieces")
+    sources, references, theirs = map(list, zip(*sample, strict=True))
     for start in tqdm(range(0, len(sources), 50), desc=f"{run.name} valid", unit="batch", leave=False):
         ours += translator.translate(sources[start : start + 50])
     scores = [scoring.score(lines, references, data.target, data.lowercase)[HEADLINE] for lines in (ours, theirs)]
@@ -145,7 +149,7 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: is a file; remove it or choose another --output")
     record = read_json(output / RECORD) if (output / RECORD).exists() else {}  # of any version
     files = record.get("files") if isinstance(record, dict) else None
-    known = {RECORD, CARD, *(files if isinstance(files, dict) else ())}
+    known = {RECORD, CARD, *files} if isinstance(files, dict) else set()
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known or path.is_dir())
     if foreign:
         raise UserError(f"{output}: not an earlier export (it has {foreign[0]}); remove it or choose another --output")

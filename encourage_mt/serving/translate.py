@@ -126,7 +126,8 @@ def translate_stream(
     """Translate `source` line by line into `output`, in order; memory does not grow with the number of lines.
 
     Writes `nbest` lines for each line of `source`, even an empty one; with `scores`, each is SCORE tab TEXT. `lines` is
-    the number of lines translated together. Raises UserError if the text is not UTF-8 or a line is too long.
+    the number of lines translated together. Raises UserError if the text is not UTF-8 or a line is too long, without
+    writing any of the lines that are translated with it.
     """
     translator.hypotheses([], beam, nbest)  # refuses wrong options before the first line
     for chunk in chunks(((line,) for line in lines_of(source, "standard input")), lines):

@@ -79,6 +79,9 @@ def test_the_options_of_a_checkpoint_of_fairseq_hydra_train_are_flattened(work, 
     assert converted_model._with_flat_options(checkpoint, tmp_path) == checkpoint
     state = load_checkpoint(checkpoint)
     state["cfg"]["model"] = {"_name": "transformer", "encoder": {"layers": 1}, "encoder_layers": 6, "dropout": 0.1}
+    torch.save({**state, "cfg": {**state["cfg"], "model": {"cross_self_attention": True}}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="CTranslate2 does not support cross-self-attention"):
+        converted_model._with_flat_options(tmp_path / "other.pt", tmp_path)
     torch.save(state, tmp_path / "hydra.pt")
     (tmp_path / "flat").mkdir()
     options = load_checkpoint(converted_model._with_flat_options(tmp_path / "hydra.pt", tmp_path / "flat"))["cfg"][

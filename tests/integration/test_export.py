@@ -103,6 +103,21 @@ def test_data_that_was_moved_is_named(evaluated, model, converted, tmp_path, cap
     assert Model.open(tmp_path / "x").source == "de"
 
 
+def test_lines_that_an_export_translates_in_parts_are_not_compared(
+    evaluated, model, converted, tmp_path, monkeypatch, capsys
+):
+    text = (open_run(evaluated).data / "text" / "valid.de").read_text(encoding="utf-8")
+    lengths = sorted(map(len, map(Translator(model).pieces, text.splitlines())))
+    for limit, expected in ((lengths[9], lengths[9]), (0, None)):
+        monkeypatch.setattr(export, "MAX_PIECES", limit)
+        argv = ["export", str(evaluated), "--output", str(tmp_path / str(limit))]
+        if expected is None:
+            assert "every sentence of the validation set has more than 0 pieces" in refused(capsys, *argv)
+            continue
+        main(argv)
+        assert Model.open(tmp_path / str(limit)).agreement.sentences == sum(each <= limit for each in lengths)
+
+
 def test_an_evaluated_run_is_exported_once(evaluated, model, converted, tiny, monkeypatch, capsys):
     """An export of another type that somebody put there does not count."""
     int8 = Model.open(model).model_copy(update={"folder": evaluated / "export", "quantization": "int8"})

@@ -158,6 +158,9 @@ def test_data_of_other_options_is_kept_unless_overwritten(prepared, tmp_path, ca
     assert snapshot(work / "data") == before, "a failure loses nothing"
     write_recipe(tmp_path, lowercase=True, subword={"vocab_size": 250, "model_type": "bpe"})
     checksum = PreparedData.open(work / "data").checksum
+    write(work / "el.seed1" / "run.json", f'{{"provenance": {{"data_sha256": "{checksum}"}}}}')
+    assert "el.seed1 was trained on it" in refused(capsys, "prepare", other, "--work-dir", work, "--overwrite")
+    shutil.rmtree(work / "el.seed1")
     main(["prepare", str(other), "--work-dir", str(work), "--overwrite"])
     assert PreparedData.open(work / "data").checksum != checksum
 
@@ -210,6 +213,13 @@ def test_another_file_of_the_second_alternative_is_refused(tmp_path):
     with pytest.raises(UserError, match="prepared from another test.tsv"):
         prepare(recipe, tmp_path / "work")
     assert prepare(recipe, tmp_path / "work", overwrite=True) == data
+    for name in "abc":
+        shutil.copy(tmp_path / "test.tsv", tmp_path / f"{name}.tsv")
+    with pytest.raises(UserError, match="not prepared from a.tsv"):  # those of the first alternative, now at hand
+        prepare(recipe, tmp_path / "work", tmp_path)
+    for name in ("a", "train"):  # so that neither alternative is complete
+        (tmp_path / f"{name}.tsv").unlink()
+    assert prepare(recipe, tmp_path / "work", tmp_path) == data
 
 
 def test_data_behind_a_link_is_not_replaced(prepared, tmp_path, capsys):
@@ -279,10 +289,11 @@ def test_the_pairs_that_are_held_out_depend_on_their_text_alone():
     pairs = [(f"Satz {number}", f"sentence {number}") for number in range(100)]
     chosen = {6: "valid", 16: "valid", 71: "test", 85: "test", 11: "test"}
     others = [("a" * 1001, "too long"), ("ﬁn", "end"), ("fin", "another")]  # NFKC makes these sources equal
+    others += [("ze\u00adro\u200b", "nil"), ("zero", "none")]  # and these look equal
     for corpus in (pairs, [pair[::-1] for pair in pairs], [*pairs, *others]):
         assert hold_out(corpus, {"valid": 2, "test": 3}) == chosen
     every = hold_out([*pairs, *others], {"test": 100 - 1})
-    assert not {100, 101, 102} & set(every)
+    assert not set(range(100, 105)) & set(every)
 
 
 def test_too_few_pairs_to_hold_out_are_refused(corpus, tmp_path, capsys):

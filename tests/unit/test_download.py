@@ -7,6 +7,7 @@ import io
 import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import requests
@@ -342,7 +343,7 @@ def test_local_files_are_checked(tmp_path):
 def test_downloads_are_reused_by_both_directions(server, tmp_path, capsys):
     server.files["/v.de"] = b"zwei\n"
     for name in ("tiny_de_en", "tiny_en_de"):
-        data = {split: ["v.de", "v.de"] for split in ("train", "valid", "test")}
+        data = {split: ["v.de", "v.en"] for split in ("train", "valid", "test")}
         data |= {"urls": [server.url], "checksums": {"v.de": "sha256:" + hashlib.sha256(b"zwei\n").hexdigest()}}
         turned = {"source": "en", "target": "de"} if name == "tiny_en_de" else {}
         recipe = load_recipe(write_recipe(tmp_path, name=name, data=data, **turned))
@@ -367,8 +368,12 @@ def test_a_file_without_a_checksum_is_kept_if_it_is_whole_and_its_sha256_is_prin
         digest = hashlib.sha256(served).hexdigest()
         out = capsys.readouterr().out
         assert "a.zip: no checksum in the recipe; " in out and f"sha256:{digest}" in out
-        assert sources.used["a.zip"]["sha256"] == digest
-        (tmp_path / "downloads" / "tiny" / "a.zip").unlink()
+        path = Path(sources.used["a.zip"]["path"])
+        assert sources.used["a.zip"]["sha256"] == digest and path.parent.parent == tmp_path / "downloads"
+        path.unlink()
+        elsewhere = sources_of(tmp_path, **data | {"urls": ["http://127.0.0.1:9"]})
+        with pytest.raises(UserError, match="a.zip"):  # it does not take the file of another address for its own
+            elsewhere.collect(["a.zip:x.tsv"], tmp_path / "out")
     pinned = sources_of(tmp_path, **data, checksums={"a.zip": f"sha256:{hashlib.sha256(content).hexdigest()}"})
     with pytest.raises(UserError, match="but the recipe says sha256"):
         pinned.collect(["a.zip:x.tsv"], tmp_path / "out")

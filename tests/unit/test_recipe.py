@@ -71,6 +71,8 @@ def refusal(path, **options):
         ("data.train: ", {"data": {**FILES, "train": ["/etc/passwd", "b"]}}),
         ("data.train: ", {"data": {**FILES, "train": ["a.tgz:../b", "b"]}}),
         ("data.train: ", {"data": {**FILES, "train": ["a\0b", "b"]}}),
+        ("data.train: ", {"data": {**FILES, "train": ["a", "a"]}}),  # the same text on both sides
+        ("data: columns: ", {"data": {**FILES, "columns": [2, 2]}}),
         ("data.valid_every: ", {"data": {"train": ["a", "b"], "test": ["e", "f"], "valid_every": 1}}),
         ("data.held_out.valid: ", {"data": {"train": ["a"], "valid": ["b"], "held_out": {"valid": 0, "test": 5}}}),
         ("data.columns.0: ", {"data": {**FILES, "columns": [0, 1]}}),

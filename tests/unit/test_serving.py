@@ -356,8 +356,10 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     with pytest.raises(UserError, match=CARD):
         check_output(tmp_path / "model")
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / RECORD).write_text('{"files": 5}', encoding="utf-8")
-    check_output(tmp_path / "odd")
+    for others in ('{"files": 5}', "{}"):
+        (tmp_path / "odd" / RECORD).write_text(others, encoding="utf-8")
+        with pytest.raises(UserError, match=f"not an earlier export .*{RECORD}"):
+            check_output(tmp_path / "odd")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         check_output(tmp_path / "file")

@@ -87,6 +87,7 @@ def test_sentencepiece_learns_on_a_sample_of_large_text(tmp_path, monkeypatch):
     options = {"vocab_size": 200, "model_type": "bpe"}
     assert learn(iter(pairs), 300, options, tmp_path / "sampled") == 200
     monkeypatch.undo()
+    assert learn([*pairs[::3], ("x" * 4193, "y" * 4192)], 101, options, tmp_path / "long") == 201, "one is too long"
     learn(pairs[::3], 100, options, tmp_path / "same")
     assert (tmp_path / "sampled.vocab").read_text() == (tmp_path / "same.vocab").read_text()
 
