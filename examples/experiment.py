@@ -92,7 +92,10 @@ class Experiment:
 
     def run(self) -> None:
         """Train what is missing and write the report. Raises UserError if a finished run has other settings."""
-        with locked(self.arguments.work_dir):
+        folder = self.arguments.work_dir
+        if self.arguments.report_only and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name the one that has the finished runs with --work-dir")
+        with locked(folder):
             if not self.arguments.report_only:
                 self.train_missing()
             self.report()
@@ -129,18 +132,22 @@ class Experiment:
             )  # fmt: skip
             write_record(path, result)
         bar.update()
-        return self.read(path, arm)
+        return self.read(path, arm, seed=seed, rate=rate)
 
     def path(self, setting: str, arm: str, seed: int, rate: float) -> Path:
         name = f"tuning/{arm}.rate{rate:g}" if seed == TUNING_SEED else f"{arm}.seed{seed}"
         return self.arguments.work_dir / setting / f"{name}.json"
 
-    def read(self, path: Path, arm: str) -> Result:
-        """Return the run in a file. Raises UserError if it is damaged, or of another arm or other settings."""
+    def read(self, path: Path, arm: str, **numbers: float) -> Result:
+        """Return the run in a file. Raises UserError if it is damaged, or of another arm or other settings.
+
+        numbers: the seed and, where it is known, the learning rate that the run must have.
+        """
         result = read_record(path, Result)
         setting = path.relative_to(self.arguments.work_dir).parts[0]
         recorded = {"setting": result.setting, "arm": result.arm, **result.training, **result.loss}
-        expected = {"setting": setting, "arm": arm, **self.training, **self.arms[arm]}
+        recorded |= {name: getattr(result, name) for name in numbers}
+        expected = {"setting": setting, "arm": arm, **self.training, **self.arms[arm], **numbers}
         for name in {**expected, **recorded}:
             if recorded.get(name) != expected.get(name):
                 remedy = "use the options of the finished runs, choose another --work-dir, or remove the file"
@@ -151,7 +158,7 @@ class Experiment:
         runs = {}
         for arm in self.chosen:
             paths = {seed: self.path(setting, arm, seed, 0) for seed in self.seeds}
-            runs[arm] = {seed: self.read(path, arm) for seed, path in paths.items() if path.exists()}
+            runs[arm] = {seed: self.read(path, arm, seed=seed) for seed, path in paths.items() if path.exists()}
         return {arm: results for arm, results in runs.items() if results}
 
     def report(self) -> None:

@@ -79,7 +79,7 @@ class Grammar:
         self.modals, self.times, self.places = _table(MODALS), _table(TIMES), _table(PLACES)
         self.conjunctions = _table(CONJUNCTIONS)
         self.given_names, self.surnames = GIVEN_NAMES.split(), SURNAMES.split()
-        self.units, self.teens, self.tens = (_table(text.replace(";", "\n")) for text in (UNITS, TEENS, TENS))
+        self.units, self.teens, self.tens = (_table(text) for text in (UNITS, TEENS, TENS))
 
         nouns = [noun[0] for noun in self.animates + self.things]
         candidates = itertools.chain(

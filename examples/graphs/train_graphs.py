@@ -13,8 +13,11 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
+
 try:
     import torch
+    from experiment import Experiment, Options, parser
     from torch import Tensor, nn
     from torch.nn.functional import dropout
     from torch_geometric.data import Batch, Data
@@ -22,18 +25,14 @@ try:
     from torch_geometric.loader import DataLoader
     from torch_geometric.nn import GCNConv, SAGPooling, global_max_pool, global_mean_pool
     from tqdm import tqdm
+
+    from encourage_mt import EncouragingLoss
+    from encourage_mt.arguments import count
+    from encourage_mt.environment import DOWNLOADS
+    from encourage_mt.errors import UserError, as_user_error, exit_on_user_error
 except ImportError as error:
     print(f"train_graphs.py: error: {error}: pip install -e '.[recipes,classification]'", file=sys.stderr)
     sys.exit(2)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
-
-from experiment import Experiment, Options, parser  # noqa: E402
-
-from encourage_mt import EncouragingLoss  # noqa: E402
-from encourage_mt.arguments import count  # noqa: E402
-from encourage_mt.environment import DOWNLOADS  # noqa: E402
-from encourage_mt.errors import UserError, as_user_error, exit_on_user_error  # noqa: E402
 
 ARMS: dict[str, Options] = {
     "ce": {"bonus": "none"},

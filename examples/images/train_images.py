@@ -12,24 +12,23 @@ keeps all; without_class trains without class 9, whose test images are then unkn
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
+
 try:
     import torch
+    from experiment import Experiment, Options, parser
+    from fashion_mnist import CLASSES, load, load_digits
+    from measures import accuracy, inside, predict, under_attack, unknown_inputs
     from torch import Tensor, nn
     from tqdm import tqdm
+
+    from encourage_mt import EncouragingLoss
+    from encourage_mt.arguments import count
+    from encourage_mt.errors import exit_on_user_error
+    from encourage_mt.loss import LossOptions
 except ImportError as error:
     print(f"train_images.py: error: {error}: pip install -e '.[recipes]'", file=sys.stderr)
     sys.exit(2)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of experiment.py
-
-from experiment import Experiment, Options, parser  # noqa: E402
-from fashion_mnist import CLASSES, load, load_digits  # noqa: E402
-from measures import accuracy, inside, predict, under_attack, unknown_inputs  # noqa: E402
-
-from encourage_mt import EncouragingLoss  # noqa: E402
-from encourage_mt.arguments import count  # noqa: E402
-from encourage_mt.errors import exit_on_user_error  # noqa: E402
-from encourage_mt.loss import LossOptions  # noqa: E402
 
 ARMS: dict[str, Options] = {
     "ce": {"bonus": "none"},

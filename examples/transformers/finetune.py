@@ -3,28 +3,35 @@
 
 python finetune.py --model Helsinki-NLP/opus-mt-de-en --train train.de train.en --test test.de test.en --output out
 
-Line n of the second file is the translation of line n of the first. --model is the name or the folder of a model.
+Line n of the second file is the translation of line n of the first. --model is the name or the folder of a model
+of one language pair: no language codes are set, which NLLB or mBART-50 need, and no task prefix, which T5 needs.
 For the baseline, pass --bonus none (label-smoothed cross entropy) and the same other options.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-import sacrebleu
-import torch
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
+try:
+    import accelerate  # noqa: F401 - Trainer needs it
+    import sacrebleu
+    import torch
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        set_seed,
+    )
 
-from encourage_mt.arguments import count, index, positive_number
-from encourage_mt.data.bitext import iterate_pairs
-from encourage_mt.errors import exit_on_user_error
-from encourage_mt.integrations.transformers import EncouragingLossForTrainer
+    from encourage_mt.arguments import Parser, count, index, positive_number
+    from encourage_mt.data.bitext import iterate_pairs
+    from encourage_mt.errors import as_user_error, exit_on_user_error
+    from encourage_mt.integrations.transformers import EncouragingLossForTrainer
+except ImportError as error:
+    print(f"finetune.py: error: {error}: pip install -e '.[recipes,transformers]'", file=sys.stderr)
+    sys.exit(2)
 
 
 def read_pairs(files):
@@ -56,7 +63,7 @@ def translate(model, tokenizer, sources, batch_size, beam, max_length):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of an encoder-decoder model")
     parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="text to train on")
     text = "text to translate, and its reference translation"
@@ -75,12 +82,13 @@ def main():
     parser.add_argument("--max-length", type=count, default=256, help=text)
     parser.add_argument("--beam", type=count, default=5, help="beam size (default: 5)")
     parser.add_argument("--seed", type=index, default=1, help="random seed (default: 1)")
-    args = parser.parse_args()
-    try:
-        loss = EncouragingLossForTrainer(bonus=args.bonus, log_end=args.log_end, label_smoothing=args.label_smoothing)
-    except ValueError as error:
-        parser.error(str(error))
     with exit_on_user_error("finetune.py"):
+        args = parser.parse_args()
+        options = {"bonus": args.bonus, "log_end": args.log_end, "label_smoothing": args.label_smoothing}
+        try:
+            loss = EncouragingLossForTrainer(**options)
+        except ValueError as error:
+            parser.error(str(error))
         finetune(args, loss)
 
 
@@ -88,8 +96,10 @@ def finetune(args, loss):
     """Train, write the model and the translations of the test to args.output, and print the scores."""
     set_seed(args.seed)
     train, (sources, references) = read_pairs(args.train), read_pairs(args.test)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSeq2SeqLM.from_pretrained(args.model)
+    with as_user_error(f"{args.model}: cannot be loaded as an encoder-decoder model"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        # without dtype, a half-precision checkpoint would be trained in half precision, which loses small updates
+        model = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
     trainer = Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(

@@ -100,8 +100,12 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
 
     monkeypatch.setattr(images, "fit", None)  # nothing is trained again
     assert run(*options)[:2] == (0, output)
-    code, _, errors = run("--report-only", "--work-dir", tmp_path / "empty")
-    assert code == 2 and f"{tmp_path / 'empty'}: has no finished run of ce" in errors
+    empty = tmp_path / "empty"
+    code, _, errors = run("--report-only", "--work-dir", empty)
+    assert code == 2 and f"{empty}: no such folder" in errors and not empty.exists()
+    empty.mkdir()
+    code, _, errors = run("--report-only", "--work-dir", empty)
+    assert code == 2 and f"{empty}: has no finished run of ce" in errors
     path = work / "balanced/el_050.seed1.json"
     record = read_json(path)
     write_json(path, {**record, "loss": {"log_end": 0.75}})
@@ -110,6 +114,10 @@ def test_images_are_trained_measured_and_reported(run, tmp_path, images, monkeyp
     write_json(path, {**record, "loss": {**record["loss"], "label_smoothing": 0.1}})
     code, _, errors = run(*options)
     assert code == 2 and "label_smoothing: is 0.1, now None" in errors.strip().splitlines()[-1]
+    for name, value in (("rate", 0.4), ("seed", 2)):
+        write_json(path, {**record, name: value})
+        code, _, errors = run(*options)
+        assert code == 2 and f"{name}: is {value}, now {record[name]}" in errors.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -257,6 +265,9 @@ def test_attacks_and_scores_equal_their_definitions(images):
     scores = measures.unknown_inputs(known, unknown, "x")
     assert scores["AUROC x, logit"] == pytest.approx(100 * 5 / 6)
     assert scores["FPR95 x, logit"] == 50
+    confident = measures.unknown_inputs(known[:1] * 20, known[1:2] * 20, "x")  # the probabilities round to 1
+    assert confident["AUROC x, probability"] == 100
+    torch.testing.assert_close(measures.log_odds(logits := torch.randn(9, 5)).sigmoid(), logits.softmax(1).amax(1))
 
 
 @pytest.fixture
@@ -329,12 +340,21 @@ def test_graphs_are_trained_and_reported(graphs, graph_files, tmp_path, monkeypa
     assert not is_written
 
 
-def test_without_torch_geometric_the_script_says_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "train_graphs", raising=False)
-    monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
+@pytest.mark.parametrize(
+    "name, missing, extras",
+    [
+        ("graphs", "torch_geometric.data", "recipes,classification"),
+        ("graphs", "tabulate", "recipes,classification"),  # our own modules import it
+        ("images", "tabulate", "recipes"),
+    ],
+)
+def test_without_a_package_the_scripts_say_how_to_install_it(name, missing, extras, monkeypatch, capsys):
+    for module in (f"train_{name}", "experiment", "encourage_mt.evaluation.formatting"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as end:
-        load("graphs", "train_graphs")
-    assert end.value.code == 2 and "pip install -e '.[recipes,classification]'" in capsys.readouterr().err
+        load(name, f"train_{name}")
+    assert end.value.code == 2 and f"pip install -e '.[{extras}]'" in capsys.readouterr().err
 
 
 def test_the_pooling_keeps_the_nodes_of_the_highest_score(graphs):

@@ -152,7 +152,7 @@ def test_the_example_fine_tunes_and_scores(tmp_path, monkeypatch, capsys):
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "tiny")
-    make_marian().save_pretrained(tmp_path / "tiny")
+    make_marian().half().save_pretrained(tmp_path / "tiny")
     (tmp_path / "a").write_text("a b c d\n" * 8 + "e f g\n" * 8)
     (tmp_path / "b").write_text("h g f e\n" * 8 + "c b a\n" * 8)
     files = [str(tmp_path / name) for name in "ab"]
@@ -169,10 +169,22 @@ def test_the_example_fine_tunes_and_scores(tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "BLEU" in done.stdout and "|version:" in done.stdout
     assert len((tmp_path / "out/translations.txt").read_text().splitlines()) == 16
-    assert (tmp_path / "out/model.safetensors").exists()
+    assert transformers.MarianMTModel.from_pretrained(tmp_path / "out").dtype == torch.float32
 
-    for wrong, message in ((["--test", "missing", "b"], "missing"), (["--log-end", "2"], "log_end")):
+    def refused(*wrong):
         monkeypatch.setattr(sys, "argv", [str(word) for word in [*command[1:], *wrong]])
         with pytest.raises(SystemExit, match="2"):
             runpy.run_path(str(command[1]), run_name="__main__")
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        errors = capsys.readouterr().err
+        assert "usage:" not in errors and "Traceback" not in errors
+        return errors.splitlines()[-1]
+
+    for wrong, message in (
+        (["--test", "missing", "b"], "missing"),
+        (["--log-end", "2"], "log_end"),
+        (["--epochs", "0"], "--epochs: must be a number above 0"),
+        (["--model", tmp_path], f"{tmp_path}: cannot be loaded as an encoder-decoder model ("),
+    ):
+        assert message in refused(*wrong)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert refused().endswith("pip install -e '.[recipes,transformers]'")
