@@ -69,8 +69,8 @@ def open_recipe(arguments) -> tuple["Recipe", Path]:
 
     recipe = load(arguments.recipe, choose(0, 0))
     work_dir = (arguments.work_dir or Path("runs") / recipe.name).resolve()
-    if ":" in str(work_dir):
-        raise UserError(f"--work-dir: fairseq cannot use a folder with a colon in its path, got {work_dir}")
+    if set(":,") & set(str(work_dir)):  # at which fairseq splits the paths of data and of test sets
+        raise UserError(f"--work-dir: fairseq cannot use a path with a colon or a comma, got {work_dir}")
     if recipe.filled is None:
         return recipe, work_dir
     kept = work_dir / KEPT

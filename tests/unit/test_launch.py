@@ -173,6 +173,8 @@ def test_settings_change_what_was_chosen_for_own_text(tmp_path, capsys):
         (("--nodes", 2, "--master", "h:1", "--overwrite"), "--overwrite: use it with `encourage-mt prepare`"),
         (("--seed", "x"), "--seed"),
         (("--arm", "fl"), "ce, el"),
+        (("--work-dir", "a:b"), "--work-dir: fairseq cannot use a path with a colon or a comma"),
+        (("--work-dir", "a,b"), "--work-dir: fairseq cannot use a path with a colon or a comma"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, expected, tmp_path, capsys):
