@@ -215,7 +215,7 @@ def test_another_file_of_the_second_alternative_is_refused(tmp_path):
     assert prepare(recipe, tmp_path / "work", overwrite=True) == data
     for name in "abc":
         shutil.copy(tmp_path / "test.tsv", tmp_path / f"{name}.tsv")
-    with pytest.raises(UserError, match=r"not prepared from [abc]\.tsv"):  # those of the first alternative, now at hand
+    with pytest.raises(UserError, match=r"not prepared from [abc]\.tsv"):  # they are those of the first alternative
         prepare(recipe, tmp_path / "work", tmp_path)
     for name in ("a", "train"):  # so that neither alternative is complete
         (tmp_path / f"{name}.tsv").unlink()
