@@ -43,12 +43,12 @@ def assert_agrees(logits, target, options, rtol=1e-5, atol=2e-6, upstream=None):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=atol)
 
 
-def make(tokens, vocabulary):
+def make(tokens, vocabulary, top=20):
     """Return logits with targets of p from near 0 to near 1, a pad among them, and the targets."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(tokens, vocabulary, generator=generator)
     target = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    logits[torch.arange(tokens), target] += torch.linspace(0, 20, tokens)
+    logits[torch.arange(tokens), target] += torch.linspace(0, top, tokens)
     target[tokens // 2] = PAD
     return logits.to(DEVICE), target.to(DEVICE)
 
