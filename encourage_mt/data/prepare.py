@@ -7,7 +7,6 @@ about 115 bytes of hashes and lengths per pair and for learning the subword mode
 import functools
 import re
 import shutil
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -30,11 +29,9 @@ from .binarize import binarize
 from .bitext import iterate_pairs
 from .manifest import Lengths, PreparedData, count_repetitions, describe_dropped, find_warnings
 from .sources import Sources
-from .stages import EncodeStage, TextStage, hash64, ordered_map
+from .stages import EncodeStage, TextStage, hash64, ordered_map, visible
 
 LONGEST = 1000  # characters of a side that may be held out; fairseq's models take up to 1,023 subwords
-# soft hyphens, zero-width characters and marks of direction, which subword models drop or a reader does not see
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 CONTENT = {"data-bin", "manifest.json", "subword.codes", "subword.model", "subword.vocab", "text", "tokenized"}
 WORD_COUNTS = r"words\.(\d+\.)?json(\.tmp)?"  # by evaluation/words.py, also unfinished
 
@@ -332,7 +329,7 @@ def hold_out(pairs: Iterable[tuple[str, str]], sizes: dict[str, int]) -> dict[in
     sources, targets = array("Q"), array("Q")
     for source, target in pairs:
         for hashes, sentence in ((sources, source), (targets, target)):
-            text = " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", sentence)).split()).casefold()
+            text = visible(sentence).casefold()
             hashes.append(hash64(text) if 0 < len(text) <= LONGEST else 0)
     sides = [np.frombuffer(side, dtype=np.uint64) for side in (sources, targets)]
     order = sides[0] + sides[1]  # the same for both directions

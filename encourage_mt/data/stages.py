@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import re
+import unicodedata
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ from .tokenization import PunctuationNormalizer, Tokenizer
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # a chunk ends when it has that many pairs, or characters
 WAITING = 4  # chunks per worker that are held in memory at a time
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# soft hyphens, zero-width characters and marks of direction, which subword models drop or a reader does not see
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 
 
 def chunks(pairs: Iterable[tuple[str, ...]], limit: int | None = None) -> Iterator[list[tuple[str, ...]]]:
@@ -191,7 +194,7 @@ class EncodeStage:
             for side in (0, 1):
                 text[side].append(encoded[side])
                 lengths[side].append(length[side])
-                hashes[side].append(hash64(pair[side]))
+                hashes[side].append(hash64(visible(pair[side])))
             hashes[2].append((hashes[0][-1] * _ODD + hashes[1][-1]) % 2**64)
         if self.count_pieces:
             for side in text:
@@ -200,6 +203,11 @@ class EncodeStage:
 
 
 _ODD = 0x9E3779B97F4A7C15
+
+
+def visible(text: str) -> str:
+    """Return `text` in NFKC without invisible characters, each run of white space as one space: to find equal ones."""
+    return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
 
 
 def hash64(text: str) -> int:

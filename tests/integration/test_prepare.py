@@ -76,7 +76,8 @@ def test_bad_files_end_in_one_line_and_leave_no_data(files, expected, tmp_path, 
 def test_prepared_data_is_complete_and_made_once(tmp_path, capsys):
     pairs = grammar.generate(5, {"train": 200})["train"]
     train = [("", pairs[5][1]), *pairs, *pairs[:3]]
-    test = [pairs[0], pairs[0], (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new €")]
+    unseen = ("\u200b" + pairs[0][0].replace(" ", "  "), pairs[0][1].replace(" ", "\u00ad "))
+    test = [pairs[0], unseen, (pairs[1][0], "other"), ("anders", pairs[2][1]), ("neu", "new €")]
     sides = {
         f"{split}_{language}": "".join(pair[side] + "\n" for pair in split_pairs)
         for split, split_pairs in (("train", train), ("test", test))
