@@ -10,9 +10,9 @@
 
 A table is written between <!-- KIND: NAME [ARM ...] --> and <!-- end -->. KIND is arms, runs, diagnostics, curve,
 tuning, robustness, published (the figures of a paper with ours), measures (of the report of el against ce, with
-"words TEST" or "confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms; with
-NAME:BASELINE:CANDIDATE, of other arms); NAME is the folder in results/; without ARM all arms are shown, baselines
-first.
+"words TEST" or "confidence TEST" instead of arms), or gains (of el over ce, with further NAMEs instead of arms); NAME
+is the folder in results/, or, for measures and gains, NAME:BASELINE:CANDIDATE for arms other than ce and el; without
+ARM all arms are shown, baselines first.
 """
 
 import argparse
@@ -159,13 +159,13 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
     """Return the table of a marker. Raises UserError if an arm it names has no runs."""
     folder = RESULTS / recipe
     if kind == "gains":
-        lines = gains_table({name: sides_of(name) for name in (recipe, *arms)})
+        lines = gains_table({name: results_of(*split_name(name)) for name in (recipe, *arms)})
     elif kind == "robustness":
         lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
-        measure, test = arms
-        compared = read_record(folder / "ce-el.comparison.json", Comparison).measures[measure][test]
-        lines = measures_table(kind, compared, "ce", "el").markdown()
+        (measure, test), (name, baseline, candidate) = arms, split_name(recipe)
+        comparison = read_record(RESULTS / name / f"{baseline}-{candidate}.comparison.json", Comparison)
+        lines = measures_table(kind, comparison.measures[measure][test], baseline, candidate).markdown()
     elif kind == "published":
         lines = published_table(load_recipe(ROOT / "examples" / recipe / "recipe.yaml"), read_results(folder))
     else:
@@ -187,11 +187,15 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
     return lines
 
 
-def sides_of(compared: str) -> tuple[list[Result], list[Result]]:
-    """Return the results of both arms of NAME:BASELINE:CANDIDATE, or of ce and el of NAME."""
-    name, *arms = compared.split(":")
-    groups = by_arm(read_results(RESULTS / name))
+def split_name(name: str) -> tuple[str, str, str]:
+    """Return (NAME, BASELINE, CANDIDATE)."""
+    folder, *arms = name.split(":")
     baseline, candidate = arms or ("ce", "el")
+    return folder, baseline, candidate
+
+
+def results_of(name: str, baseline: str, candidate: str) -> tuple[list[Result], list[Result]]:
+    groups = by_arm(read_results(RESULTS / name))
     return groups[baseline], groups[candidate]
 
 
