@@ -93,30 +93,32 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
 
 
 def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
-    """Return a row for each test set of each item of {name: (results of a baseline, those of a candidate)}.
+    """Return a row for each test set of each item of {name: (results of one arm, those of another)}.
 
-    The columns of scores are named after the arms, if these are the same in all items.
+    A name may end with :ARM:ARM, which is not shown: if the items have different arms, a column names them.
 
     Scores are of the seeds that the gain compares; the last columns are its p-value over seeds, the number of these
     seeds, and how many would detect SOUGHT BLEU with 80% power.
     """
+    arms = {name: (first[0].arm, second[0].arm) for name, (first, second) in sides.items()}
+    is_mixed = len(set(arms.values())) > 1
     rows = []
-    for name, (baseline, candidate) in sides.items():
-        both = [*baseline, *candidate]
-        averaged = " or ".join(dict.fromkeys(str(result.evaluation.average) for result in both))
-        search = f"{averaged} averaged; {' or '.join(searches(both))}"
-        for split in baseline[0].scores:
+    for name, (first, second) in sides.items():
+        both = [*first, *second]
+        averages = dict.fromkeys(result.evaluation.average for result in both)
+        used = " or ".join("last checkpoint" if number == 1 else f"{number} averaged" for number in averages)
+        labels = [name.partition(":")[0], *([", ".join(arms[name])] if is_mixed else [])]
+        for split in first[0].scores:
             if split == "valid":
                 continue
-            gain, used = gain_over(baseline, candidate, split)
+            gain, paired = gain_over(first, second, split)
             means = [format_mean(side.values()) for side in (gain.baseline, gain.candidate)]
             seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.has_spread else "-"
-            cells = [f"{gain.format_gain()}{used}", format_p(gain.p) or "-", str(len(gain.candidate)), seeds]
-            rows.append([name, search, split, *means, *cells])
-    arms = {(baseline[0].arm, candidate[0].arm) for baseline, candidate in sides.values()}
-    names = arms.pop() if len(arms) == 1 else ("baseline", "candidate")
-    scores = [f"{HEADLINE} of {name}" for name in names]
-    header = ["runs", "checkpoints and search", "test set", *scores, "gain", "p over seeds", "seeds"]
+            cells = [f"{gain.format_gain()}{paired}", format_p(gain.p) or "-", str(len(gain.candidate)), seeds]
+            rows.append([*labels, f"{used}; {' or '.join(searches(both))}", split, *means, *cells])
+    names = ("the first arm", "the second") if is_mixed else next(iter(arms.values()))
+    header = ["runs", *(["arms"] if is_mixed else []), "checkpoints and search", "test set"]
+    header += [*(f"{HEADLINE} of {name}" for name in names), "gain", "p over seeds", "seeds"]
     header += [f"seeds for a gain of {SOUGHT}"]
     signatures = all_signatures([result for side in sides.values() for group in side for result in group])
     return "\n".join([markdown_table(header, rows), "", *signature_lines({HEADLINE: signatures[HEADLINE]})])

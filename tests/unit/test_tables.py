@@ -151,8 +151,11 @@ def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
     assert one[3:] == ["30.00", "31.00", "+1.00", "-", "1", "-"]
     two = rows_of(gains_table({"two": (ce, el[:2])}))[1]
     assert two[3:5] == ["30.50 ± 0.71", "31.25 ± 0.35"] and two[5].endswith(", seed 1, 2") and two[7] == "2"
-    mixed = rows_of(gains_table({"one": (ce, el), "other": (el, ce)}))
-    assert mixed[0][3:5] == ["sacreBLEU of baseline", "sacreBLEU of candidate"] and mixed[2][3] == mixed[1][4]
+    evaluation = el[0].evaluation.model_copy(update={"average": 1})
+    last = [result.model_copy(update={"evaluation": evaluation}) for result in el]
+    mixed = rows_of(gains_table({"one": (ce, el), "other:el:ce": (last, ce)}))
+    assert mixed[0][4:6] == ["sacreBLEU of the first arm", "sacreBLEU of the second"] and mixed[2][4] == mixed[1][5]
+    assert mixed[2][:3] == ["other", "el, ce", "last checkpoint or 5 averaged; beam 4, length penalty 1.0"]
     equal = rows_of(gains_table({"equal": (ce, ce)}))[1]
     assert equal[5:7] == ["+0.00 [+0.00, +0.00]", "1.000"] and equal[8] == "-", "the spread is unknown"
 
