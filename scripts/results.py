@@ -144,8 +144,8 @@ def scores_of(comparison: Comparison, results: list[Result]) -> list[tuple[float
     ]
 
 
-def read_results(folder: Path) -> list[Result]:
-    return [Result.read(path) for path in sorted(folder.glob("*.seed*.json"))]
+def read_results(folder: Path, arm: str = "*") -> list[Result]:
+    return [Result.read(path) for path in sorted(folder.glob(f"{arm}.seed*.json"))]
 
 
 def table(match: re.Match) -> str:
@@ -159,7 +159,7 @@ def lines_of(kind: str, recipe: str, arms: list[str]) -> str:
     """Return the table of a marker. Raises UserError if an arm it names has no runs."""
     folder = RESULTS / recipe
     if kind == "gains":
-        lines = gains_table({name: results_of(*split_name(name)) for name in (recipe, *arms)})
+        lines = gains_table([results_of(*split_name(name)) for name in (recipe, *arms)])
     elif kind == "robustness":
         lines = markdown(read_record(folder / "robustness.json", Summary))
     elif kind == "measures":
@@ -194,9 +194,10 @@ def split_name(name: str) -> tuple[str, str, str]:
     return folder, baseline, candidate
 
 
-def results_of(name: str, baseline: str, candidate: str) -> tuple[list[Result], list[Result]]:
-    groups = by_arm(read_results(RESULTS / name))
-    return groups[baseline], groups[candidate]
+def results_of(name: str, baseline: str, candidate: str) -> tuple[str, list[Result], list[Result]]:
+    """Return (NAME, results of the baseline, those of the candidate), and read no others."""
+    groups = by_arm([result for arm in (baseline, candidate) for result in read_results(RESULTS / name, arm)])
+    return name, groups[baseline], groups[candidate]
 
 
 def main() -> None:

@@ -92,22 +92,22 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     return "\n".join([markdown_table(header, rows), "", *lines])
 
 
-def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
-    """Return a row for each test set of each item of {name: (results of one arm, those of another)}.
+def gains_table(pairs: list[tuple[str, list[Result], list[Result]]]) -> str:
+    """Return a row for each test set of each (name, results of one arm, those of another).
 
-    A name may end with :ARM:ARM, which is not shown: if the items have different arms, a column names them.
+    If the pairs have different arms, a column names them.
 
     Scores are of the seeds that the gain compares; the last columns are its p-value over seeds, the number of these
     seeds, and how many would detect SOUGHT BLEU with 80% power.
     """
-    arms = {name: (first[0].arm, second[0].arm) for name, (first, second) in sides.items()}
-    is_mixed = len(set(arms.values())) > 1
+    arms = [(first[0].arm, second[0].arm) for _, first, second in pairs]
+    is_mixed = len(set(arms)) > 1
     rows = []
-    for name, (first, second) in sides.items():
+    for (name, first, second), names in zip(pairs, arms, strict=True):
         both = [*first, *second]
         averages = dict.fromkeys(result.evaluation.average for result in both)
         used = " or ".join("last checkpoint" if number == 1 else f"{number} averaged" for number in averages)
-        labels = [name.partition(":")[0], *([", ".join(arms[name])] if is_mixed else [])]
+        labels = [name, ", ".join(names)] if is_mixed else [name]
         for split in first[0].scores:
             if split == "valid":
                 continue
@@ -116,11 +116,11 @@ def gains_table(sides: dict[str, tuple[list[Result], list[Result]]]) -> str:
             seeds = format_seeds(gain.seeds_for_sought).removesuffix(" seeds") if gain.has_spread else "-"
             cells = [f"{gain.format_gain()}{paired}", format_p(gain.p) or "-", str(len(gain.candidate)), seeds]
             rows.append([*labels, f"{used}; {' or '.join(searches(both))}", split, *means, *cells])
-    names = ("the first arm", "the second") if is_mixed else next(iter(arms.values()))
+    names = ("the first arm", "the second") if is_mixed else arms[0]
     header = ["runs", *(["arms"] if is_mixed else []), "checkpoints and search", "test set"]
     header += [*(f"{HEADLINE} of {name}" for name in names), "gain", "p over seeds", "seeds"]
     header += [f"seeds for a gain of {SOUGHT}"]
-    signatures = all_signatures([result for side in sides.values() for group in side for result in group])
+    signatures = all_signatures([result for _, first, second in pairs for result in (*first, *second)])
     return "\n".join([markdown_table(header, rows), "", *signature_lines({HEADLINE: signatures[HEADLINE]})])
 
 

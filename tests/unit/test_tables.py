@@ -143,20 +143,20 @@ def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
 
 def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
     ce, el = ([result for result in results if result.arm == arm] for arm in ("ce", "el"))
-    header, all_seeds, one = rows_of(gains_table({"many": (ce, el), "one": (ce[:1], el[:1])}))
+    header, all_seeds, one = rows_of(gains_table([("many", ce, el), ("one", ce[:1], el[:1])]))
     assert header[3:5] == ["sacreBLEU of ce", "sacreBLEU of el"]
     needed = MetricComparison("sacreBLEU", *(dict(enumerate(SCORES[arm], 1)) for arm in ("ce", "el"))).seeds_for_sought
     means = ["31.00 ± 1.00", "32.00 ± 1.32", "+1.00 [-0.24, +2.24]", "0.074", "3", f"about {needed}"]
     assert all_seeds == ["many", "5 averaged; beam 4, length penalty 1.0", "test", *means]
     assert one[3:] == ["30.00", "31.00", "+1.00", "-", "1", "-"]
-    two = rows_of(gains_table({"two": (ce, el[:2])}))[1]
+    two = rows_of(gains_table([("two", ce, el[:2])]))[1]
     assert two[3:5] == ["30.50 ± 0.71", "31.25 ± 0.35"] and two[5].endswith(", seed 1, 2") and two[7] == "2"
     evaluation = el[0].evaluation.model_copy(update={"average": 1})
     last = [result.model_copy(update={"evaluation": evaluation}) for result in el]
-    mixed = rows_of(gains_table({"one": (ce, el), "other:el:ce": (last, ce)}))
+    mixed = rows_of(gains_table([("one", ce, el), ("other", last, ce)]))
     assert mixed[0][4:6] == ["sacreBLEU of the first arm", "sacreBLEU of the second"] and mixed[2][4] == mixed[1][5]
     assert mixed[2][:3] == ["other", "el, ce", "last checkpoint or 5 averaged; beam 4, length penalty 1.0"]
-    equal = rows_of(gains_table({"equal": (ce, ce)}))[1]
+    equal = rows_of(gains_table([("equal", ce, ce)]))[1]
     assert equal[5:7] == ["+0.00 [+0.00, +0.00]", "1.000"] and equal[8] == "-", "the spread is unknown"
 
 
