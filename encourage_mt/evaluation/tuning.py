@@ -89,9 +89,10 @@ def tuning_table(means: dict[str, dict[Search, float]], signature: str) -> str:
     """Return the means of `mean_by_arm`, a row for each search and a column for each arm, and the best of each arm."""
     searches = next(iter(means.values()))
     rows = [[*map(str, search), *(f"{bleu[search]:.2f}" for bleu in means.values())] for search in searches]
-    header = ["beam", "length penalty", "temperature", *(f"{HEADLINE} of valid, {arm}" for arm in means)]
+    header = ["beam", "length penalty", "temperature", *means]
     best = [f"Best of {arm}: {describe_search(*best_search(bleu))}.  " for arm, bleu in means.items()]
-    return "\n".join([markdown_table(header, rows), "", *best, *signature_lines({HEADLINE: signature})])
+    title = f"{HEADLINE} of valid, for each search and arm:"
+    return "\n".join([title, "", markdown_table(header, rows), "", *best, *signature_lines({HEADLINE: signature})])
 
 
 def best_search(bleu: dict[Search, float]) -> Search:
