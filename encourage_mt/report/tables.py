@@ -55,6 +55,7 @@ def format_time(seconds: float | None) -> str:
 def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
     """Return a row for each arm and test set: mean ± standard deviation over seeds, gains and their p-values.
 
+    The length ratio is a mean over seeds, of tokens of the translation / tokens of the reference as BLEU counts them.
     Gains are relative to the first arm and to every baseline of `comparisons` the arm was compared with. They use the
     seeds of `paired_seeds` (listed if not all), or all seeds if it has none. p over sentences comes from approximate
     randomization in the comparisons. The sets are those of the comparisons or, without comparisons, valid and all
@@ -79,8 +80,11 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
                 over_seeds.append(format_p(gain.p) or "-")
                 over_sentences.append(sentence_tests(tests[HEADLINE].sentence_p if tests else {}, gain) or "-")
             cells = [arm, split, str(len(group)), *(format_mean(values) if values else "" for values in scores)]
+            lengths = [ratio for r in group if (ratio := r.scores[split][HEADLINE].length_ratio) is not None]
+            cells.append(format_number(statistics.mean(lengths) if lengths else None, ".3f"))
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
-    header = ["arm", "set", "seeds", *metrics, f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
+    header = ["arm", "set", "seeds", *metrics, "length ratio", f"gain in {HEADLINE} over", "p over seeds"]
+    header.append("p over sentences, by seed")
     options = []
     for arm, group in arms.items():
         others = training_differences(group[0], arms[first][0])

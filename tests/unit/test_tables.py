@@ -82,7 +82,7 @@ def test_a_row_for_each_run_and_set(results):
 def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     table = arms_table(results, [comparison])
     rows = rows_of(table)
-    assert rows[1] == ["ce", "test", "3", "31.00 ± 1.00", "", "", ""]
+    assert rows[1] == ["ce", "test", "3", "31.00 ± 1.00", "0.950", "", "", ""]
     gain = comparison.tests["test"]["sacreBLEU"]  # gains 1, 0.5, 1.5
     assert gain.p == pytest.approx(0.0742, abs=1e-4)
     low, high = gain.interval
@@ -91,11 +91,12 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
         "test",
         "3",
         "32.00 ± 1.32",
+        "0.950",
         f"ce: +1.00 [{low:+.2f}, {high:+.2f}]",
         "0.074",
         "seed 1, 2: 0.400, 0.020",
     ]
-    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "ce: -2.00", "-", "-"]
+    assert rows[3] == ["ce_ls000", "test", "1", "29.00", "0.950", "ce: -2.00", "-", "-"]
     assert table.splitlines()[-2:] == [
         "Setting: tiny, de to en; transformer, 2+3 layers, 32 wide; 4,000 tokens per update, 1,000 or 1,001 updates; "
         "last epoch checkpoints averaged: 5, beam 4, length penalty 1.0.  ",
@@ -106,6 +107,16 @@ def test_a_row_for_each_arm_with_mean_deviation_gain_and_p(results, comparison):
     longer = results[3].model_copy(update={"options": {"max-epoch": 9, **longer}})
     assert "differs in" not in table and "`; differs in: max-epoch 9" in arms_table([results[0], longer], [])
     assert [row[:2] for row in rows_of(arms_table(results[:1], []))[1:]] == [["ce", "valid"], ["ce", "test"]]
+
+
+def test_the_length_ratio_of_an_arm_is_the_mean_over_seeds(results):
+    def of_ratio(result, ratio):
+        score = result.scores["test"]["sacreBLEU"].model_copy(update={"length_ratio": ratio})
+        return result.model_copy(update={"scores": {"test": {"sacreBLEU": score}}})
+
+    runs = [of_ratio(result, ratio) for result, ratio in zip(results[:3], (0.9, 0.96, 0.99), strict=True)]
+    assert rows_of(arms_table(runs, []))[1][4] == "0.950"
+    assert rows_of(arms_table([of_ratio(results[0], None)], []))[1][4] == ""
 
 
 def test_the_title_of_a_report_names_the_options_in_which_the_arms_differ():
@@ -125,20 +136,20 @@ def test_each_comparison_gives_a_gain_and_names_its_seeds_if_not_all_are_used(re
     control = MetricComparison("sacreBLEU", {1: 29.0}, scores, {1: {"bs": 0.1, "ar": 0.2}})
     fair = compared("ce_ls000", "el", control)
     row = rows_of(arms_table(results, [comparison, fair]))[2]
-    assert row[4].startswith("ce: +1.00 [") and row[4].endswith("]; ce_ls000: +3.00")
+    assert row[5].startswith("ce: +1.00 [") and row[5].endswith("]; ce_ls000: +3.00")
     assert control.format_gain() == "+3.00"
-    assert row[5:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; seed 1: 0.200"]
+    assert row[6:] == ["0.074; -", "seed 1, 2: 0.400, 0.020; seed 1: 0.200"]
     comparison.tests["test"]["sacreBLEU"].sentence_p[3] = {"bs": 0.1, "ar": 0.3}
-    assert rows_of(arms_table(results, [comparison, fair]))[2][6] == "0.400, 0.020, 0.300; seed 1: 0.200"
+    assert rows_of(arms_table(results, [comparison, fair]))[2][7] == "0.400, 0.020, 0.300; seed 1: 0.200"
     shared = rows_of(arms_table([*results[:3], *results[3:5]], []))[4]
-    assert shared[4].startswith("ce, seed 1, 2: +0.75 [")
+    assert shared[5].startswith("ce, seed 1, 2: +0.75 [")
 
 
 def test_arms_without_a_shared_seed_are_compared_over_all_seeds(results):
     others = [result.model_copy(update={"seed": result.seed + 10}) for result in results[3:6]]
     row = rows_of(arms_table(results[:3] + others, []))[4]
     welch = MetricComparison("sacreBLEU", {1: 30.0, 2: 31.0, 3: 32.0}, {11: 31.0, 12: 31.5, 13: 33.5})
-    assert row[4:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", "-"] and welch.test.startswith("Welch")
+    assert row[5:] == [f"ce: {welch.format_gain()}", f"{welch.p:.3f}", "-"] and welch.test.startswith("Welch")
 
 
 def test_gains_are_listed_with_the_seeds_that_would_detect_a_gain(results):
