@@ -57,7 +57,7 @@ def tune(runs: list[Run]) -> list[Run]:
     """Return the runs with the search that has the highest mean BLEU on valid over the runs of their arm.
 
     Prints BLEU of all searches. Raises UserError if CTranslate2 is missing, runs are not of the same data, those of an
-    arm differ in more than the seed, or one cannot be translated.
+    arm differ in more than the seed or average other numbers of checkpoints, or one cannot be translated.
     """
     first: dict[str, Run] = {}
     for run in runs:
@@ -66,6 +66,9 @@ def tune(runs: list[Run]) -> list[Run]:
             raise UserError(f"--tune: {run.folder} was trained by hand; tune such runs one by one")
         if {**run.options, "seed": 0} != {**other.options, "seed": 0}:
             raise UserError(f"--tune: {run.folder} and {other.folder} are of one arm but differ in more than the seed")
+        if run.average != other.average:
+            averages = f"average {run.average} and {other.average} checkpoints; choose one with --average"
+            raise UserError(f"--tune: {run.folder} and {other.folder} are of one arm but {averages}")
         if run.prepared().checksum != runs[0].prepared().checksum:
             raise UserError(f"--tune: {run.folder} and {runs[0].folder} are of different data; tune them one by one")
     tunings = [measure(run) for run in runs]

@@ -98,6 +98,9 @@ def test_runs_that_do_not_belong_together_are_not_tuned_together(copies, capsys)
     record = read_json(copies[2] / "run.json")
     write_json(copies[2] / "run.json", {**record, "options": {**record["options"], "dropout": 0.9}})
     assert "el.seed1 are of one arm but differ in more than the seed" in refused(capsys, "evaluate", "--tune", *copies)
+    write_json(copies[2] / "run.json", {**record, "average": record["average"] + 1})
+    average = f"average {record['average'] + 1} and {record['average']} checkpoints"
+    assert f"el.seed1 are of one arm but {average}" in refused(capsys, "evaluate", "--tune", *copies)
     by_hand = [open_run(folder).model_copy(update={"recipe": ""}) for folder in copies[1:]]
     with pytest.raises(UserError, match="was trained by hand; tune such runs one by one"):
         tuning.tune(by_hand)
