@@ -83,8 +83,8 @@ def arms_table(results: list[Result], comparisons: list[Comparison]) -> str:
             lengths = [ratio for r in group if (ratio := r.scores[split][HEADLINE].length_ratio) is not None]
             cells.append(format_number(statistics.mean(lengths) if lengths else None, ".3f"))
             rows.append([*cells, *map("; ".join, (gains, over_seeds, over_sentences))])
-    header = ["arm", "set", "seeds", *metrics, "length ratio", f"gain in {HEADLINE} over", "p over seeds"]
-    header.append("p over sentences, by seed")
+    header = ["arm", "set", "seeds", *metrics, "length ratio"]
+    header += [f"gain in {HEADLINE} over", "p over seeds", "p over sentences, by seed"]
     options = []
     for arm, group in arms.items():
         others = training_differences(group[0], arms[first][0])
